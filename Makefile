@@ -1,0 +1,54 @@
+# Everything runs in the project's own .venv; nothing but Python >= 3.11 is needed.
+PYTHON ?= python3
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo demo-quick test test-all check format clean
+
+help:  ## Show the targets
+	@echo "make demo        install and run the main job on real data: make demo && open runs/demo/report.html"
+	@echo "make demo-quick  the same in 60 seconds, with fewer steps and users"
+	@echo "make test        the fast tests"
+	@echo "make test-all    all tests"
+	@echo "make check       formatting, lint, types, architecture"
+	@echo "make format      format the code"
+	@echo "make install     create .venv and install"
+	@echo "make clean       remove .venv and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "wanted Python 3.11 or newer, got %d.%d; run: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/trierec demo
+
+demo-quick: $(STAMP)
+	$(BIN)/trierec demo --quick
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict src
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""``python -m trierec``."""
+
+from trierec.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""Progress of long work, always on stderr: a rich bar on a terminal, one line a minute elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+SECONDS_BETWEEN_LINES = 60.0
+
+
+def note(text: str) -> None:
+    """Print one line to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[..., None]]:
+    """Show how far a loop is; yields ``advance(n=1, detail="")``.
+
+    Args:
+        what: What is being done, for example ``"ranking msl"``.
+        total: Number of units in all.
+        unit: Their name, for example ``"users"``.
+    """
+    if sys.stderr.isatty():
+        with _bar(what, total, unit) as move:
+            yield move
+        return
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(n: int = 1, detail: str = "") -> None:
+        nonlocal last, done
+        done += n
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - started) / max(done, 1) * (total - done)
+            note(f"{what}: {done}/{total} {unit} {detail}".rstrip() + f", about {left:.0f} s left")
+
+    note(f"{what}: {total} {unit}".rstrip())
+    yield advance
+    note(f"{what}: {done}/{total} {unit}".rstrip() + f" in {time.monotonic() - started:.0f} s")
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[detail]}"),
+                  console=Console(stderr=True)) as bar:  # fmt: skip
+        task = bar.add_task(what, total=total, detail="")
+        yield lambda n=1, detail="": bar.update(task, advance=n, detail=detail)
