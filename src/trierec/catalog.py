@@ -1,0 +1,120 @@
+"""Item index, raw id and title; which items share a title.
+
+Items with the same title cannot be told apart by a model that writes titles: they form a group.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from trierec.errors import UserError
+
+CLEAN = ("none",)
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """The items of a data set; I items.
+
+    Attributes:
+        item_id: Raw ids, I strings.
+        title: Titles, I strings; may be empty, may repeat.
+        group: Lowest index of an item with the same title, int32 (I,).
+    """
+
+    item_id: tuple[str, ...] = field(repr=False)
+    title: tuple[str, ...] = field(repr=False)
+    group: NDArray[np.int32] = field(repr=False)
+
+    @classmethod
+    def from_titles(cls, item_id: Sequence[str], title: Sequence[str]) -> Catalog:
+        """Group the items by title.
+
+        Raises:
+            ValueError: If ids and titles differ in number.
+
+        >>> Catalog.from_titles(["a", "b", "c"], ["Heat", "Alien", "Heat"]).group
+        array([0, 1, 0], dtype=int32)
+        """
+        if len(item_id) != len(title):
+            raise ValueError(f"wanted a title for each item, got {len(item_id)} ids and {len(title)} titles")
+        first: dict[str, int] = {}
+        group = np.array([first.setdefault(text, item) for item, text in enumerate(title)], dtype=np.int32)
+        return cls(tuple(item_id), tuple(title), group)
+
+    @property
+    def n_items(self) -> int:
+        """Number of items."""
+        return len(self.item_id)
+
+    @property
+    def n_titles(self) -> int:
+        """Number of distinct titles."""
+        return len(np.unique(self.group))
+
+    def __repr__(self) -> str:
+        return f"Catalog({self.n_items} items, {self.n_titles} titles)"
+
+    def index(self, title: str) -> int:
+        """Item index of a title; of the lowest-numbered item where several share it.
+
+        Raises:
+            UserError: If there is no such title; names the nearest ones.
+        """
+        item = self._item_of.get(title)
+        if item is not None:
+            return item
+        folded = [known for known in self._item_of if known.casefold() == title.casefold()]
+        near = folded or difflib.get_close_matches(title, self._item_of, n=3, cutoff=0.5)
+        there = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
+        raise UserError(
+            f"wanted a title of the catalogue ({self.n_titles} titles), got {title!r}{there}; "
+            "check the spelling"
+        )
+
+    def to_frame(self, train_targets: NDArray[np.int32] | None = None) -> pl.DataFrame:
+        """Columns item, item_id, title, group and, when given, train_targets.
+
+        Args:
+            train_targets: How often each item is the target of a training row, (I,).
+        """
+        columns = {
+            "item": pl.Series(np.arange(self.n_items), dtype=pl.Int32),
+            "item_id": pl.Series(self.item_id, dtype=pl.String),
+            "title": pl.Series(self.title, dtype=pl.String),
+            "group": pl.Series(self.group, dtype=pl.Int32),
+        }
+        if train_targets is not None:
+            columns["train_targets"] = pl.Series(train_targets, dtype=pl.Int32)
+        return pl.DataFrame(columns)
+
+    @classmethod
+    def from_frame(cls, frame: pl.DataFrame) -> Catalog:
+        """The catalogue that :meth:`to_frame` wrote."""
+        return cls.from_titles(frame["item_id"].to_list(), frame["title"].to_list())
+
+    @cached_property
+    def _item_of(self) -> dict[str, int]:
+        return {self.title[item]: item for item in np.unique(self.group).tolist()}
+
+
+def clean_titles(titles: Sequence[str], clean: str = "none") -> tuple[str, ...]:
+    """Titles after cleaning; ``"none"`` leaves each as it is, HTML entities and white space included.
+
+    Raises:
+        UserError: If ``clean`` is not one of :data:`CLEAN`.
+    """
+    if clean == "html+space":
+        raise UserError('clean = "html+space" is not there yet; use clean = "none"')
+    if clean not in CLEAN:
+        raise UserError(
+            f"wanted clean to be {' or '.join(map(repr, CLEAN))}, got {clean!r}; choose one of them"
+        )
+    return tuple(titles)

@@ -1,0 +1,61 @@
+"""Items, titles, groups of equal titles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trierec.catalog import Catalog, clean_titles
+from trierec.errors import UserError
+
+CATALOG = Catalog.from_titles(["1", "2", "7", "9"], ["Heat", "Alien", "Heat", ""])
+
+
+def test_equal_titles_form_a_group_named_by_its_lowest_item() -> None:
+    assert CATALOG.group.tolist() == [0, 1, 0, 3]
+    assert CATALOG.group.dtype == np.int32
+    assert (CATALOG.n_items, CATALOG.n_titles) == (4, 3)
+    assert repr(CATALOG) == "Catalog(4 items, 3 titles)"
+
+
+def test_case_and_white_space_make_another_title() -> None:
+    assert Catalog.from_titles("abc", ["Heat", "heat", "Heat "]).n_titles == 3
+
+
+def test_index_takes_the_lowest_item_of_a_title() -> None:
+    assert [CATALOG.index(title) for title in ("Heat", "Alien", "")] == [0, 1, 3]
+
+
+def test_an_unknown_title_is_answered_with_the_nearest_ones() -> None:
+    with pytest.raises(
+        UserError, match=r"of the catalogue \(3 titles\), got 'Alein'; the nearest are 'Alien'"
+    ):
+        CATALOG.index("Alein")
+    with pytest.raises(UserError, match="got 'HEAT'; the nearest are 'Heat'; check"):
+        CATALOG.index("HEAT")
+    with pytest.raises(UserError, match="got 'xyzzy'; check the spelling"):
+        CATALOG.index("xyzzy")
+
+
+def test_a_frame_gives_the_catalogue_back() -> None:
+    frame = CATALOG.to_frame(np.array([3, 0, 1, 0], dtype=np.int32))
+    assert dict(frame.schema).keys() == {"item", "item_id", "title", "group", "train_targets"}
+    assert [str(kind) for kind in frame.dtypes] == ["Int32", "String", "String", "Int32", "Int32"]
+    again = Catalog.from_frame(frame)
+    assert (again.item_id, again.title) == (CATALOG.item_id, CATALOG.title)
+    assert again.group.tolist() == CATALOG.group.tolist()
+    assert "train_targets" not in CATALOG.to_frame().columns
+
+
+def test_ids_and_titles_must_agree_in_number() -> None:
+    with pytest.raises(ValueError, match="got 2 ids and 1 titles"):
+        Catalog.from_titles(["1", "2"], ["Heat"])
+
+
+def test_titles_are_left_as_they_are_unless_asked() -> None:
+    odd = (" a&amp;b\n", "None", "")
+    assert clean_titles(odd) == odd
+    with pytest.raises(UserError, match=r"html.space. is not there yet"):
+        clean_titles(odd, "html+space")
+    with pytest.raises(UserError, match="wanted clean to be 'none', got 'all'"):
+        clean_titles(odd, "all")

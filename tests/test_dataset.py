@@ -1,0 +1,465 @@
+"""Prepared folders: what is in them, that they are whole or refused, and the real data sets' known numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import trierec
+from trierec import fetch
+from trierec.dataset import Dataset, load_dataset, prepare
+from trierec.errors import UserError
+
+from .conftest import shared
+from .data_fixtures import write_d3, write_d3_original, write_msl
+from .test_fetch import ZIP, cache  # noqa: F401  (a fixture)
+
+FILES = ["catalog.parquet", "dataset.json", "test.parquet", "train.parquet", "valid.parquet"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- what is in them --------------------------------------------------------------------------------------------------
+
+
+def test_a_prepared_folder_has_the_promised_files_and_columns(tmp_path: Path) -> None:
+    raw = write_msl(tmp_path / "raw")
+    before = contents(raw)
+    dataset = prepare(f"msl:{raw}", tmp_path / "out")
+    assert contents(raw) == before
+    assert sorted(contents(tmp_path / "out")) == FILES
+    catalog = pl.read_parquet(tmp_path / "out" / "catalog.parquet")
+    assert catalog.rows() == [
+        (0, "1", "Pen, blue", 0, 2),
+        (1, "2", "Tape\nwide", 1, 0),
+        (2, "3", "Ink &amp; well", 2, 1),
+        (3, "4", "", 3, 0),
+        (4, "10", "Pen, blue", 0, 1),
+    ]
+    assert catalog.columns == ["item", "item_id", "title", "group", "train_targets"]
+    train = pl.read_parquet(tmp_path / "out" / "train.parquet")
+    assert train.schema == {
+        "user_id": pl.String,
+        "history": pl.List(pl.Int32),
+        "target": pl.Int32,
+        "timestamp": pl.Int64,
+    }
+    assert train.rows()[0] == ("7", [0, 1], 2, 100)
+    assert dataset.train_targets.tolist() == [2, 0, 1, 0, 1]
+    assert repr(dataset) == f"Dataset({tmp_path / 'out'}, 5 items, 4/1/2 rows)"
+
+
+def test_dataset_json_says_what_was_done(tmp_path: Path) -> None:
+    raw = write_msl(tmp_path / "Amazon_Office")
+    prepare(f"msl:{raw}", tmp_path / "out")
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))
+    assert info["format"] == 1
+    assert info["source"] == f"msl:{raw}"
+    assert info["settings"] == {"split": "published", "max_history": 20, "clean": "none"}
+    assert (info["noun"], info["verb"]) == ("office products", "used")
+    assert info["counts"] == {
+        "users": 3,
+        "items": 5,
+        "titles": 4,
+        "interactions": 11,
+        "train_rows": 4,
+        "valid_rows": 1,
+        "test_rows": 2,
+    }
+    assert info["repairs"] == {"empty_titles": 1}
+    assert info["notes"] == []
+    assert info["citation"] is None
+    for name, digest in info["sha256"].items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
+    assert sorted(info["sha256"]) == [name for name in FILES if name != "dataset.json"]
+    assert info["raw_sha256"]["train.csv"] == hashlib.sha256((raw / "train.csv").read_bytes()).hexdigest()
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    raw = write_msl(tmp_path / "raw")
+    prepare(f"msl:{raw}", tmp_path / "one")
+    prepare(f"msl:{raw}", tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_histories_are_cut_to_max_history(tmp_path: Path) -> None:
+    raw = write_msl(tmp_path / "raw")
+    dataset = prepare(f"msl:{raw}", tmp_path / "out", max_history=1)
+    assert [row.tolist() for row in dataset.train.history] == [[1], [2], [3], [0]]
+    assert dataset.info["settings"]["max_history"] == 1
+
+
+def test_movielens_is_split_by_leave_one_out(cache: Path, tmp_path: Path) -> None:  # noqa: F811
+    (cache / "ml-100k.zip").write_bytes(ZIP)
+    dataset = prepare("ml-100k", tmp_path / "out")
+    assert dataset.info["settings"]["split"] == "leave-one-out"
+    assert (dataset.info["noun"], dataset.info["verb"]) == ("movies", "watched")
+    assert dataset.info["citation"] == fetch.CITATION
+    ids = np.array(dataset.catalog.item_id)
+    assert ids[dataset.test.target].tolist() == ["2", "2"]
+    assert ids[dataset.valid.target].tolist() == ["10", "9"]
+    assert dataset.test.seen is not None
+    assert [ids[row].tolist() for row in dataset.test.seen] == [["7", "9", "10"], ["10", "9"]]
+    assert dataset.catalog.n_titles == 3
+
+
+def test_users_without_a_test_row_are_counted(
+    cache: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = b"user\titem\ttimestamp\trating\n1\t2\t5\t1\n1\t7\t6\t1\n2\t2\t5\t1\n2\t7\t6\t1\n2\t9\t7\t1\n3\t9\t7\t1\n"
+    (cache / fetch.INTERACTIONS).write_bytes(rows)
+    (cache / fetch.TITLES).write_bytes(b"item\ttitle\n2\ta\n7\tb\n9\tc\n")
+    monkeypatch.setattr("trierec.interactions.fetch", lambda _: cache)
+    dataset = prepare("ml-100k", tmp_path / "out")
+    assert dataset.info["repairs"] == {"users_without_test_row": 2}
+    assert dataset.info["counts"]["users"] == 3
+    (cache / fetch.INTERACTIONS).write_bytes(rows[:40])
+    with pytest.raises(
+        UserError, match="wanted rows for train, valid and test from ml-100k, found none for valid"
+    ):
+        prepare("ml-100k", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("msl", "Amazon_Books", ("books", "read")),
+        ("msl", "toys", ("toys", "played")),
+        ("msl", "Clothing", ("clothing", "worn")),
+        ("msl", "x", ("items", "bought")),
+        ("d3", "amazon_games_d3", ("video games", "enjoyed")),
+        ("d3", "Toys_and_Games", ("toys and games", "enjoyed")),
+        ("d3", "CDs_and_Vinyl", ("musics", "enjoyed")),
+        ("d3", "x", ("items", "bought")),
+    ],
+)
+def test_noun_and_verb_follow_the_folder(
+    tmp_path: Path, kind: str, name: str, expected: tuple[str, str]
+) -> None:
+    raw = (write_msl if kind == "msl" else write_d3)(tmp_path / name)
+    info = prepare(f"{kind}:{raw}", tmp_path / "out").info
+    assert (info["noun"], info["verb"]) == expected
+
+
+def test_noun_and_verb_of_d3_may_follow_the_file(tmp_path: Path) -> None:
+    info = prepare(f"d3:{write_d3_original(tmp_path / 'x')}", tmp_path / "out").info
+    assert (info["noun"], info["verb"]) == ("video games", "enjoyed")
+    assert sorted(info["raw_sha256"])[0] == "info/Video_Games_5_2012-10-2018-11.txt"
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "movielens:x",
+            "wanted one of ml-100k, ml-1m, msl:DIR or d3:DIR, got 'movielens:x'; movielens: is not there yet",
+        ),
+        ("recbole:x", "recbole: is not there yet"),
+        ("csv:x", "csv: is not there yet"),
+        ("amazon:Books", "amazon: is not there yet"),
+        ("steam:", "steam: is not there yet"),
+        ("ml-10m", "wanted one of ml-100k, ml-1m, msl:DIR or d3:DIR as the source, got 'ml-10m'"),
+        ("ml-100k:x", "wanted one of .*, got 'ml-100k:x'"),
+        ("", "wanted one of .*, got ''"),
+        (r"C:\data", "wanted one of .*, got"),
+        ("msl", "wanted one of .*, got 'msl'"),
+        ("msl:", "wanted a folder after msl:, got nothing"),
+        ("d3:nowhere", "wanted the folder nowhere, which does not exist"),
+        (r"msl:C:\nowhere", r"wanted the folder C:.*nowhere, which does not exist"),
+    ],
+)
+def test_sources_that_are_not_there(tmp_path: Path, source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_checked(tmp_path: Path) -> None:
+    raw = write_msl(tmp_path / "raw")
+    with pytest.raises(UserError, match="wanted max_history of at least 1, got 0"):
+        prepare(f"msl:{raw}", tmp_path / "out", max_history=0)
+    with pytest.raises(UserError, match="wanted clean to be 'none', got 'x'"):
+        prepare(f"msl:{raw}", tmp_path / "out", clean="x")
+
+
+def test_only_a_prepared_folder_is_replaced(tmp_path: Path) -> None:
+    raw = write_msl(tmp_path / "raw")
+    before = contents(raw)
+    with pytest.raises(
+        UserError, match=r"wanted an empty or a prepared folder, .*raw holds id2name4Rec.json"
+    ):
+        prepare(f"msl:{raw}", raw)
+    with pytest.raises(UserError, match=r"wanted an empty or a prepared folder, .* holds raw"):
+        prepare(f"msl:{raw}", tmp_path)
+    with pytest.raises(UserError, match=r"wanted a folder to write, .*train.csv is a file"):
+        prepare(f"msl:{raw}", raw / "train.csv")
+    assert contents(raw) == before
+    (tmp_path / "out").mkdir()
+    prepare(f"msl:{raw}", tmp_path / "out")
+    assert prepare(f"msl:{raw}", tmp_path / "out", max_history=1).info["settings"]["max_history"] == 1
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    raw = write_msl(tmp_path / "raw")
+    with pytest.raises(UserError, match=r"cannot write .*train.csv/out: .*; choose another folder"):
+        prepare(f"msl:{raw}", raw / "train.csv" / "out")
+
+
+def test_a_failure_leaves_the_older_folder_alone(tmp_path: Path) -> None:
+    raw = write_msl(tmp_path / "raw")
+    prepare(f"msl:{raw}", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    (raw / "test.csv").unlink()
+    with pytest.raises(UserError, match=r"wanted the file test.csv"):
+        prepare(f"msl:{raw}", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_loading_checks_everything(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(f"msl:{write_msl(tmp_path / 'raw')}", out)
+    assert isinstance(load_dataset(out), Dataset)
+    with pytest.raises(
+        UserError, match=r"wanted a prepared folder, .*raw has no dataset.json; run: trierec prepare"
+    ):
+        load_dataset(tmp_path / "raw")
+    good = contents(out)
+    info = json.loads(good["dataset.json"])
+    for change, message in [
+        ({"format": 2}, "wanted a prepared folder of format 1, .* has 2; prepare it again"),
+        ({"sha256": {}}, r"catalog.parquet is not the file that was prepared"),
+        ({"sha256": None}, r"catalog.parquet is not the file that was prepared"),
+    ]:
+        (out / "dataset.json").write_text(json.dumps(info | change), encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            load_dataset(out)
+    (out / "dataset.json").write_text(
+        json.dumps({k: v for k, v in info.items() if k != "noun"}), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match=r"wanted 'noun' in .*dataset.json, it is missing; prepare it again"):
+        load_dataset(out)
+    for text, message in [("[]", "of format 1, .* has None"), ("{", "wanted UTF-8 JSON in")]:
+        (out / "dataset.json").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=message):
+            load_dataset(out)
+    (out / "dataset.json").write_bytes(good["dataset.json"])
+    (out / "test.parquet").write_bytes(good["test.parquet"][:-1])
+    with pytest.raises(
+        UserError, match=r"test.parquet is not the file that was prepared .its sha256 differs."
+    ):
+        load_dataset(out)
+    (out / "test.parquet").unlink()
+    with pytest.raises(
+        UserError, match=r"wanted test.parquet in the prepared folder .*, it is missing; prepare it again"
+    ):
+        load_dataset(out)
+
+
+# --- a kill at any moment ---------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import polars as pl
+from trierec.dataset import prepare
+
+raw, out, moment, when = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+calls = 0
+
+def killing(real, before):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == when and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*args, **kwargs)
+        if calls == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+
+if moment == "write":
+    def half(self, path, **options):
+        global calls
+        calls += 1
+        if calls == when:
+            Path(path).write_bytes(b"PAR1")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, path, **options)
+    real, pl.DataFrame.write_parquet = pl.DataFrame.write_parquet, half
+else:
+    os.replace = killing(os.replace, moment == "before")
+prepare("msl:" + raw, out, max_history=2)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
+@pytest.mark.parametrize(
+    ("moment", "when", "old"),
+    [
+        ("write", 1, False),
+        ("write", 4, True),
+        ("before", 1, True),
+        ("before", 2, False),
+        ("before", 2, True),
+        ("after", 2, True),
+        ("before", 3, True),
+        ("after", 3, True),
+    ],
+)
+def test_a_killed_prepare_leaves_nothing_half_written(
+    tmp_path: Path, moment: str, when: int, old: bool
+) -> None:
+    raw, out = write_msl(tmp_path / "raw"), tmp_path / "out"
+    if old:
+        prepare(f"msl:{raw}", out, max_history=1)
+    # os.replace is called for dataset.json, then, when there is an old folder, to put it aside, then for the new one.
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(trierec.__file__).parents[1]),
+        "POLARS_MAX_THREADS": "1",
+    }
+    killed = subprocess.run(
+        [sys.executable, "-c", CHILD, str(raw), str(out), moment, str(when)],
+        env=environment,
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    finished = (moment, when) == ("after", 3)
+    if out.exists():
+        assert load_dataset(out).info["settings"]["max_history"] == (2 if finished else 1)
+        assert finished or old
+    else:
+        with pytest.raises(UserError, match="wanted a prepared folder"):
+            load_dataset(out)
+        aside = tmp_path / ".tmp-out.old"
+        assert aside.exists() == old
+        if old:  # between the two renames: the old folder waits beside its place, whole
+            assert load_dataset(aside).info["settings"]["max_history"] == 1
+    again = prepare(f"msl:{raw}", out)
+    assert again.info["settings"]["max_history"] == 20
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "raw"]
+
+
+def test_an_interrupted_replacement_is_restored_by_the_next_try(tmp_path: Path) -> None:
+    raw, out = write_msl(tmp_path / "raw"), tmp_path / "out"
+    prepare(f"msl:{raw}", out)
+    before = contents(out)
+    out.rename(tmp_path / ".tmp-out.old")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pl.DataFrame, "write_parquet", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
+        )
+        with pytest.raises(UserError, match=r"cannot write .*: disk full; choose another folder"):
+            prepare(f"msl:{raw}", out)
+    assert contents(out) == before
+
+
+# --- real data --------------------------------------------------------------------------------------------------------
+
+
+def test_amazon_office(tmp_path: Path) -> None:
+    dataset = prepare(f"msl:{shared('amazon_office')}", tmp_path / "out")
+    assert dataset.info["counts"] == {
+        "users": 4895,
+        "items": 2414,
+        "titles": 2411,
+        "interactions": 53149,
+        "train_rows": 15400,
+        "valid_rows": 1925,
+        "test_rows": 1925,
+    }
+    assert dataset.catalog.title[1422].count("\n") == 1  # id 1423
+    assert sum(bool(re.search(r"&#?\w+;", title)) for title in dataset.catalog.title) == 190
+
+
+def test_amazon_books(tmp_path: Path) -> None:
+    dataset = prepare(f"msl:{shared('amazon_books')}", tmp_path / "out")
+    counts = dataset.info["counts"]
+    assert (counts["items"], counts["titles"]) == (6344, 6335)
+    assert (counts["train_rows"], counts["valid_rows"], counts["test_rows"]) == (31164, 3896, 4383)
+    assert dataset.catalog.item_id[5745] == "5746"
+    assert dataset.catalog.title[5745] == ""
+    assert dataset.info["repairs"] == {"empty_titles": 1}
+    assert dataset.info["notes"][0].startswith("no valid.csv: the last 3,896 of the 35,060 training rows")
+    assert np.setdiff1d(dataset.test.target, dataset.train.target).size > 200
+    assert (np.diff(dataset.train.timestamp) >= 0).all()
+    assert dataset.train.timestamp[-1] <= dataset.valid.timestamp[0]
+
+
+def test_amazon_games_d3(tmp_path: Path) -> None:
+    folder = shared("amazon_games_d3")
+    dataset = prepare(f"d3:{folder}", tmp_path / "out")
+    counts = dataset.info["counts"]
+    assert counts["items"] == 3858
+    assert (counts["train_rows"], counts["valid_rows"], counts["test_rows"]) == (49133, 6142, 6142)
+    lines = (folder / "info.txt").read_text(encoding="utf-8").split("\n")
+    assert "".join(f"{t}\t{i}\n" for i, t in enumerate(dataset.catalog.title)).split("\n") == lines
+    first = pl.read_csv(folder / "test.csv", n_rows=1)
+    assert str(dataset.test.history[0].tolist()) == first["history_item_id"][0]
+    assert dataset.test.target[0] == first["item_id"][0]
+
+
+def cached(name: str) -> None:
+    """Skip unless the real release is in the cache: a test does not download."""
+    if not fetch._is_whole(fetch.cache_folder() / name, fetch.RELEASES[name]):
+        pytest.skip(f"{name} is not in the cache; trierec prepare {name} --out DIR fetches it")
+
+
+def test_ml_100k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached("ml-100k")
+    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    dataset = prepare("ml-100k", tmp_path / "out")
+    assert dataset.info["counts"] == {
+        "users": 943,
+        "items": 1682,
+        "titles": 1664,
+        "interactions": 100000,
+        "train_rows": 100000 - 3 * 943,
+        "valid_rows": 943,
+        "test_rows": 943,
+    }
+    assert dataset.catalog.title[dataset.catalog.item_id.index("267")] == "unknown"
+    assert dataset.catalog.title[dataset.catalog.item_id.index("543")] == "Misérables, Les (1995)"
+    assert dataset.test.seen is not None
+    assert dataset.test.seen.lengths.min() >= 19
+    assert dataset.test.history.lengths.max() == 20
+    assert not any(
+        target in seen for seen, target in zip(dataset.test.seen, dataset.test.target, strict=True)
+    )
+    count = np.bincount(dataset.test.seen.values, minlength=1682)
+    assert (count + np.bincount(dataset.test.target, minlength=1682)).sum() == 100000
+
+
+def test_ml_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached("ml-1m")
+    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    dataset = prepare("ml-1m", tmp_path / "out")
+    assert dataset.info["counts"] == {
+        "users": 6040,
+        "items": 3706,
+        "titles": 3706,
+        "interactions": 1000209,
+        "train_rows": 1000209 - 3 * 6040,
+        "valid_rows": 6040,
+        "test_rows": 6040,
+    }
+    assert dataset.info["repairs"] == {"titles_without_interactions": 177}
+    assert dataset.catalog.title[dataset.catalog.item_id.index("1320")] == "Alien³ (1992)"
+    assert dataset.catalog.item_id[-1] == "3952"
