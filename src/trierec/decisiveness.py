@@ -1,0 +1,213 @@
+"""How much each title token decides: numbers per trie node, from how often each item is a training target.
+
+A token is the edge into one node, so a measure of tokens is an array over nodes. The information gain of
+IGD is ``G[parent] - G[node]``, where ``G[n]`` is the sum of ``-p ln p`` over the groups (equal titles)
+under n and ``p`` is a group's share of all training targets. The paper does not renormalise ``p`` under a
+prefix, so no gain is negative. Everything is in nats. Source of all measures: IGD (NeurIPS '25), equations
+3 to 5 of its text as ``docs/papers.md`` lists them.
+
+Shape key: N nodes, I items.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from trierec.errors import UserError
+from trierec.trie import Trie
+
+# Gains of siblings with equal masses may differ in their last bits, by the order of summation. Scaled to
+# [0, 1] such a difference would cost one of them a weight of 1 - alpha. Relative to the larger gain.
+ROUNDING = 1e-12
+
+
+def gain_entropy(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.float64]:
+    r"""Entropy mass of the items under each node, not renormalised.
+
+    .. math:: G_n = -\sum_{g \in \mathrm{groups}(n)} p_g \ln p_g
+
+    where :math:`p_g` is the sum of the counts of the items that share title g, over the sum of all counts.
+
+    Args:
+        t: The trie of the catalogue.
+        counts_per_item: Integers (I,) >= 0: how often each item is a target of the training loss.
+
+    Returns:
+        float64 (N,), nats, >= 0; 0 under nodes without counts.
+
+    Raises:
+        UserError: Not one count per item, a negative count, a fraction, or no count above zero.
+    """
+    return _entropy(t, _masses(t, counts_per_item))
+
+
+def information_gain(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.float64]:
+    """How much uncertainty about the item the token into each node removes.
+
+    ``gain[n] = G[parent[n]] - G[n]`` with ``G`` of `gain_entropy`. Along a title the gains sum to
+    ``G[0] - G[leaf]``. A node without counts whose parent has some gains all of ``G[parent]``.
+
+    Args:
+        t: The trie of the catalogue.
+        counts_per_item: Integers (I,) >= 0: how often each item is a target of the training loss.
+
+    Returns:
+        float64 (N,), nats, >= 0; exactly 0 where `zero_gain` holds, so also at the root.
+
+    Raises:
+        UserError: As `gain_entropy`.
+
+    >>> t = Trie.from_sequences([[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9]])
+    >>> information_gain(t, [4, 2, 1, 1])[t.walk([1, 3, 9])].round(4).tolist()
+    [0.0, 0.2599, 0.3466, 0.2599]
+    """
+    mass_N = _masses(t, counts_per_item)
+    entropy_N = _entropy(t, mass_N)
+    gain_N = np.zeros_like(entropy_N)
+    gain_N[1:] = entropy_N[t.parent[1:]] - entropy_N[1:]
+    gain_N[_keeps_all(t, mass_N)] = 0.0
+    return gain_N
+
+
+def zero_gain(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.bool_]:
+    """Whether the token into each node decides nothing: all of its parent's counts lie under the node.
+
+    Decided on integers, never by comparing a float with 0. A node whose parent has no counts is zero-gain;
+    a node without counts whose parent has some is not.
+
+    Args:
+        t: The trie of the catalogue.
+        counts_per_item: Integers (I,) >= 0: how often each item is a target of the training loss.
+
+    Returns:
+        bool (N,), True at the root.
+
+    Raises:
+        UserError: As `gain_entropy`.
+    """
+    return _keeps_all(t, _masses(t, counts_per_item))
+
+
+def decoding_weights(t: Trie, gain: ArrayLike, alpha: float) -> NDArray[np.float64]:
+    r"""Weights of the log-probabilities in IGD's decoding.
+
+    .. math:: w_n = 1 - \alpha \frac{\mathrm{gain}_n - \min}{\max - \min}
+
+    with minimum and maximum over the siblings of n, n included. Of the children of a node the least
+    decisive token keeps weight 1 and the most decisive gets ``1 - alpha``: log-probabilities are negative,
+    so that raises it.
+
+    Args:
+        t: The trie of the catalogue.
+        gain: Finite numbers (N,), usually `information_gain`.
+        alpha: Strength in [0, 1]; 0 is ordinary decoding.
+
+    Returns:
+        float64 (N,) in [1 - alpha, 1]: the weight of the edge into each node; 1 at the root and where all
+        siblings are equal (to rounding).
+
+    Raises:
+        UserError: ``alpha`` outside [0, 1], or ``gain`` not (N,) finite numbers.
+
+    Differs from the paper: scaled over siblings, not over all candidates of a beam step (as the authors'
+    code), and without the code's 1e-7 in the denominator. The paper says that alpha 1 is ordinary decoding;
+    alpha 0 is.
+    """
+    _check_share("alpha", alpha)
+    gain_N = np.asarray(gain, dtype=np.float64)
+    if gain_N.shape != (t.n_nodes,) or not np.isfinite(gain_N).all():
+        raise UserError(
+            f"wanted a finite gain for each of {t.n_nodes} nodes, got an array of shape {gain_N.shape} with "
+            f"{int((~np.isfinite(gain_N)).sum())} values that are not; take it from information_gain"
+        )
+    inner = np.flatnonzero(t.n_children)
+    edge, start = gain_N[1:], t.child_ptr[inner] - 1
+    low, high = np.minimum.reduceat(edge, start), np.maximum.reduceat(edge, start)
+    differ = high - low > ROUNDING * np.maximum(np.abs(low), np.abs(high))
+    span = np.where(differ, high - low, 1.0)
+    size = t.n_children[inner]
+    scaled = (edge - np.repeat(low, size)) / np.repeat(span, size) * np.repeat(differ, size)
+    return np.concatenate(([1.0], 1.0 - alpha * scaled))
+
+
+def binary_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> NDArray[np.float64]:
+    """Weights of the token losses in IGD's training: beta where the token decides nothing, else 1.
+
+    Args:
+        t: The trie of the catalogue.
+        counts_per_item: Integers (I,) >= 0: how often each item is a target of the training loss.
+        beta: Weight of zero-gain tokens in [0, 1]; 1 weighs all tokens alike.
+
+    Returns:
+        float64 (N,): the weight of the edge into each node.
+
+    Raises:
+        UserError: ``beta`` outside [0, 1], or counts as `gain_entropy`.
+    """
+    _check_share("beta", beta)
+    return np.where(zero_gain(t, counts_per_item), float(beta), 1.0)
+
+
+def zero_gain_share(t: Trie, counts_per_item: ArrayLike) -> float:
+    """Share of zero-gain tokens among all target tokens (IGD, Table 1), titles weighed by counts."""
+    mass_N = _masses(t, counts_per_item)
+    return _edge_mean(_keeps_all(t, mass_N), mass_N)
+
+
+def forced_share(t: Trie, counts_per_item: ArrayLike) -> float:
+    """Share of tokens without an alternative in the trie among all target tokens.
+
+    Titles are weighed by counts; counts of one give the share over the catalogue.
+    """
+    return _edge_mean(t.n_children[t.parent] == 1, _masses(t, counts_per_item))
+
+
+def average_valid_tokens(t: Trie, counts_per_item: ArrayLike) -> float:
+    """Mean number of valid tokens over all target tokens (AVT in MSL), titles weighed by counts."""
+    return _edge_mean(t.n_children[t.parent], _masses(t, counts_per_item))
+
+
+def _masses(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.int64]:
+    """Checked counts, summed under each node: int64 (N,), positive at the root."""
+    counts = np.asarray(counts_per_item)
+    if counts.shape != (t.n_items,):
+        raise UserError(
+            f"wanted one count for each of {t.n_items} items, got shape {counts.shape}; index it by item"
+        )
+    whole = counts.dtype.kind in "iub" or (np.isfinite(counts) & (counts == np.floor(counts))).all()
+    if not whole:
+        raise UserError(f"wanted integer counts, got fractions ({counts.dtype}); count targets, do not weigh")
+    count_I = counts.astype(np.int64)
+    if count_I.min() < 0:
+        item = int(np.argmin(count_I))
+        raise UserError(f"wanted counts >= 0, got {count_I[item]} for item {item}; count training targets")
+    if not count_I.any():
+        raise UserError(
+            "wanted at least one training target, got counts that are all zero; check the training split"
+        )
+    return t.subtree_count(count_I)
+
+
+def _entropy(t: Trie, mass_N: NDArray[np.int64]) -> NDArray[np.float64]:
+    leaves = np.flatnonzero(t.is_leaf)
+    leaves = leaves[mass_N[leaves] > 0]
+    mass, total = mass_N[leaves], mass_N[0]
+    term_I = np.zeros(t.n_items)
+    # The first item of a group carries the term of the whole group. -ln p as log1p stays exact for p near 1.
+    term_I[t.item_order[t.item_lo[leaves]]] = mass / total * np.log1p((total - mass) / mass)
+    return t.subtree_sum(term_I)
+
+
+def _keeps_all(t: Trie, mass_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.concatenate(([True], mass_N[t.parent[1:]] == mass_N[1:]))
+
+
+def _edge_mean(value_N: NDArray[np.bool_] | NDArray[np.int64], mass_N: NDArray[np.int64]) -> float:
+    """Mean of a number per edge over all target tokens; the root has no edge."""
+    return float((value_N[1:] * mass_N[1:]).sum() / mass_N[1:].sum())
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise UserError(f"wanted {name} in [0, 1], got {value}; 0 <= {name} <= 1")
