@@ -1,0 +1,232 @@
+"""Histories to prompts: one object for training and for inference, hashed.
+
+A template decides three texts: what stands before the history, how titles stand in the history, and the
+string whose tokens are a title. Prompt and title are tokenised apart and their ids are concatenated, so no
+seam is ever searched for. Titles are untrusted text: they are tokenised with ``split_special_tokens=True``,
+so that a title which contains the terminator's spelling is just a title.
+
+Templates (facts of the papers' prompts in ``docs/papers.md``; the sentences of ``msl`` are ours):
+
+========  ==============================================  ======================
+==================================== name      prompt                                          title string
+source ========  ==============================================  ======================
+==================================== plain     titles, each closed by the terminator           the title
+ours, for models trained from scratch msl       instruction, input, response (Alpaca sections)  the title in
+``"``      MSL, BIGRec d3        the same with "User Input"                      the title and newline   D3,
+IGD ========  ==============================================  ======================
+====================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trierec.catalog import Catalog
+from trierec.errors import UserError
+from trierec.splits import Ragged
+
+_ANNOUNCEMENT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+# "palyed" is the D3 authors' spelling; results depend on the exact text, so it stays.
+_BEFORE = {
+    "msl": _ANNOUNCEMENT
+    + "\n\n### Instruction:\nGiven the {noun} the user has {verb}, recommend a new one the user likes."
+    "\n\n### Input:\nThe user has {verb} the following {noun} before: ",
+    "d3": _ANNOUNCEMENT
+    + "\n\n### Instruction:\nGiven a list of {noun} the user recently enjoyed, please write a new "
+    "one that the user may buy\n\n### User Input: \nThe user has palyed the following {noun}s before: ",
+}
+_AFTER = {"msl": "\n \n\n### Response:\n", "d3": "\n\n### Response: \n"}
+_TITLE = {"plain": "{}", "msl": '"{}"', "d3": "{}\n"}
+_IN_HISTORY = {"msl": '"{}"', "d3": "{}"}
+TEMPLATES = tuple(_TITLE)
+_PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # where the user's text goes while a chat template is rendered
+
+
+@dataclass
+class Dropped:
+    """How many titles did not fit, counted while prompts are made."""
+
+    titles: int = 0
+    prompts: int = 0
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Turns histories of item indices into token ids; made by :func:`build_prompts`.
+
+    Attributes:
+        template: One of ``plain``, ``msl``, ``d3``.
+        title_tokens: For each item the ids of its title and the terminator: what the trie is built from.
+        bos: Ids in front of every prompt; never empty for ``plain``, so an empty history has a prompt too.
+        max_history: Only the last so many titles of a history are used.
+        max_tokens: A longer prompt loses whole titles, oldest first.
+        hash: Hex SHA-256 of everything above and of the tokenizer.
+        settings: The keyword arguments of :func:`build_prompts` that make this object again.
+        dropped: Titles that were dropped because of ``max_tokens`` so far.
+    """
+
+    tokenizer: Any = field(repr=False)
+    title: tuple[str, ...] = field(repr=False)
+    template: str
+    title_tokens: Ragged = field(repr=False)
+    bos: tuple[int, ...]
+    before: tuple[int, ...] = field(repr=False)
+    after: tuple[int, ...] = field(repr=False)
+    lead: str = field(repr=False)
+    max_history: int
+    max_tokens: int
+    hash: str
+    settings: dict[str, Any] = field(repr=False)
+    dropped: Dropped = field(default_factory=Dropped, repr=False)
+
+    @property
+    def n_dropped(self) -> int:
+        """Titles dropped so far because prompts were too long."""
+        return self.dropped.titles
+
+    def encode(self, history: Iterable[int]) -> list[int]:
+        """Prompt ids for one history.
+
+        Args:
+            history: Item indices, oldest first; may be empty.
+
+        Raises:
+            UserError: If the instruction alone is longer than ``max_tokens``.
+        """
+        items = [int(i) for i in history][-self.max_history :] if self.max_history else []
+        for first in range(len(items) + 1):
+            ids = self._encode(items[first:])
+            if len(ids) <= self.max_tokens:
+                self.dropped.titles += first
+                self.dropped.prompts += first > 0
+                return ids
+        raise UserError(
+            f"wanted a prompt of at most {self.max_tokens} tokens, the instruction alone has {len(ids)}; "
+            "raise max_tokens"
+        )
+
+    def _encode(self, items: list[int]) -> list[int]:
+        if self.template == "plain":
+            return [*self.bos, *itertools.chain.from_iterable(self.title_tokens[i].tolist() for i in items)]
+        titles = ", ".join(_IN_HISTORY[self.template].format(self.title[i]) for i in items)
+        text = _plain_ids(self.tokenizer, self.lead + titles + _AFTER[self.template])
+        return [*self.bos, *self.before, *text, *self.after]
+
+
+def build_prompts(
+    tokenizer: Any,
+    catalog: Catalog,
+    template: str = "plain",
+    noun: str = "items",
+    verb: str = "bought",
+    *,
+    max_history: int = 20,
+    max_tokens: int = 1024,
+    chat: bool = False,
+) -> Prompts:
+    """Tokenise the catalogue and fix everything a prompt depends on.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with a terminator (``eos_token``).
+        catalog: The titles.
+        template: One of :data:`TEMPLATES`.
+        noun: What the items are, plural, for the instruction; from ``dataset.json``.
+        verb: What users did with them, past participle; from ``dataset.json``.
+        max_history: At most so many titles of a history are used, the most recent ones.
+        max_tokens: Length limit of a prompt in tokens.
+        chat: Wrap the prompt in the tokenizer's chat template as a user's turn (instruct models).
+
+    Raises:
+        UserError: Unknown template, a tokenizer without terminator, ``chat`` where it cannot be, or a
+            tokenizer that puts the terminator into a title.
+    """
+    if template not in TEMPLATES:
+        raise UserError(f"wanted a prompt template among {', '.join(TEMPLATES)}, got {template!r}")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "wanted a tokenizer with an end-of-sequence token to close titles; set tokenizer.eos_token"
+        )
+    if chat and (template == "plain" or not getattr(tokenizer, "chat_template", None)):
+        raise UserError(
+            "chat = true needs an instruction template (msl or d3) and a tokenizer with a chat template"
+        )
+    title_tokens = _title_tokens(tokenizer, catalog.title, template)
+    lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
+    before, after = _chat_sides(tokenizer) if chat else ((), ())
+    bos = _bos(tokenizer, template, chat)
+    identity = [template, lead, before, after, bos, max_history, max_tokens, tokenizer_hash(tokenizer)]
+    settings = {
+        "template": template,
+        "noun": noun,
+        "verb": verb,
+        "max_history": max_history,
+        "max_tokens": max_tokens,
+    }
+    return Prompts(
+        tokenizer=tokenizer,
+        title=catalog.title,
+        template=template,
+        title_tokens=title_tokens,
+        bos=bos,
+        before=before,
+        after=after,
+        lead=lead,
+        max_history=max_history,
+        max_tokens=max_tokens,
+        hash=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        settings=settings | {"chat": chat},
+    )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hex SHA-256 of a tokenizer's vocabulary, rules and special tokens."""
+    # A tokenizer remembers the truncation and padding of its last call; they are no part of what it is.
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend.update(truncation=None, padding=None)
+    return hashlib.sha256(json.dumps([backend, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
+
+
+def _title_tokens(tokenizer: Any, titles: Sequence[str], template: str) -> Ragged:
+    strings = [_TITLE[template].format(title) for title in titles]
+    rows: list[list[int]] = tokenizer(strings, add_special_tokens=False, split_special_tokens=True)[
+        "input_ids"
+    ]
+    end = int(tokenizer.eos_token_id)
+    for title, ids in zip(titles, rows, strict=True):
+        if end in ids:
+            raise UserError(
+                f"the tokenizer writes its terminator (id {end}) inside the title {title!r}; "
+                "use a tokenizer that can split special tokens"
+            )
+    return Ragged.from_lists([[*ids, end] for ids in rows])
+
+
+def _bos(tokenizer: Any, template: str, chat: bool) -> tuple[int, ...]:
+    """What a prompt starts with: plain needs a first token, the others take what the tokenizer adds by itself."""
+    if chat:
+        return ()
+    if template == "plain":
+        return (int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id),)
+    added = tokenizer("")["input_ids"]
+    return tuple(i for i in added[:1] if i == tokenizer.bos_token_id)
+
+
+def _chat_sides(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids before and after the user's text; only these may contain special tokens."""
+    turn = [{"role": "user", "content": _PLACE}]
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    before, _, after = rendered.partition(_PLACE)
+    return tuple(tuple(tokenizer(side, add_special_tokens=False)["input_ids"]) for side in (before, after))  # type: ignore[return-value]

@@ -1,0 +1,267 @@
+"""Recipes: strict TOML files to validated settings.
+
+A published method is a recipe file. Every key is listed here, with its default; the paper's value is the
+default where there is one. An unknown key is an error that names the nearest known one. ``--set a.b=value``
+changes one key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trierec.errors import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(_Section):
+    """What is learned from."""
+
+    source: str = Field(description="ml-100k, ml-1m, msl:DIR or d3:DIR")
+    folder: Path | None = Field(None, description="prepared folder; default data/NAME, made when absent")
+    max_history: int = Field(20, ge=1, description="titles of a history that a prompt may hold (papers: 10)")
+
+
+class TinyModel(_Section):
+    """Shape of the ``tiny`` backbone."""
+
+    vocabulary: int = Field(2048, ge=260)
+    width: int = Field(96, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    feed_forward: int = Field(384, ge=8)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class BackboneSettings(_Section):
+    """The language model and its prompt."""
+
+    name: str = Field("tiny", description="tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder")
+    template: Literal["plain", "msl", "d3"] | None = Field(
+        None, description="default: plain for tiny, else msl"
+    )
+    chat: bool = False
+    max_tokens: int = Field(1024, ge=8)
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    tiny: TinyModel = TinyModel()
+
+
+class AdaptiveSettings(_Section):
+    """ATS of MSL; the defaults are the authors' (arXiv:2504.04178 and its code)."""
+
+    eta: float = Field(0.25, gt=0, lt=1)
+    initial: float = Field(1.5, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1)
+    clamp: tuple[float, float] = (1.5, 5.0)
+    root: Literal["plus", "minus"] = "plus"
+
+
+class ObjectiveSettings(_Section):
+    """Support x temperature x weight."""
+
+    support: Literal["trie", "vocabulary"] = "trie"
+    temperature: float | Literal["adaptive"] = 1.0
+    weight: Literal["uniform", "igd"] = "uniform"
+    beta: float = Field(0.1, ge=0, le=1, description="weight of a token without information gain (IGD)")
+    normaliser: Literal["weights", "decisions", "sum"] = "weights"
+    adaptive: AdaptiveSettings = AdaptiveSettings()
+
+    @model_validator(mode="after")
+    def _positive(self) -> ObjectiveSettings:
+        if self.temperature != "adaptive" and self.temperature <= 0:
+            raise ValueError(f"temperature must be > 0 or 'adaptive', got {self.temperature}")
+        return self
+
+
+class TrainingSettings(_Section):
+    """The budget is steps, never seconds; ``time_limit_s`` only stops early, and says so."""
+
+    supervision: Literal["last", "every"] = Field(
+        "last", description="every: each title after the first is a target"
+    )
+    rows: Literal["train", "train+valid"] = Field(
+        "train", description="train+valid: the final fit, after settings are chosen"
+    )
+    sample: int | None = Field(
+        None, ge=1, description="so many rows of train, drawn once with the seed (MSL: 10000)"
+    )
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(16, ge=1, description="rows of one optimiser step")
+    accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    log_every: int = Field(25, ge=1)
+    evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: never")
+    patience: int = Field(
+        0, ge=0, description="validations without improvement before the end; 0: no early stop"
+    )
+    metric: Literal["NDCG@5", "NDCG@10", "HR@5", "HR@10", "MRR@10"] = "NDCG@10"
+    valid_users: int = Field(500, ge=1, description="rows of a validation, drawn once with the seed")
+    checkpoint_every: int = Field(0, ge=0)
+    keep_checkpoints: int = Field(2, ge=1)
+    time_limit_s: float | None = Field(None, gt=0)
+
+
+class EvaluationSettings(_Section):
+    """How a trained model is ranked and counted."""
+
+    split: Literal["valid", "test"] = "test"
+    search: Literal["catalogue", "beam", "exact"] = "catalogue"
+    support: Literal["trie", "vocabulary"] = "trie"
+    exclude: Literal["none", "history", "seen"] = Field(
+        "none", description="items never returned; seen: all earlier ones"
+    )
+    k: int = Field(10, ge=1)
+    users: int | None = Field(None, ge=1, description="only the first so many rows")
+    batch_users: int = Field(16, ge=1)
+
+
+class Recipe(_Section):
+    """One run: data, backbone, objective, training, evaluation, seed."""
+
+    name: str
+    title: str = ""
+    seed: int = Field(0, ge=0)
+    data: DataSettings
+    backbone: BackboneSettings = BackboneSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @property
+    def template(self) -> str:
+        """Prompt template: what the recipe says, else ``plain`` for models trained from scratch, ``msl`` otherwise."""
+        return self.backbone.template or ("plain" if self.backbone.name == "tiny" else "msl")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Recipe:
+        if self.training.supervision == "every" and self.template != "plain":
+            raise ValueError("training.supervision = 'every' needs backbone.template = 'plain'")
+        if self.training.batch_size % self.training.accumulation:
+            raise ValueError("training.batch_size must be a multiple of training.accumulation")
+        if self.training.patience and not self.training.evaluate_every:
+            raise ValueError("training.patience needs training.evaluate_every > 0")
+        return self
+
+
+def recipe_folder() -> Path:
+    """Where the recipes that come with trierec are."""
+    packaged = Path(__file__).parent / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply ``a.b=value`` changes.
+
+    Args:
+        path: A TOML file, or the name of a recipe that comes with trierec (``demo/msl``).
+        changes: ``key=value`` with dots in the key; the value is TOML, or a bare word for a string.
+
+    Raises:
+        UserError: No such file, not TOML, an unknown key (with the nearest known one), a value out of range.
+    """
+    file = Path(path)
+    if not file.is_file():
+        file = recipe_folder() / f"{path}.toml"
+    if not file.is_file():
+        known = sorted(
+            f.relative_to(recipe_folder()).with_suffix("").as_posix() for f in recipe_folder().rglob("*.toml")
+        )
+        raise UserError(
+            f"wanted a recipe file or one of {', '.join(known)}, got {str(path)!r}; check the path"
+        )
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"wanted UTF-8 TOML in {file}, got: {error}") from None
+    for change in changes:
+        _apply(values, change)
+    return parse_recipe(values, str(file))
+
+
+def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """Validate a recipe's values; ``where`` is named in errors."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(error)}") from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """TOML text of a recipe with every key spelled out."""
+    lines: list[str] = []
+    _dump(recipe.model_dump(mode="json", exclude_none=True), "", lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _dump(table: Mapping[str, Any], prefix: str, lines: list[str]) -> None:
+    lines.extend(f"{key} = {_toml(value)}" for key, value in table.items() if not isinstance(value, dict))
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines.append(f"\n[{prefix}{key}]")
+            _dump(value, f"{prefix}{key}.", lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, str):
+        escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 else "\\" + c if c in '"\\' else c for c in value)
+        return f'"{escaped}"'
+    return repr(value)
+
+
+def _apply(values: dict[str, Any], change: str) -> None:
+    key, equals, text = change.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"wanted --set key=value such as training.steps=100, got {change!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = key.strip().split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise UserError(
+                f"wanted a key such as training.steps in --set, got {change!r}: {table} is not a table"
+            )
+    values[last] = value
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _keys(Recipe), n=1, cutoff=0.3)
+        return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if problem["type"] == "missing":
+        return f"the key {key!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key or 'recipe'}: {message}" + (
+        "" if ", got " in message or not key else f", got {problem['input']!r}"
+    )
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys.extend(_keys(info.annotation, f"{prefix}{name}."))
+    return keys

@@ -1,0 +1,80 @@
+"""Loading models: the tiny one, local folders, names that cannot be had, and the question about the head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import tiny_model
+from tests.worlds import TINY, TITLES, backbone
+from trierec.backbones import (
+    body,
+    hand_head_matches,
+    head_weight,
+    load_backbone,
+    resolve_device,
+    resolve_dtype,
+)
+from trierec.errors import UserError
+
+
+def test_tiny_is_what_the_seed_says() -> None:
+    a, b, c = backbone(seed=1), backbone(seed=1), backbone(seed=2)
+    assert all(x.equal(y) for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True))
+    assert not head_weight(a.model).equal(head_weight(c.model))
+    assert a.model.config.model_type == "qwen2"
+    assert not a.model.training
+
+
+def test_the_default_tiny_has_two_thirds_of_a_million_parameters() -> None:
+    model = load_backbone("tiny", titles=[f"title {i}" for i in range(9)], device="cpu").model
+    assert sum(p.numel() for p in model.parameters()) < 640_513
+
+
+def test_the_tokenizer_round_trips_any_script() -> None:
+    tokenizer = backbone().tokenizer
+    for text in (*TITLES, "Ünïcödé", "हिन्दी", "עברית", "\t tab  spaces ", ""):
+        assert tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "matches"), [("qwen2", True), ("llama", True), ("gpt2", True), ("gemma2", False)]
+)
+def test_soft_capped_logits_are_noticed(kind: str, matches: bool) -> None:
+    assert hand_head_matches(tiny_model(kind)) is matches
+
+
+def test_body_gives_the_state_the_head_reads() -> None:
+    model = tiny_model()
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        hidden = body(model)(input_ids=ids).last_hidden_state
+        assert torch.allclose(hidden @ head_weight(model).T, model(input_ids=ids).logits, atol=1e-5)
+
+
+def test_a_local_folder_is_loaded_as_it_is(tmp_path: Path) -> None:
+    saved = backbone()
+    saved.save(tmp_path / "m")
+    loaded = load_backbone(str(tmp_path / "m"), device="cpu")
+    assert head_weight(loaded.model).equal(head_weight(saved.model))
+    assert list(loaded.origin["sha256"]) == ["model.safetensors"]
+
+
+def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="wanted titles to train the tokenizer"):
+        load_backbone("tiny", tiny=TINY)
+    with pytest.raises(
+        UserError, match="wanted the language model .*nothing.* or put the files in a local folder"
+    ):
+        load_backbone(str(tmp_path / "nothing"), device="cpu")
+    with pytest.raises(UserError, match="wanted a device such as auto, cpu, cuda or mps, got 'toaster'"):
+        resolve_device("toaster")
+    with pytest.raises(UserError, match="wanted a dtype among auto, .*got 'int3'"):
+        resolve_dtype("int3", torch.device("cpu"))
+    monkeypatch.setenv("TRIEREC_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    with pytest.raises(UserError, match="the weights of smollm2-135m-q4, but the cache"):
+        load_backbone("smollm2-135m-q4", device="cpu")

@@ -1,0 +1,100 @@
+"""Prompts: concatenated ids, whole titles dropped, untrusted text, hashes."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.worlds import TITLES, backbone, catalog
+from trierec.errors import UserError
+from trierec.prompts import build_prompts, tokenizer_hash
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    return backbone().tokenizer
+
+
+def test_plain_prompts_are_the_titles_each_closed_by_the_terminator(tokenizer) -> None:
+    prompts = build_prompts(tokenizer, catalog(), max_history=2)
+    a, b = (prompts.title_tokens[i].tolist() for i in (3, 0))
+    assert prompts.encode([1, 3, 0]) == [tokenizer.bos_token_id, *a, *b]
+    assert prompts.encode([]) == [tokenizer.bos_token_id]
+
+
+@pytest.mark.parametrize("template", ["plain", "msl", "d3"])
+def test_every_title_ends_in_the_only_terminator_and_decodes_to_itself(tokenizer, template: str) -> None:
+    prompts = build_prompts(tokenizer, catalog(), template)
+    shown = {"plain": "{}", "msl": '"{}"', "d3": "{}\n"}[template]
+    for title, ids in zip(TITLES, prompts.title_tokens, strict=True):
+        *body, last = ids.tolist()
+        assert last == tokenizer.eos_token_id
+        assert last not in body
+        assert tokenizer.decode(body) == shown.format(title)
+
+
+@pytest.mark.parametrize("template", ["msl", "d3"])
+def test_instruction_prompts_name_the_things_and_never_hold_a_special_token(tokenizer, template: str) -> None:
+    prompts = build_prompts(tokenizer, catalog(), template, "films", "watched")
+    ids = prompts.encode([6, 0])  # item 6 spells the terminator
+    assert not {tokenizer.eos_token_id, tokenizer.pad_token_id} & set(ids)
+    text = tokenizer.decode(ids)
+    assert "films" in text
+    assert text.index("x <|end|> y") < text.index("Alien (1979)")
+    assert text.rstrip().endswith("### Response:")
+    assert ("palyed" in text) == (template == "d3")
+
+
+def test_a_long_prompt_loses_whole_titles_oldest_first(tokenizer) -> None:
+    prompts = build_prompts(
+        tokenizer, catalog(), max_tokens=len(build_prompts(tokenizer, catalog()).encode([0, 1]))
+    )
+    assert prompts.encode([5, 0, 1]) == prompts.encode([0, 1])
+    assert (prompts.n_dropped, prompts.dropped.prompts) == (1, 1)
+    short = build_prompts(tokenizer, catalog(), "msl", max_tokens=20)
+    with pytest.raises(
+        UserError, match=r"at most 20 tokens, the instruction alone has \d+; raise max_tokens"
+    ):
+        short.encode([0])
+
+
+def test_the_hash_knows_everything_a_prompt_depends_on(tokenizer) -> None:
+    base = build_prompts(tokenizer, catalog())
+    assert base.hash == build_prompts(tokenizer, catalog(), **base.settings).hash
+    others = [
+        build_prompts(tokenizer, catalog(), max_history=3),
+        build_prompts(tokenizer, catalog(), max_tokens=99),
+        build_prompts(tokenizer, catalog(), "msl"),
+        build_prompts(tokenizer, catalog(), "msl", "films", "watched"),
+        build_prompts(backbone(TITLES[:4]).tokenizer, catalog()),
+    ]
+    assert len({base.hash, *(other.hash for other in others)}) == len(others) + 1
+
+
+def test_the_tokenizer_hash_does_not_depend_on_what_was_tokenised(tokenizer) -> None:
+    before = tokenizer_hash(tokenizer)
+    tokenizer(["a", "a longer text"], padding=True, truncation=True, max_length=4)
+    assert tokenizer_hash(tokenizer) == before
+
+
+def test_chat_wraps_the_users_turn_and_leaves_titles_inert(tokenizer) -> None:
+    import copy
+
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}answer:"
+    ids = build_prompts(chatty, catalog(), "msl", chat=True).encode([6])
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.eos_token_id) == 1  # the template's own, not the title's
+    assert tokenizer.decode(ids).endswith("answer:")
+
+
+def test_user_errors(tokenizer) -> None:
+    import copy
+
+    with pytest.raises(UserError, match="prompt template among plain, msl, d3, got 'alpaca'"):
+        build_prompts(tokenizer, catalog(), "alpaca")
+    with pytest.raises(UserError, match="chat = true needs an instruction template"):
+        build_prompts(tokenizer, catalog(), "plain", chat=True)
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(UserError, match="end-of-sequence token"):
+        build_prompts(endless, catalog())

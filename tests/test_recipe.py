@@ -1,0 +1,80 @@
+"""Recipes: strict, round-tripping, and with errors a person can act on."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from trierec.errors import UserError
+from trierec.recipe import dump_recipe, load_recipe, parse_recipe, recipe_folder
+
+SMALL = {"name": "x", "data": {"source": "ml-100k"}}
+EVERY = sorted(recipe_folder().rglob("*.toml"))
+
+
+@pytest.mark.parametrize("file", EVERY, ids=[f.stem for f in EVERY])
+def test_shipped_recipes_load_and_round_trip(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert parse_recipe(tomllib.loads(dump_recipe(recipe)), "dump") == recipe
+
+
+def test_awkward_strings_round_trip() -> None:
+    recipe = parse_recipe({"name": 'a "b" \\ c\n\t\x01 漢', "data": {"source": "d3:C:\\data"}}, "f")
+    assert parse_recipe(tomllib.loads(dump_recipe(recipe)), "dump") == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"training": {"step": 3}}, "unknown key 'training.step'; did you mean 'training.steps'"),
+        ({"trainin": {}}, "unknown key 'trainin'; did you mean 'training'"),
+        ({"data": {}}, "the key 'data.source' is missing"),
+        ({"training": {"steps": 0}}, "training.steps: Input should be greater than or equal to 1, got 0"),
+        ({"objective": {"temperature": -1.0}}, "temperature must be > 0 or 'adaptive', got -1.0"),
+        (
+            {"objective": {"support": "all"}},
+            "objective.support: Input should be 'trie' or 'vocabulary', got 'all'",
+        ),
+        (
+            {"backbone": {"name": "gpt2"}, "training": {"supervision": "every"}},
+            "needs backbone.template = 'plain'",
+        ),
+        ({"training": {"batch_size": 10, "accumulation": 3}}, "must be a multiple of training.accumulation"),
+        ({"training": {"patience": 2}}, "needs training.evaluate_every > 0"),
+    ],
+)
+def test_what_is_wrong_is_one_line(change: dict, line: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_recipe(SMALL | change, "my.toml")
+    assert str(error.value).startswith("my.toml: ")
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_set_changes_one_key(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('name = "x"\n[data]\nsource = "ml-100k"\n', encoding="utf-8")
+    recipe = load_recipe(
+        file, ["training.steps=5", "objective.temperature=adaptive", "backbone.name=a/b", "seed=3"]
+    )
+    assert (recipe.training.steps, recipe.objective.temperature, recipe.backbone.name, recipe.seed) == (
+        5,
+        "adaptive",
+        "a/b",
+        3,
+    )
+    assert recipe.template == "msl"
+    with pytest.raises(UserError, match="wanted --set key=value"):
+        load_recipe(file, ["training.steps"])
+    with pytest.raises(UserError, match="seed is not a table"):
+        load_recipe(file, ["seed=1", "seed.x=2"])
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"or one of .*demo/msl.*got 'nowhere'"):
+        load_recipe("nowhere")
+    (tmp_path / "r.toml").write_text("name = ", encoding="utf-8")
+    with pytest.raises(UserError, match="wanted UTF-8 TOML"):
+        load_recipe(tmp_path / "r.toml")
