@@ -1,0 +1,220 @@
+"""What every recommender returns, and the rules all of them share: groups of equal titles, filters, ties.
+
+Dimension key: B users, I items, G groups, K returned items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from trierec.errors import UserError
+
+Items = Sequence[int] | NDArray[np.integer[Any]]
+ItemLists = Sequence[Items]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best groups of each user, best first.
+
+    Attributes:
+        items: (B, K) int32, the representative item of each group; -1 where fewer than K groups are allowed.
+        scores: (B, K) float32, descending; -inf where ``items`` is -1. Natural-log probabilities for language
+            models.
+        certified: (B,) bool, whether no group that is missing can belong there.
+        counters: Work done, counted where it happens; token-forwards are positions pushed through a model's
+            body.
+    """
+
+    items: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    certified: NDArray[np.bool_]
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+class Recommender(Protocol):
+    """Anything that ranks the catalogue for histories."""
+
+    @property
+    def groups(self) -> Groups:
+        """The units of ranking."""
+        ...
+
+    def recommend(
+        self,
+        histories: ItemLists,
+        k: int | None = 10,
+        exclude: ItemLists | str | None = None,
+        allow: ItemLists | None = None,
+    ) -> Ranking:
+        """The best ``k`` groups for each history (all of them for None).
+
+        Args:
+            histories: Item indices, oldest first.
+            k: Number of groups.
+            exclude: Per user, items that must not be returned; ``"history"`` stands for the user's own items.
+            allow: Per user, the only items that may be returned.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Items that are told apart by nothing a user sees (equal titles) are one unit of ranking.
+
+    Attributes:
+        of_item: (I,) int32, the group of each item, in [0, G).
+        priority: (I,) int64, training targets of each item: the allowed member with most represents its
+            group.
+    """
+
+    of_item: NDArray[np.int32]
+    priority: NDArray[np.int64]
+
+    @classmethod
+    def from_labels(cls, labels: ArrayLike, priority: ArrayLike | None = None) -> Groups:
+        """Groups of items with equal labels; ``priority`` defaults to zeros (the lowest index represents)."""
+        _, of_item = np.unique(np.asarray(labels), return_inverse=True)
+        counts = np.zeros(len(of_item)) if priority is None else np.asarray(priority)
+        return cls(of_item.astype(np.int32), counts.astype(np.int64))
+
+    @property
+    def n_items(self) -> int:
+        """Number of items I."""
+        return len(self.of_item)
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups G."""
+        return int(self.of_item.max()) + 1
+
+    def permitted(self, exclude: Items | None = None, allow: Items | None = None) -> NDArray[np.int32]:
+        """(G,) int32: the item that represents each group under the filters, -1 where no member is allowed."""
+        allowed = np.ones(self.n_items, dtype=bool)
+        if allow is not None:
+            allowed[:] = False
+            allowed[self._checked(allow)] = True
+        if exclude is not None:
+            allowed[self._checked(exclude)] = False
+        representative = np.full(self.n_groups, -1, dtype=np.int32)
+        items = np.flatnonzero(allowed)
+        # The last write wins: most training targets last, among those the lowest index last.
+        items = items[np.lexsort((-items, self.priority[items]))]
+        representative[self.of_item[items]] = items
+        return representative
+
+    def _checked(self, items: Items) -> NDArray[np.int64]:
+        index = np.asarray(items, dtype=np.int64).reshape(-1)
+        if index.size and (index.min() < 0 or index.max() >= self.n_items):
+            wrong = index[(index < 0) | (index >= self.n_items)][0]
+            raise UserError(
+                f"wanted item indices in [0, {self.n_items}), got {wrong}; use the indices of this catalogue"
+            )
+        return index
+
+
+def add_counters(total: dict[str, int], part: dict[str, int]) -> None:
+    """Add ``part`` to ``total`` in place; peaks take the larger value."""
+    for name, value in part.items():
+        old = total.get(name, 0)
+        total[name] = max(old, value) if name.endswith("_peak") else old + value
+
+
+def check_histories(histories: ItemLists, groups: Groups) -> None:
+    """UserError when a history has an item outside the catalogue."""
+    for history in histories:
+        groups._checked(history)
+
+
+def resolve_filters(
+    histories: ItemLists, exclude: ItemLists | str | None, allow: ItemLists | None
+) -> tuple[list[Items | None], list[Items | None]]:
+    """One exclude list and one allow list (or None) for each user."""
+    if isinstance(exclude, str):
+        if exclude != "history":
+            raise UserError(f'wanted exclude = "history" or item indices for each user, got {exclude!r}')
+        exclude = histories
+    lists: list[list[Items | None]] = []
+    for name, given in (("exclude", exclude), ("allow", allow)):
+        if given is not None and len(given) != len(histories):
+            raise UserError(f"wanted {name} lists for {len(histories)} users, got {len(given)}")
+        lists.append([None] * len(histories) if given is None else list(given))
+    return lists[0], lists[1]
+
+
+def rank_groups(
+    scores: NDArray[np.floating],
+    groups: Groups,
+    k: int | None,
+    exclude: Sequence[Items | None] | None = None,
+    allow: Sequence[Items | None] | None = None,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Order groups by score, ties by the index of the representative item.
+
+    Args:
+        scores: (B, G), any float dtype.
+        groups: The groups, in the order of the columns.
+        k: How many to return, or None for all.
+        exclude: Per user, items that are not returned, or None.
+        allow: Per user, the only items returned, or None.
+
+    Returns:
+        Items (B, K) int32 padded with -1 and scores (B, K) float32 padded with -inf.
+
+    Raises:
+        UserError: ``k < 1``, or a filter with an item outside the catalogue.
+    """
+    if k is not None and k < 1:
+        raise UserError(f"wanted k >= 1 or None for the whole catalogue, got {k}")
+    n_users, n_groups = scores.shape
+    columns = k or n_groups
+    width = min(columns, n_groups)
+    items = np.full((n_users, columns), -1, dtype=np.int32)
+    best = np.full((n_users, columns), -np.inf, dtype=np.float32)
+    everything = groups.permitted()
+    for b in range(n_users):
+        without, only = (exclude[b] if exclude else None), (allow[b] if allow else None)
+        free = without is None and only is None
+        representative = everything if free else groups.permitted(without, only)
+        column = np.flatnonzero(representative >= 0)
+        row = scores[b, column]
+        if width < len(column):  # a partial sort; ties with the last place stay in
+            keep = row >= np.partition(row, len(row) - width)[len(row) - width]
+            column, row = column[keep], row[keep]
+        order = np.lexsort((representative[column], -row))[:width]
+        items[b, : len(order)] = representative[column[order]]
+        best[b, : len(order)] = row[order]
+    return items, best
+
+
+@dataclass(frozen=True)
+class MostPopular:
+    """Everybody gets the items with most training interactions; the row every method has to beat.
+
+    Attributes:
+        groups: The units of ranking.
+        counts: (I,) interactions of each item in the training split.
+    """
+
+    groups: Groups
+    counts: NDArray[np.int64]
+
+    def recommend(
+        self,
+        histories: ItemLists,
+        k: int | None = 10,
+        exclude: ItemLists | str | None = None,
+        allow: ItemLists | None = None,
+    ) -> Ranking:
+        """The most popular allowed groups; a group counts as its best member."""
+        check_histories(histories, self.groups)
+        best = np.zeros(self.groups.n_groups)
+        np.maximum.at(best, self.groups.of_item, self.counts.astype(float))
+        scores = np.broadcast_to(best, (len(histories), len(best)))
+        items, ranked = rank_groups(scores, self.groups, k, *resolve_filters(histories, exclude, allow))
+        return Ranking(items, ranked, np.ones(len(histories), dtype=bool), {})

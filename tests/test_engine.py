@@ -1,0 +1,132 @@
+"""Edge log-probabilities: the tree sweep equals plain forwards, for every family, and steps aside where it cannot."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import SIX
+from tests.models import tiny_model
+from tests.reference import search as reference
+from tests.strategies import catalogues
+from trierec.engine import Counters, TrieEngine, edge_log_probabilities
+from trierec.errors import UserError
+from trierec.search import rank_catalogue
+from trierec.trie import Trie
+
+PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14]]
+TOLERANCE = 1e-4  # float32, two layers
+
+
+@pytest.mark.parametrize("support", ["trie", "vocabulary"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2"])
+def test_the_sweep_equals_one_forward_per_title(kind: str, support: str) -> None:
+    model = tiny_model(kind)
+    engine = TrieEngine(model, Trie.from_sequences(SIX), support, chunk=2)
+    ranking = rank_catalogue(engine, PROMPTS)
+    for b, prompt in enumerate(PROMPTS):
+        wanted = reference.catalogue(model, prompt, SIX, support)
+        for item, score in zip(ranking.items[b], ranking.scores[b], strict=True):
+            assert score == pytest.approx(wanted[item], abs=TOLERANCE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    catalogues(),
+    st.lists(st.lists(st.integers(0, 29), min_size=1, max_size=6), min_size=1, max_size=3),
+    st.integers(1, 9),
+)
+def test_any_catalogue_any_prompts_any_chunk(
+    titles: list[list[int]], prompts: list[list[int]], chunk: int
+) -> None:
+    model = tiny_model()
+    trie = Trie.from_sequences(titles)
+    for support in ("trie", "vocabulary"):
+        ranking = rank_catalogue(TrieEngine(model, trie, support, chunk=chunk), prompts)
+        for b, prompt in enumerate(prompts):
+            wanted = reference.catalogue(model, prompt, titles, support)
+            assert ranking.scores[b] == pytest.approx(
+                sorted((wanted[i] for i in ranking.items[b]), reverse=True), abs=TOLERANCE
+            )
+        if support == "trie":
+            assert np.exp(ranking.scores.astype(float)).sum(1) == pytest.approx(
+                np.ones(len(prompts)), abs=TOLERANCE
+            )
+
+
+def test_batch_equals_one_by_one_and_padding_changes_nothing() -> None:
+    engine = TrieEngine(tiny_model(), Trie.from_sequences(SIX), "vocabulary")
+    together = edge_log_probabilities(engine, PROMPTS, Counters())
+    alone = np.concatenate([edge_log_probabilities(engine, [prompt], Counters()) for prompt in PROMPTS])
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert (together <= 0).all()
+
+
+def test_work_is_counted_where_it_is_done() -> None:
+    """Below the root of the six: node [1] and node [1, 3] branch; trie support runs just those two."""
+    counters = Counters()
+    edge_log_probabilities(TrieEngine(tiny_model(), Trie.from_sequences(SIX), "trie"), PROMPTS, counters)
+    assert counters.prompt_tokens == 8
+    assert counters.tree_tokens == 2 * 3
+    assert counters.expansions == counters.head_rows == 3 * 3  # root, [1], [1, 3] for each of three users
+    assert counters.token_forwards == 14
+    counters = Counters()
+    edge_log_probabilities(
+        TrieEngine(tiny_model(), Trie.from_sequences(SIX), "vocabulary"), PROMPTS, counters
+    )
+    assert counters.tree_tokens == 6 * 3  # every inner node but the root
+    assert counters.cache_bytes_peak > 0
+
+
+def test_eager_attention_takes_an_additive_mask() -> None:
+    model = tiny_model()
+    wanted = edge_log_probabilities(TrieEngine(model, Trie.from_sequences(SIX)), PROMPTS, Counters())
+    model.set_attn_implementation("eager")
+    got = edge_log_probabilities(TrieEngine(model, Trie.from_sequences(SIX)), PROMPTS, Counters())
+    assert got == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("gemma3", "tree mask are off"), ("gemma2", "not the product")])
+def test_models_the_tree_cache_is_wrong_for_take_the_plain_path_with_one_warning(
+    kind: str, reason: str
+) -> None:
+    model = tiny_model(kind)
+    engine = TrieEngine(model, Trie.from_sequences(SIX), "vocabulary")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        ranking = rank_catalogue(engine, PROMPTS)
+        rank_catalogue(engine, PROMPTS)
+    assert len(seen) == 1
+    assert reason in str(seen[0].message)
+    wanted = reference.catalogue(model, PROMPTS[0], SIX, "vocabulary")
+    assert ranking.scores[0] == pytest.approx([wanted[i] for i in ranking.items[0]], abs=TOLERANCE)
+    assert ranking.counters["token_forwards"] > 0
+
+
+def test_a_window_shorter_than_the_longest_path_is_not_trusted() -> None:
+    """The probe fits into the window; only the real prompt does not."""
+    model = tiny_model("gemma3", sliding_window=8)
+    engine = TrieEngine(model, Trie.from_sequences(SIX), "trie")
+    assert engine.tree_cache_works
+    rank_catalogue(engine, [[5, 6]])
+    long = [5, 6, 7, 8, 9, 10, 11]
+    with pytest.warns(
+        UserWarning, match="attention window of 8 tokens is shorter than the longest path of 11"
+    ):
+        ranking = rank_catalogue(engine, [long])
+    wanted = reference.catalogue(model, long, SIX, "trie")
+    assert ranking.scores[0] == pytest.approx([wanted[i] for i in ranking.items[0]], abs=TOLERANCE)
+
+
+def test_user_errors() -> None:
+    trie = Trie.from_sequences(SIX)
+    with pytest.raises(UserError, match="wanted support 'trie' or 'vocabulary', got 'all'"):
+        TrieEngine(tiny_model(), trie, "all")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="wanted trie tokens below 4, the model's vocabulary, got 5"):
+        TrieEngine(tiny_model(vocabulary=4), trie)
+    with pytest.raises(UserError, match="at least one token in every prompt"):
+        edge_log_probabilities(TrieEngine(tiny_model(), trie), [[1], []], Counters())

@@ -1,0 +1,118 @@
+"""A language model as a recommender: the contract, saving, loading, and parts that do not belong together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trierec
+from tests import worlds
+from tests.contract import HISTORIES, RecommenderContract
+from trierec.errors import UserError
+from trierec.generative import GenerativeRecommender
+from trierec.ranking import Groups, MostPopular
+from trierec.trie import Trie
+
+
+class TestGenerative(RecommenderContract):
+    @staticmethod
+    def make() -> GenerativeRecommender:
+        return worlds.recommender(batch_users=3)
+
+
+class TestGenerativeInVocabularySupport(RecommenderContract):
+    @staticmethod
+    def make() -> GenerativeRecommender:
+        return worlds.recommender(support="vocabulary", seed=1)
+
+
+class TestMostPopular(RecommenderContract):
+    @staticmethod
+    def make() -> MostPopular:
+        counts = np.array([3, 1, 4, 1, 5, 9, 2, 6, 8])
+        return MostPopular(Groups.from_labels(worlds.catalog().group, counts), counts)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GenerativeRecommender]:
+    recommender = worlds.recommender()
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    recommender.save(folder)
+    return folder, recommender
+
+
+def test_probabilities_of_all_groups_sum_to_one(saved: tuple[Path, GenerativeRecommender]) -> None:
+    scores = saved[1].recommend(HISTORIES, k=None).scores.astype(float)
+    assert np.exp(scores).sum(1) == pytest.approx(np.ones(4), abs=1e-5)
+
+
+def test_moved_and_loaded_in_a_fresh_process_it_ranks_the_same(
+    saved: tuple[Path, GenerativeRecommender], tmp_path: Path
+) -> None:
+    folder, recommender = saved
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder, moved)
+    code = (
+        "import sys, json, torch, trierec; torch.set_num_threads(1)\n"
+        f"r = trierec.load(sys.argv[1]).recommend({HISTORIES}, k=5); print(json.dumps([r.items.tolist(), r.scores.tolist()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(moved)], capture_output=True, text=True, check=True
+    )
+    items, scores = json.loads(done.stdout)
+    wanted = recommender.recommend(HISTORIES, k=5)
+    assert items == wanted.items.tolist()
+    assert np.array(scores) == pytest.approx(wanted.scores, abs=1e-6)
+
+
+def test_the_saved_model_is_an_ordinary_checkpoint_with_the_same_tokenizer(
+    saved: tuple[Path, GenerativeRecommender],
+) -> None:
+    """AutoTokenizer picks a class by model type; a tokenizer with other rules would silently change."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, recommender = saved
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    for title, ids in zip(recommender.catalog.title, recommender.prompts.title_tokens, strict=True):
+        assert tokenizer(title, split_special_tokens=True)["input_ids"] == ids.tolist()[:-1]
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    for name, parameter in recommender.backbone.model.named_parameters():
+        assert model.get_parameter(name).equal(parameter)
+
+
+def test_parts_that_do_not_belong_together_are_refused(
+    saved: tuple[Path, GenerativeRecommender], tmp_path: Path
+) -> None:
+    def copy(name: str) -> Path:
+        shutil.copytree(saved[0], tmp_path / name)
+        return tmp_path / name
+
+    folder = copy("trie")
+    Trie.from_sequences([[1, 2], [3, 2]]).save(folder / "trie.npz")
+    with pytest.raises(UserError, match="the trie of .* is not the one this model was trained with"):
+        trierec.load(folder)
+    folder = copy("tokenizer")
+    worlds.backbone(worlds.TITLES[:3]).tokenizer.save_pretrained(folder / "model")
+    with pytest.raises(UserError, match="the prompt of .* is not the one this model was trained with"):
+        trierec.load(folder)
+    folder = copy("format")
+    (folder / "recommender.json").write_text('{"format": 99}', encoding="utf-8")
+    with pytest.raises(UserError, match="of format 1, got 99"):
+        trierec.load(folder)
+    folder = copy("half")
+    (folder / "recommender.json").unlink()
+    with pytest.raises(UserError, match="recommender.json, which does not exist"):
+        trierec.load(folder)
+    with pytest.raises(UserError, match="is no folder; train one first"):
+        trierec.load(tmp_path / "nowhere")
+
+
+def test_unknown_search_is_refused() -> None:
+    with pytest.raises(UserError, match="wanted search = 'catalogue', got 'beam'"):
+        worlds.recommender(search="beam").recommend([[0]])
