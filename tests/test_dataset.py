@@ -169,12 +169,12 @@ def test_noun_and_verb_of_d3_may_follow_the_file(tmp_path: Path) -> None:
     [
         (
             "movielens:x",
-            "wanted one of ml-100k, ml-1m, msl:DIR or d3:DIR, got 'movielens:x'; movielens: is not there yet",
+            "wanted one of ml-100k, ml-1m, msl:DIR or d3:DIR, got 'movielens:x'; movielens: is not yet supported",
         ),
-        ("recbole:x", "recbole: is not there yet"),
-        ("csv:x", "csv: is not there yet"),
-        ("amazon:Books", "amazon: is not there yet"),
-        ("steam:", "steam: is not there yet"),
+        ("recbole:x", "recbole: is not yet supported"),
+        ("csv:x", "csv: is not yet supported"),
+        ("amazon:Books", "amazon: is not yet supported"),
+        ("steam:", "steam: is not yet supported"),
         ("ml-10m", "wanted one of ml-100k, ml-1m, msl:DIR or d3:DIR as the source, got 'ml-10m'"),
         ("ml-100k:x", "wanted one of .*, got 'ml-100k:x'"),
         ("", "wanted one of .*, got ''"),

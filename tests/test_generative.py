@@ -60,7 +60,8 @@ def test_moved_and_loaded_in_a_fresh_process_it_ranks_the_same(
     shutil.copytree(folder, moved)
     code = (
         "import sys, json, torch, trierec; torch.set_num_threads(1)\n"
-        f"r = trierec.load(sys.argv[1]).recommend({HISTORIES}, k=5); print(json.dumps([r.items.tolist(), r.scores.tolist()]))"
+        f"r = trierec.load(sys.argv[1]).recommend({HISTORIES}, k=5)\n"
+        "print(json.dumps([r.items.tolist(), r.scores.tolist()]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(moved)], capture_output=True, text=True, check=True

@@ -203,7 +203,7 @@ def _reader(source: str, max_history: int) -> Callable[[], _Parts]:
             )
         return lambda: _published(kind, Path(place))
     if kind in _LATER and colon:
-        raise UserError(f"wanted one of {SOURCES}, got {source!r}; {kind}: is not there yet")
+        raise UserError(f"wanted one of {SOURCES}, got {source!r}; {kind}: is not yet supported")
     raise UserError(f"wanted one of {SOURCES} as the source, got {source!r}; choose one of them")
 
 

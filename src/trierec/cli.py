@@ -1,0 +1,287 @@
+"""The commands. Results go to stdout, progress to stderr; a user's mistake is one line and exit status 2.
+
+Heavy imports stay inside the commands, so that ``--help`` and a typing error answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trierec.errors import UserError
+
+app = typer.Typer(
+    name="trierec",
+    help="Recommend by writing the next item's title along the catalogue's prefix tree.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", help="Change one key: --set training.steps=100 (repeatable).")
+]
+Run = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="60 seconds: few steps, 100 users.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """The main job on real data: MovieLens 100K, MSL against LML and most-popular, a report (10 minutes)."""
+    from trierec.demo import run_demo
+    from trierec.terminal import print_examples, print_rows
+
+    result = run_demo(out, quick=quick, seed=seed)
+    if as_json:
+        rows = {row.name: row.metrics for row in result.report.rows}
+        differences = [vars(comparison) for comparison in result.report.comparisons]
+        _print_json(
+            {
+                "rows": rows,
+                "comparisons": differences,
+                "report": str(result.html),
+                "seconds": round(result.seconds, 1),
+            }
+        )
+        return
+    console = _console()
+    print_rows(result.report.rows, result.report.comparisons, console)
+    print_examples(result.report.examples, console)
+    for line in result.report.notes:
+        console.print(line, markup=False, highlight=False)
+    console.print(
+        f"\nReport: {result.html} ({result.seconds:.0f} s)", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Argument(help="ml-100k | ml-1m | msl:DIR | d3:DIR")],
+    out: Annotated[Path, typer.Option(help="The prepared folder.")],
+    max_history: Annotated[int, typer.Option(min=1, help="Titles of a history that are kept in a row.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Bring raw interactions or a published split into one format."""
+    from trierec.dataset import prepare as prepare_data
+    from trierec.terminal import print_facts
+
+    dataset = prepare_data(source, out, max_history=max_history)
+    facts = {
+        "folder": str(out),
+        **dataset.info["counts"],
+        **{f"repaired: {k}": v for k, v in dataset.info["repairs"].items()},
+    }
+    _print_json(dataset.info) if as_json else print_facts(facts, _console())
+
+
+@app.command()
+def describe(
+    folder: Annotated[Path, typer.Argument(help="A prepared folder.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder.")
+    ] = "tiny",
+    template: Annotated[
+        str | None, typer.Option(help="plain, msl or d3; default plain for tiny, else msl.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Users, items, density, cold targets; tokens, forced share, zero-gain share, valid tokens (AVT)."""
+    import numpy as np
+
+    from trierec.analysis import describe as describe_data
+    from trierec.backbones import load_tokenizer
+    from trierec.dataset import load_dataset
+    from trierec.prompts import build_prompts
+    from trierec.terminal import print_facts
+    from trierec.trie import Trie
+
+    dataset = load_dataset(folder)
+    template = template or ("plain" if tokenizer == "tiny" else "msl")
+    tokens = load_tokenizer(tokenizer, titles=dataset.catalog.title)
+    prompts = build_prompts(tokens, dataset.catalog, template, dataset.info["noun"], dataset.info["verb"])
+    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+    counts = np.bincount(dataset.train.target, minlength=dataset.catalog.n_items)
+    facts = describe_data(dataset, prompts, trie, counts)
+    _print_json(facts) if as_json else print_facts(facts, _console())
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with trierec.")],
+    out: Annotated[Path, typer.Option(help="The run folder.")],
+    changes: Changes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe."""
+    from trierec.files import read_json
+    from trierec.recipe import load_recipe
+    from trierec.runs import train_run
+
+    result = train_run(load_recipe(recipe, changes or ()), out, resume=resume, overwrite=overwrite)
+    if as_json:
+        _print_json(read_json(out / "run.json"))
+    else:
+        typer.echo(f"{out}: {result.steps_done} steps in {result.seconds:.0f} s, ended by {result.stopped}")
+    if result.stopped == "interrupted":
+        typer.echo(f"go on with: trierec train {out / 'recipe.toml'} --resume --out {out}", err=True)
+        raise typer.Exit(130)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    split: Annotated[str | None, typer.Option(help="test or valid; default the recipe's.")] = None,
+    search: Annotated[str | None, typer.Option(help="catalogue (beam and exact come later).")] = None,
+    against: Annotated[Path | None, typer.Option(help="Another evaluated run: paired intervals.")] = None,
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """Rank the catalogue for every row of a split; writes metrics.json and predictions.parquet."""
+    from trierec.compare import comparisons, load_evaluation, row
+    from trierec.recipe import load_recipe
+    from trierec.runs import evaluate_run, open_run
+    from trierec.terminal import print_rows
+
+    open_run(run)
+    given = [
+        f"evaluation.{key}={value}"
+        for key, value in (("split", split), ("search", search))
+        if value is not None
+    ]
+    recipe = load_recipe(run / "recipe.toml", [*given, *(changes or ())])
+    other = load_evaluation(against) if against else None
+    evaluation = evaluate_run(run, recipe.evaluation)
+    evaluations = [evaluation, *([other] if other else [])]
+    found = comparisons(evaluations)
+    if as_json:
+        _print_json(evaluation.metrics | ({"against": [vars(c) for c in found]} if found else {}))
+    else:
+        print_rows(tuple(row(e) for e in evaluations), found, _console())
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with trierec.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder; default runs/NAME.")] = None,
+    changes: Changes = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Prepare, train, evaluate, report: one recipe from raw data to report.html."""
+    from trierec.compare import report_runs
+    from trierec.files import read_json
+    from trierec.recipe import load_recipe
+    from trierec.runs import evaluate_run, train_run
+    from trierec.terminal import print_rows
+
+    loaded = load_recipe(recipe, changes or ())
+    folder = out or Path("runs") / loaded.name
+    result = train_run(loaded, folder, resume=resume, overwrite=overwrite)
+    if result.stopped == "interrupted":
+        typer.echo(f"go on with: trierec run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
+        raise typer.Exit(130)
+    evaluate_run(folder)
+    report = report_runs([folder], folder / "report.html")
+    if as_json:
+        _print_json(read_json(folder / "metrics.json"))
+    else:
+        print_rows(report.rows, report.comparisons, _console())
+        typer.echo(f"Report: {folder / 'report.html'}")
+
+
+@app.command()
+def recommend(
+    run: Run,
+    history: Annotated[
+        list[str] | None, typer.Option("--history", help="A title, oldest first (repeatable).")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of titles.")] = 10,
+    keep_history: Annotated[
+        bool, typer.Option("--keep-history", help="Titles of the history may be returned.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """The most probable next titles after a history."""
+    from trierec.generative import load_recommender
+
+    recommender = load_recommender(run)
+    items = [recommender.catalog.index(title) for title in history or ()]
+    ranking = recommender.recommend([items], k, None if keep_history else "history")
+    found = [
+        {
+            "rank": rank,
+            "item_id": recommender.catalog.item_id[i],
+            "title": recommender.catalog.title[i],
+            "score": float(s),
+        }
+        for rank, (i, s) in enumerate(zip(ranking.items[0], ranking.scores[0], strict=True), 1)
+        if i >= 0
+    ]
+    if as_json:
+        _print_json(
+            {"recommendations": found, "certified": bool(ranking.certified[0]), "counters": ranking.counters}
+        )
+        return
+    for line in found:
+        typer.echo(f"{line['rank']:>3}  {line['score']:8.3f}  {line['title']}")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Evaluated run folders; the first is compared with the others.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; default report.html in the first run's folder.")
+    ] = None,
+) -> None:
+    """One self-contained HTML file about one or more runs."""
+    from trierec.compare import report_runs
+
+    html = out or runs[0] / "report.html"
+    report_runs(runs, html)
+    typer.echo(html)
+
+
+def main() -> None:
+    """Entry point: user errors are one line on stderr and exit status 2, an interrupt is 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(
+            stream, "reconfigure"
+        ):  # a Windows console in a legacy code page would stop at the first odd title
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))

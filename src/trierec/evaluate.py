@@ -1,0 +1,218 @@
+"""A recommender and a split to per-user ranks, metrics with intervals, and paired comparisons.
+
+Every row is judged alike: the whole catalogue is ranked, a prediction hits when it lies in the target's group
+of equal titles, ties break by item index, a target that is not ranked counts as a miss. ``by_id`` metrics ask
+for the very item.
+
+Dimension key: B users (rows of a split), K items kept, G groups.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from trierec.files import atomic_path, write_json
+from trierec.metrics import metrics_from_rank
+from trierec.progress import progress
+from trierec.ranking import Ranking, Recommender, add_counters
+from trierec.splits import Split
+
+CUTS = (1, 5, 10, 20)
+SHOWN = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
+RESAMPLES = 2000
+SCORES_AT_ONCE = 1 << 24  # ranked entries held at one time
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One recommender on one split.
+
+    Attributes:
+        name: What the row is called.
+        metrics: The content of ``metrics.json``.
+        rank: (B,) int32, 0-based rank of the target's group, -1 where it was not ranked.
+        items: (B, K) int32 best items, -1 padded.
+        scores: (B, K) float32.
+        certified: (B,) bool.
+        target: (B,) int32.
+        user_id: (B,) raw ids or None.
+    """
+
+    name: str
+    metrics: dict[str, Any]
+    rank: NDArray[np.int32]
+    items: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    certified: NDArray[np.bool_]
+    target: NDArray[np.int32]
+    user_id: NDArray[np.object_]
+
+    def per_user(self, metric: str) -> NDArray[np.float64]:
+        """(B,) values of a metric such as ``NDCG@10``."""
+        return metrics_from_rank(self.rank, [int(metric.partition("@")[2])])[metric]
+
+    def save(self, folder: Path) -> None:
+        """Write ``predictions.parquet`` and ``metrics.json``, the latter last: it says that both are whole."""
+        frame = pl.DataFrame(
+            {
+                "row": np.arange(len(self.rank), dtype=np.int32),
+                "user_id": pl.Series(self.user_id.tolist(), dtype=pl.String),
+                "target": self.target,
+                "items": pl.Series(self.items.tolist(), dtype=pl.List(pl.Int32)),
+                "scores": pl.Series(self.scores.tolist(), dtype=pl.List(pl.Float32)),
+                "rank": self.rank,
+                "certified": self.certified,
+            }
+        )
+        (folder / "metrics.json").unlink(missing_ok=True)
+        with atomic_path(folder / "predictions.parquet") as temporary:
+            frame.write_parquet(temporary)
+        write_json(folder / "metrics.json", self.metrics)
+
+
+def evaluate(
+    recommender: Recommender,
+    split: Split,
+    *,
+    name: str,
+    split_name: str = "test",
+    k: int = 10,
+    exclude: str = "none",
+    facts: dict[str, Any] | None = None,
+    train_targets: NDArray[np.int64] | None = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Rank the whole catalogue for every row of a split.
+
+    Args:
+        recommender: Anything that ranks.
+        split: Histories and targets.
+        name: What the row is called in tables.
+        split_name: ``valid`` or ``test``, for the record.
+        k: Items kept per user.
+        exclude: ``none``, ``history`` (items of the row's history) or ``seen`` (everything the user had
+            before).
+        facts: Further keys of ``metrics.json`` (support, search, ...).
+        train_targets: (I,) how often each item is a training target; splits metrics into warm and cold
+            targets.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The evaluation; its metrics lie in [0, 1].
+    """
+    groups = recommender.groups
+    n_rows = split.n_rows
+    rank = np.full(n_rows, -1, dtype=np.int32)
+    exact = np.zeros(n_rows, dtype=bool)
+    items, scores = np.full((n_rows, k), -1, np.int32), np.full((n_rows, k), -np.inf, np.float32)
+    certified = np.ones(n_rows, dtype=bool)
+    counters: dict[str, int] = {}
+    block = int(np.clip(SCORES_AT_ONCE // groups.n_groups, 1, 256))
+    started = time.perf_counter()
+    with progress(f"ranking {name}", n_rows, "users") as advance:
+        for start in range(0, n_rows, block):
+            rows = list(range(start, min(start + block, n_rows)))
+            ranking = recommender.recommend(
+                [split.history[r] for r in rows], None, _excluded(split, rows, exclude)
+            )
+            rank[rows], exact[rows] = _target_rank(ranking, groups.of_item, split.target[rows])
+            width = min(k, ranking.items.shape[1])
+            items[rows, :width], scores[rows, :width] = ranking.items[:, :width], ranking.scores[:, :width]
+            certified[rows] = ranking.certified
+            add_counters(counters, ranking.counters)
+            advance(len(rows))
+    seconds = time.perf_counter() - started
+    metrics: dict[str, Any] = {"name": name, "split": split_name, "n_users": n_rows, **summary(rank)}
+    metrics |= {"exclude": exclude, "n_not_ranked": int((rank < 0).sum()), **(facts or {})}
+    metrics["intervals"] = {
+        metric: list(interval(values, seed=seed))
+        for metric, values in metrics_from_rank(rank, (5, 10)).items()
+        if metric in (*SHOWN, "MRR@10")
+    }
+    metrics["by_id"] = {m: v for m, v in summary(np.where(exact, rank, -1)).items() if m in SHOWN}
+    if train_targets is not None:
+        metrics |= _by_temperature(rank, split.target, groups.of_item, train_targets)
+    metrics["certified"] = int(certified.sum())
+    metrics["counters"] = counters
+    metrics["timing"] = {
+        "seconds": round(seconds, 3),
+        "users_per_second": round(n_rows / max(seconds, 1e-9), 2),
+    }
+    return Evaluation(name, metrics, rank, items, scores, certified, split.target, split.user_id)
+
+
+def summary(rank: NDArray[np.int32], cuts: Sequence[int] = CUTS) -> dict[str, float]:
+    """Means over users of HR, NDCG and MRR at the usual cuts."""
+    return {
+        name: float(values.mean()) if len(values) else 0.0
+        for name, values in metrics_from_rank(rank, cuts).items()
+    }
+
+
+def interval(values: NDArray[np.float64], *, seed: int = 0, n: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over users.
+
+    Args:
+        values: (B,) one value per user.
+        seed: Seed of the resampling; the same seed gives the same interval.
+        n: Number of resamples.
+    """
+    if not len(values):
+        return 0.0, 0.0
+    rng = np.random.default_rng(seed)
+    # Resampling users only needs how often each distinct value is drawn: a multinomial over a few values.
+    distinct, counts = np.unique(values, return_counts=True)
+    means = rng.multinomial(len(values), counts / len(values), size=n) @ distinct / len(values)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def paired_interval(
+    a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0, n: int = RESAMPLES
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of ``a - b`` over the same users."""
+    if a.shape != b.shape:
+        raise ValueError(f"wanted values of the same users, got {a.shape} and {b.shape}")
+    return interval(a - b, seed=seed, n=n)
+
+
+def _excluded(split: Split, rows: Sequence[int], exclude: str) -> list[NDArray[np.int32]] | None:
+    if exclude == "none":
+        return None
+    source = split.seen if exclude == "seen" and split.seen is not None else split.history
+    return [source[r] for r in rows]
+
+
+def _target_rank(
+    ranking: Ranking, group_of_item: NDArray[np.int32], target: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Rank of each target's group in a full ranking (-1: absent), and whether the very item stands there."""
+    listed = np.where(ranking.items >= 0, group_of_item[ranking.items], -1)
+    match = listed == group_of_item[target][:, None]
+    rank = np.where(match.any(1), match.argmax(1), -1).astype(np.int32)
+    found = ranking.items[np.arange(len(target)), np.maximum(rank, 0)] == target
+    return rank, found & (rank >= 0)
+
+
+def _by_temperature(
+    rank: NDArray[np.int32],
+    target: NDArray[np.int32],
+    group_of_item: NDArray[np.int32],
+    counts: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Metrics of rows whose target's group was (warm) or never was (cold) a training target."""
+    per_group = np.bincount(group_of_item, weights=counts)
+    warm = per_group[group_of_item[target]] > 0
+    parts = {"warm": rank[warm], "cold": rank[~warm]}
+    return {
+        name: {"n_users": len(part), **{m: v for m, v in summary(part).items() if m in SHOWN}}
+        for name, part in parts.items()
+    }

@@ -1,0 +1,166 @@
+"""What a micro-batch goes through: window numbers to tensors, body and head to a loss, sums for the log.
+
+Shape key: B batch, L tokens, D width, V vocabulary, M target positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from trierec.backbones import body, hand_head_matches, head_bias, head_weight
+from trierec.examples import Batch, Examples
+from trierec.losses import Objective, gradient_weight
+from trierec.progress import note
+from trierec.trie import Trie
+
+
+class TitleLoss(nn.Module):
+    """A causal LM and an objective as one module, so that what is wrapped is what is called.
+
+    The head sees target positions only. Where head and hidden states put together by hand are not the model's
+    own logits (soft-capping, scaling), the model's whole forward is used instead, with one printed warning.
+    """
+
+    accepts_loss_kwargs = True  # tells the Trainer that the loss it gets is normalised already
+
+    def __init__(self, model: Any, objective: Objective, trie: Trie) -> None:
+        super().__init__()
+        self.model, self.objective, self.trie = model, objective, trie
+        self.by_hand = hand_head_matches(model)
+        if not self.by_hand:
+            note(
+                "warning: these logits are more than hidden states times head; the model's whole forward runs"
+            )
+
+    def logits(self, input_ids: Tensor, position: Tensor) -> Tensor:
+        """Next-token logits (M, V) at positions of the flattened (B, L)."""
+        if not self.by_hand:
+            full: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+            return full.flatten(0, 1).index_select(0, position)
+        hidden: Tensor = body(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state
+        chosen = hidden.flatten(0, 1).index_select(0, position)
+        return nn.functional.linear(chosen, head_weight(self.model), head_bias(self.model))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position: Tensor,
+        target: Tensor,
+        node: Tensor,
+        weight: Tensor,
+        zero_gain: Tensor,
+        decision: Tensor,
+        n_edges: int,
+    ) -> dict[str, Tensor]:
+        """Sum of the weighted losses of a micro-batch, not normalised, and sums for the log.
+
+        Returns:
+            ``loss``, a scalar; ``sums`` (3,), detached: nll of tokens without and with gain, and the gradient
+            weight w = 1 - P(target) of the decisions.
+        """
+        logits = self.logits(input_ids, position)
+        if self.training:
+            self.objective.observe(logits, target, node, self.trie)
+        parts = self.objective.parts(logits, target, node, self.trie, weight, n_edges)
+        nll = parts.nll.detach()
+        groups = torch.stack([zero_gain, ~zero_gain, decision]).to(nll.dtype)
+        sums = (groups * torch.stack([nll, nll, gradient_weight(nll)])).sum(1)
+        return {"loss": parts.loss.sum(), "sums": sums}
+
+
+class MicroBatches(Dataset[dict[str, Any]]):
+    """Micro-batches in a given order; ``rows`` (n, B) are window numbers."""
+
+    def __init__(self, examples: Examples, objective: Objective, rows: NDArray[np.int64]) -> None:
+        self.examples, self.objective, self.rows = examples, objective, rows
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Arguments of `TitleLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
+        batch, trie = self.examples.batch(self.rows[index]), self.examples.trie
+        decision = trie.branching[batch.node]
+        weight = torch.from_numpy(batch.weight.astype(np.float64))
+        share = self.objective.contribution(weight, torch.from_numpy(decision))
+        counts = {
+            "tokens": batch.n_tokens,
+            "zero_gain": int(batch.zero_gain.sum()),
+            "positive_gain": int((~batch.zero_gain).sum()),
+            "decisions": int(decision.sum()),
+        }
+        # In trie support the loss of a forced token is 0 whatever its logits: it needs none.
+        keep = np.flatnonzero(decision) if self.objective.support == "trie" else np.arange(len(decision))
+        input_ids, position = _shorten(batch, keep)
+        arrays: dict[str, Any] = {"input_ids": input_ids, "position": position, "decision": decision[keep]}
+        arrays |= {name: getattr(batch, name)[keep] for name in ("target", "node", "weight", "zero_gain")}
+        tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        n_edges = int(trie.n_children[arrays["node"]].sum())
+        return tensors | {"n_edges": n_edges, "contribution": float(share.sum()), "counts": counts}
+
+
+def _shorten(batch: Batch, keep: Any) -> tuple[Any, Any]:
+    """Leave out the columns behind the last position that is needed: their hidden states serve nothing."""
+    row, column = np.divmod(batch.position[keep], batch.input_ids.shape[1])
+    width = int(column.max(initial=0)) + 1
+    return np.ascontiguousarray(batch.input_ids[:, :width]), row * width + column
+
+
+@dataclass
+class Meter:
+    """Sums since the last row of the log; they stay on the device, so that no step waits for them."""
+
+    sums: Tensor  # (4,): loss, then the three of TitleLoss
+    counts: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, loss: Tensor, sums: Tensor, counts: dict[str, int]) -> None:
+        """Take in a micro-batch."""
+        self.sums += torch.cat([loss.detach()[None], sums])
+        self.counts.update(counts)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave a block out of the training time."""
+        self.seconds += time.monotonic() - self.since
+        try:
+            yield
+        finally:
+            self.since = time.monotonic()
+
+    def row(self) -> dict[str, float | None]:
+        """Means since the last row; then it starts anew."""
+        with self.pause():
+            n, (loss, zero, positive, w) = self.counts, self.sums.tolist()
+        values = {
+            "loss": loss / n["steps"],
+            "loss_zero_gain": zero / n["zero_gain"] if n["zero_gain"] else None,
+            "loss_positive_gain": positive / n["positive_gain"] if n["positive_gain"] else None,
+            "w": w / n["decisions"] if n["decisions"] else None,
+            "tokens_per_second": n["tokens"] / max(self.seconds, 1e-9),
+        }
+        self.sums.zero_()
+        self.counts, self.seconds = Counter(), 0.0
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums as JSON values."""
+        return {"sums": self.sums.tolist(), "counts": dict(self.counts), "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.sums.copy_(torch.tensor(state["sums"]))
+        self.counts, self.seconds = Counter(state["counts"]), state["seconds"]

@@ -1,0 +1,446 @@
+"""One self-contained HTML page about a few runs: no script, no other file, the same bytes for the same input.
+
+A section whose numbers are missing is left out. Titles are untrusted text: every string goes through
+`escape`, and the page forbids scripts and requests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trierec.analysis import Example, Recommendation, Token, fact_lines, percent, pieces
+from trierec.figures import (
+    POSITIONS,
+    Interval,
+    curve_panel,
+    dot_panel,
+    escape,
+    forced_bars,
+    tree_drawing,
+)
+from trierec.files import write_text
+
+# The field's four; other metrics are shown only where none of these is.
+METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
+SHADES = (0.9, 0.5, 0.2, 0.05)  # probabilities that separate the five shades of deciding tokens
+TREES = 2  # users whose paths are drawn
+RECENT = 5  # titles of a history that are shown at once
+POINTS = 300  # of a training curve
+COLOURS = 6
+WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten", 20: "twenty"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the metrics table.
+
+    Attributes:
+        name: Name of the method.
+        metrics: Values by name, for example ``HR@10``.
+        intervals: Their 95 % intervals (low, high), where known.
+        note: A few words under the name.
+        seconds: Wall time of the evaluation.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    note: str = ""
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Method a against method b, user by user: mean difference a - b of a metric and its 95 % interval."""
+
+    a: str
+    b: str
+    metric: str
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def verdict(self) -> str:
+        """What the interval says about zero, in words."""
+        return "excludes zero" if self.excludes_zero else "includes zero"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report shows. What is empty leaves its section out.
+
+    Attributes:
+        title: Heading of the page.
+        subtitle: How it was measured, in a sentence.
+        rows: The methods, the one the report is about first.
+        comparisons: Paired differences.
+        curves: Rows of ``log.jsonl`` by name of the run; a run named as a method has its colour.
+        facts: Numbers of `trierec.analysis.describe`.
+        forced: What `trierec.analysis.forced_by_position` gives.
+        examples: Users; the decoding paths of the first two are drawn.
+        notes: Sentences on the method.
+        provenance: Versions, commit, seeds, hashes, command.
+    """
+
+    title: str
+    subtitle: str
+    rows: tuple[Row, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    forced: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+    examples: tuple[Example, ...] = ()
+    notes: tuple[str, ...] = ()
+    provenance: dict[str, str] = field(default_factory=dict)
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write the page, whole or not at all."""
+    names = dict.fromkeys([*(row.name for row in report.rows), *report.curves])
+    colour = {name: f"c{i % COLOURS}" for i, name in enumerate(names)}
+    head = f'<h1>{escape(report.title)}</h1><p class="sub">{escape(report.subtitle)}</p>{_summary(report)}'
+    sections = (
+        _metrics(report, colour),
+        _training(report.curves, colour),
+        _catalogue(report),
+        _examples(report.examples),
+        _list("Notes", report.notes),
+        _provenance(report.provenance),
+    )
+    body = "\n".join(part for part in (f"<header>{head}</header>", *sections) if part)
+    template = resources.files("trierec").joinpath("report.html").read_text(encoding="utf-8")
+    page, rest = template.split("{title}")
+    write_text(path, page + escape(report.title) + rest.replace("{body}", body))
+
+
+def shown_metrics(rows: Sequence[Row]) -> list[str]:
+    """Names of the metrics that a table has columns for."""
+    known = dict.fromkeys(name for row in rows for name in row.metrics)
+    return [name for name in METRICS if name in known] or list(known)
+
+
+def _summary(report: Report) -> str:
+    metrics = shown_metrics(report.rows)
+    if not metrics:
+        return ""
+    main = "HR@10" if "HR@10" in metrics else metrics[0]
+    rows = sorted((row for row in report.rows if main in row.metrics), key=lambda row: -row.metrics[main])
+    titles = f", out of {report.facts['titles']:,} titles" if report.facts.get("titles") else ""
+    n = len(report.rows)
+    about = f"compares {WORDS.get(n, n)} ways to" if n > 1 else f"shows how well {report.rows[0].name} can"
+    what = f"This page {about} recommend the title a user takes next{titles}."
+    pairs = _differences([c for c in report.comparisons if c.metric == main], main)
+    spread = (
+        "Intervals cover the choice of users, not the randomness of training." if rows[0].intervals else ""
+    )
+    text = f"{escape(what)} <b>{escape(_best(rows, main))}</b> {escape(pairs)} {escape(spread)}"
+    return f'<p class="summary">{text.strip()}</p>'
+
+
+def _unit(metric: str) -> tuple[float, int, bool]:
+    """How a metric is written in sentences: factor, digits, and whether that is a share of users."""
+    return (100.0, 1, True) if metric.startswith("HR@") else (1.0, 3, False)
+
+
+def _best(ranked: Sequence[Row], metric: str) -> str:
+    """Who is ahead, in words; a tie is named as such."""
+    factor, digits, is_share = _unit(metric)
+    unit = "\xa0%" if is_share else ""
+    top = ranked[0].metrics[metric]
+    leaders = [row.name for row in ranked if row.metrics[metric] == top]
+    low, high = (f"{factor * end:.{digits}f}" for end in ranked[0].intervals.get(metric, (0.0, 0.0)))
+    interval = f" (95\xa0% interval {low} to {high}{unit})" if metric in ranked[0].intervals else ""
+    against = [
+        f"{factor * row.metrics[metric]:.{digits}f}{unit} for {row.name}" for row in ranked[len(leaders) :]
+    ]
+    begin = (
+        f"{' and '.join(leaders)} {'are level' if len(leaders) > 1 else 'scores highest'}: "
+        if len(ranked) > 1
+        else ""
+    )
+    value = f"{factor * top:.{digits}f}{unit}"
+    k = int(metric[3:]) if is_share else 0
+    what = f"the true next title is among the first {WORDS.get(k, k)} for {value} of the users"
+    sentence = begin + (what if is_share else f"{metric} is {value}") + interval
+    sentence += f", against {' and '.join(against[:3])}." if against else "."
+    return sentence[0].upper() + sentence[1:] if not begin else sentence
+
+
+def _differences(comparisons: Sequence[Comparison], metric: str) -> str:
+    """Paired differences of one metric in words, and what their intervals say."""
+    factor, digits, is_share = _unit(metric)
+    points = " points" if is_share else ""
+    sentences = []
+    for name in dict.fromkeys(c.a for c in comparisons):
+        clauses = [
+            f"{factor * abs(c.difference):.{digits}f}{points} {'below' if c.difference < 0 else 'above'}"
+            f" that of {c.b}"
+            f" (95\xa0% interval {_signed(factor * c.low, digits)} to {_signed(factor * c.high, digits)})"
+            for c in comparisons
+            if c.a == name
+        ]
+        sentences.append(f"Compared user by user, {metric} of {name} is {' and '.join(clauses)}.")
+    settled, one = {c.excludes_zero for c in comparisons}, len(comparisons) == 1
+    if settled == {True}:
+        begin = "The interval excludes" if one else "These intervals exclude"
+        sentences.append(f"{begin} zero: this is unlikely to be only the luck of which users were tested.")
+    elif settled == {False}:
+        begin = "The interval includes" if one else "These intervals include"
+        sentences.append(f"{begin} zero: these users do not settle which is better.")
+    elif settled:
+        sentences.append("Where an interval includes zero, these users do not settle which is better.")
+    return " ".join(sentences)
+
+
+def _metrics(report: Report, colour: Mapping[str, str]) -> str:
+    names = shown_metrics(report.rows)
+    if not names:
+        return ""
+    best = {name: max(row.metrics.get(name, -math.inf) for row in report.rows) for name in names}
+    rows = []
+    for row in report.rows:
+        cells = [
+            _cell(f"{row.metrics[n]:.3f}", row.intervals.get(n), ".3f", row.metrics[n] == best[n])
+            if n in row.metrics
+            else "–"
+            for n in names
+        ]
+        rows.append((_row_head(row, colour[row.name]), cells))
+    tables = (
+        f'{_table("method", names, rows)}<p class="note">{_METRICS_NOTE}</p>{_paired(report.comparisons)}'
+    )
+    return _section("Who finds the next title?", tables + _dots(report, names, colour))
+
+
+def _paired(comparisons: Sequence[Comparison]) -> str:
+    metrics = list(dict.fromkeys(c.metric for c in comparisons))
+    cells = {
+        (c.a, c.b, c.metric): _cell(_signed(c.difference), (c.low, c.high), "+.3f", word=c.verdict)
+        for c in comparisons
+    }
+    pairs = dict.fromkeys((c.a, c.b) for c in comparisons)
+    rows = [(escape(f"{a} − {b}"), [cells.get((a, b, m), "–") for m in metrics]) for a, b in pairs]
+    return _table("user by user", metrics, rows) if rows else ""
+
+
+def _table(corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in (corner, *columns))
+    body = "".join(
+        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for first, cells in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="Table">{table}</div>'
+
+
+def _cell(value: str, interval: Interval | None, form: str, best: bool = False, word: str = "") -> str:
+    low, high = (format(end, form).replace("-", "−") for end in interval or (0.0, 0.0))
+    small = f"<small>{low} <wbr>to\xa0{high}</small>" if interval else ""
+    return (f"<b>{value}</b>" if best else value) + small + (f"<small>{word}</small>" if word else "")
+
+
+def _row_head(row: Row, colour: str) -> str:
+    seconds = row.seconds
+    took = "" if seconds is None else f"ranked in {seconds:.{1 if seconds < 10 else 0}f}\xa0s"
+    note = "; ".join(part for part in (row.note, took) if part)
+    small = f"<small>{escape(note)}</small>" if note else ""
+    return f'<i class="key {colour}"></i>{escape(row.name)}{small}'
+
+
+def _dots(report: Report, names: Sequence[str], colour: Mapping[str, str]) -> str:
+    """Dots with whiskers: a panel for each kind of metric, and one for the paired differences."""
+    panels = []
+    for kind in dict.fromkeys(name.partition("@")[0] for name in names):
+        groups = []
+        for name in (n for n in names if n.partition("@")[0] == kind):
+            rows = [row for row in report.rows if name in row.metrics]
+            groups.append(
+                (name, [(r.name, colour[r.name], r.metrics[name], r.intervals.get(name)) for r in rows])
+            )
+        panels.append(dot_panel(groups))
+    pairs: dict[str, list[tuple[str, str, float, Interval | None]]] = {}
+    for c in report.comparisons:
+        line = (f"{c.a} − {c.b}", colour.get(c.a, "c0"), c.difference, (c.low, c.high))
+        pairs.setdefault(f"{c.metric}, user by user", []).append(line)
+    panels += [dot_panel(list(pairs.items()))] if pairs else []
+    caption = "Dot: mean over users. Line: its 95\xa0% interval. Further right is better."
+    if pairs:
+        caption += " User by user: a difference whose line does not touch 0 is unlikely to be only luck."
+    return _figure("".join(panels), caption)
+
+
+def _training(curves: Mapping[str, list[dict[str, Any]]], colour: Mapping[str, str]) -> str:
+    measured = dict.fromkeys(key for rows in curves.values() for row in rows for key in row.get("valid", {}))
+    watched = next((name for name in ("NDCG@10", "HR@10", *measured) if name in measured), "")
+    validations = {
+        run: [row["valid"] | row for row in rows if "valid" in row] for run, rows in curves.items()
+    }
+    panels = [
+        curve_panel(title, {run: _series(rows, key, varies) for run, rows in logs.items()}, colour)
+        for key, title, varies, logs in (
+            ("loss", "Training loss", False, curves),
+            ("loss_positive_gain", "Loss of tokens that decide", False, curves),
+            ("loss_zero_gain", "Loss of zero-gain tokens", False, curves),
+            ("temperature", "Temperature", True, curves),
+            ("w", "Gradient weight w", True, curves),
+            (watched, f"Validation {watched}", False, validations),
+        )
+    ]
+    return _section("How the training went", _figure("".join(panels), _CURVES_NOTE)) if any(panels) else ""
+
+
+def _series(rows: Iterable[Mapping[str, Any]], key: str, varies: bool) -> NDArray[np.float64]:
+    """(P, 2) steps and finite values, at most POINTS means; empty where what should vary does not."""
+    pairs = [(row.get("step"), row.get(key)) for row in rows]
+    numbers = [pair for pair in pairs if all(isinstance(v, int | float) and math.isfinite(v) for v in pair)]
+    points = np.array(numbers, dtype=np.float64).reshape(-1, 2)
+    if not len(points) or (varies and np.ptp(points[:, 1]) < 1e-9):
+        return points[:0]
+    return np.array([block.mean(axis=0) for block in np.array_split(points, min(len(points), POINTS))])
+
+
+def _catalogue(report: Report) -> str:
+    facts = _definitions((name, escape(value)) for name, value in fact_lines(report.facts))
+    if report.forced is None or not np.sum(report.forced[1]) > 0:
+        return _section("The data", facts) if facts else ""
+    share, weight = (np.asarray(part, dtype=np.float64) for part in report.forced)
+    weight = weight / weight.sum()
+    later = float(weight[POSITIONS:].sum())
+    caption = (
+        f"{percent(float((share * weight).sum()))} of all target tokens are forced (grey); only the others "
+        "decide which title it becomes (colour). A bar's height: the share of target titles this long."
+    )
+    if later:
+        caption += f" Positions after {POSITIONS} hold {percent(later)} of the tokens and are not drawn."
+    figure = _figure(forced_bars(share, weight), caption)
+    return _section(
+        "How much of a title is a choice?", f'<p>{_CHOICE_NOTE}</p><div class="panels">{figure}{facts}</div>'
+    )
+
+
+def _examples(examples: Sequence[Example]) -> str:
+    if not examples:
+        return ""
+    drawn: list[str] = []
+    cards = []
+    for example in examples:
+        draw = len(drawn) < TREES and example.user not in drawn and bool(example.recommendations)
+        drawn += [example.user] if draw else []
+        cards.append(_card(example, draw))
+    ranges = ("over 90", "50 to 90", "20 to 50", "5 to 20", "under 5")
+    legend = " ".join(f'<span class="d{i}">{r}\xa0%</span>' for i, r in enumerate(ranges, 1))
+    shades = f'<p class="legend">Probability of a decision: {legend} <span class="f">forced</span></p>'
+    return _section("What users get", f"<p>{_USERS_NOTE}</p>{shades}{''.join(cards)}")
+
+
+def _card(example: Example, draw: bool) -> str:
+    titles = [f"<li><bdi>{escape(title)}</bdi></li>" for title in example.history]
+    earlier, recent = "".join(titles[:-RECENT]), "".join(titles[-RECENT:])
+    n = len(titles) - RECENT
+    more = (
+        f'<details><summary>{n} earlier</summary><ol class="chips">{earlier}</ol></details>'
+        if earlier
+        else ""
+    )
+    rank = "not ranked" if example.target_rank < 0 else f"place {example.target_rank + 1:,} of the ranking"
+    got = "".join(_recommended(place, r) for place, r in enumerate(example.recommendations, 1))
+    return (
+        f"<article><h3>User {escape(example.user)} <span>{escape(example.method)}</span></h3>"
+        f'<h4>History, oldest first</h4>{more}<ol class="chips">{recent or "<li>nothing yet</li>"}</ol>'
+        f'<h4>True next title</h4><p class="next"><bdi>{escape(example.target)}</bdi> <span>{rank}</span>'
+        f'</p><h4>Recommended</h4><ol class="recs">{got or "<li>nothing</li>"}</ol>'
+        f"{_paths(example) if draw else ''}</article>"
+    )
+
+
+def _recommended(place: int, found: Recommendation) -> str:
+    spans = "".join(_span(piece) for piece in pieces(found.tokens))
+    mark = "<em>✓ true next title</em>" if found.is_target else ""
+    probability = escape(percent(math.exp(found.score)))
+    return f"<li><b>{place}</b><bdi>{spans}</bdi>{mark}<span>{probability}</span></li>"
+
+
+def _span(piece: Token) -> str:
+    if not piece.decides:
+        return f'<span class="f">{escape(piece.text)}</span>' if piece.text else ""
+    probability = math.exp(piece.log_p)
+    shade = 1 + sum(probability < edge for edge in SHADES)
+    ways = f"{percent(probability)}, one of {piece.n_valid:,} ways to go on"
+    hint = f"{ways}; −ln p = {-piece.log_p:.2f}, gain = {piece.gain:.4f} nats"
+    word = piece.text.lstrip() or piece.text
+    shown = escape(word) if word else '<i class="stop" role="img" aria-label="end of the title"></i>'
+    space = piece.text[: len(piece.text) - len(word)]
+    return f'{escape(space)}<span class="d{shade}" title="{escape(hint)}">{shown}</span>'
+
+
+def _paths(example: Example) -> str:
+    found = example.recommendations
+    caption = _PATHS_NOTE
+    if any(not token.decides and token.log_p < -1e-4 for r in found for token in r.tokens):
+        caption += " Here tokens that leave the catalogue have a probability too (vocabulary support)."
+    if not any(r.is_target for r in found):
+        caption += f" The true next title, {example.target}, is not among them."
+    label = f'aria-label="Decoding paths of user {escape(example.user)}; scrolls sideways"'
+    drawing = f'<div class="scroll" tabindex="0" role="group" {label}>{tree_drawing(found)}</div>'
+    return f'<figure class="tree">{drawing}<figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def _list(heading: str, sentences: Sequence[str]) -> str:
+    points = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return _section(heading, f"<ul>{points}</ul>") if points else ""
+
+
+def _provenance(facts: Mapping[str, str]) -> str:
+    listed = _definitions((name, f"<code>{escape(value)}</code>") for name, value in facts.items())
+    return _section("Where this comes from", listed) if listed else ""
+
+
+def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{value}</dd>" for name, value in pairs)
+    return f"<dl>{listed}</dl>" if listed else ""
+
+
+def _signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _section(heading: str, body: str) -> str:
+    return f"<section><h2>{escape(heading)}</h2>{body}</section>"
+
+
+def _figure(panels: str, caption: str) -> str:
+    return f'<figure><div class="panels">{panels}</div><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+# Line breaks inside these are white space to HTML.
+_METRICS_NOTE = """HR@K: share of users whose true next title is among the first K. NDCG@K: the same,
+but a hit counts less the further down it stands. Small print: 95\xa0% interval. Bold: best of the
+column."""
+_CURVES_NOTE = """One line per run, over training steps; a point is the mean since the point before it.
+Losses in nats. Zero-gain tokens decide nothing: all training titles that begin so go on so. w = 1 − p
+of the target token says how strongly it still pulls. A loss over the valid tokens (MSL) and one over
+the whole vocabulary (LML) are not on one scale: compare their shapes, not their heights."""
+_CHOICE_NOTE = """A language model recommends here by writing a title, token by token. All titles
+together form a tree, and only tokens with which some title goes on are valid. Mostly there is just one:
+it is forced."""
+_USERS_NOTE = """What some users had, what they took next, and what was recommended. A coloured,
+underlined token was a decision: the stronger the colour, the less probable it was, so the more it
+decided. Grey letters were forced."""
+_PATHS_NOTE = """The paths of these titles through the tree of all titles, from left to right. In a box:
+how many ways the catalogue lets the title go on. Bold: the token chosen, with its probability below;
+the thicker the line, the likelier. Grey letters: forced. Dashed: the probability of all ways not drawn.
+At the end: place and probability of the whole title, the product along its path."""

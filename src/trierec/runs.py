@@ -1,0 +1,334 @@
+"""A run folder from beginning to end: prepare, train, evaluate, report.
+
+``recipe.toml`` and ``run.json`` say what was done and with which data, prompt, trie and counts; ``log.jsonl``
+how the training went; ``model/``, ``trie.npz``, ``catalog.parquet`` and ``recommender.json`` are the
+recommender; ``predictions.parquet`` and ``metrics.json`` how good it is. Each file is whole or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trierec.backbones import Backbone, load_backbone
+from trierec.dataset import Dataset, load_dataset, prepare
+from trierec.decisiveness import binary_weights, zero_gain
+from trierec.errors import UserError
+from trierec.evaluate import Evaluation, evaluate
+from trierec.examples import Examples, Windows, make_windows, target_counts
+from trierec.files import read_json, write_json, write_text
+from trierec.generative import GenerativeRecommender, load_recommender
+from trierec.losses import AdaptiveTemperature, Objective
+from trierec.progress import note
+from trierec.prompts import Prompts, build_prompts
+from trierec.recipe import EvaluationSettings, ObjectiveSettings, Recipe, dump_recipe, load_recipe
+from trierec.splits import Split
+from trierec.train import TrainConfig, TrainResult, train
+from trierec.trie import Trie
+
+PACKAGES = ("trierec", "torch", "transformers", "numpy", "polars", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe and a data set become before training starts."""
+
+    backbone: Backbone
+    prompts: Prompts
+    trie: Trie
+    windows: Windows
+    counts: NDArray[np.int64]
+
+
+def open_data(recipe: Recipe) -> Dataset:
+    """The prepared folder of a recipe; prepared first where it is absent."""
+    folder = recipe.data.folder or Path("data") / recipe.data.source.replace(":", "-").replace(
+        "/", "-"
+    ).strip("-.")
+    if (folder / "dataset.json").is_file():
+        return load_dataset(folder)
+    note(f"preparing {recipe.data.source} in {folder}")
+    return prepare(recipe.data.source, folder, max_history=recipe.data.max_history)
+
+
+def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
+    """Backbone, prompts, trie, training windows and target counts of a recipe."""
+    settings = recipe.backbone
+    backbone = load_backbone(
+        settings.name,
+        titles=dataset.catalog.title,
+        seed=recipe.seed,
+        device=settings.device,
+        dtype=settings.dtype,
+        tiny=settings.tiny,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    prompts = build_prompts(
+        backbone.tokenizer,
+        dataset.catalog,
+        recipe.template,
+        dataset.info["noun"],
+        dataset.info["verb"],
+        max_history=recipe.data.max_history,
+        max_tokens=settings.max_tokens,
+        chat=settings.chat,
+    )
+    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+    windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
+    return Parts(backbone, prompts, trie, windows, target_counts(windows, dataset.catalog.n_items))
+
+
+def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+    """Train a recipe into a run folder.
+
+    Args:
+        recipe: What to do.
+        out: The run folder.
+        resume: Go on from the last whole checkpoint; the recipe must be the one the run was started with.
+        overwrite: Start anew in a folder that holds a run.
+
+    Raises:
+        UserError: The folder holds a run and neither ``resume`` nor ``overwrite`` is given; another recipe on
+            resume.
+    """
+    _check_folder(recipe, out, resume, overwrite)
+    dataset = open_data(recipe)
+    parts = assemble(recipe, dataset)
+    started = time.time()
+    facts = _facts(recipe, dataset, parts)
+    write_text(out / "recipe.toml", dump_recipe(recipe))
+    write_json(out / "run.json", facts | {"status": "training"})
+    recommender = _recommender(recipe, dataset, parts)
+    result = train(
+        parts.backbone.model,
+        _examples(recipe, parts),
+        _objective(recipe.objective),
+        _config(recipe),
+        out,
+        validate=_validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None,
+        resume=resume,
+        title=recipe.name,
+    )
+    if parts.prompts.n_dropped:
+        note(
+            f"{recipe.name}: {parts.prompts.n_dropped} titles dropped from prompts longer than "
+            f"{parts.prompts.max_tokens} tokens"
+        )
+    parts.backbone.model.eval()
+    training = {
+        "steps": result.steps_done,
+        "stopped": result.stopped,
+        "best_step": result.best_step,
+        "best_metric": result.best_metric,
+        "titles_dropped_from_prompts": parts.prompts.n_dropped,
+    }
+    if result.stopped != "interrupted":
+        recommender.save(out)
+    status = "interrupted" if result.stopped == "interrupted" else "trained"
+    timing = {"seconds": round(result.seconds, 1), "wall_seconds": round(time.time() - started, 1)}
+    write_json(out / "run.json", facts | {"status": status, "training": training, "timing": timing})
+    return result
+
+
+def evaluate_run(
+    run: Path, changes: EvaluationSettings | None = None, *, name: str | None = None
+) -> Evaluation:
+    """Evaluate a trained run; writes ``metrics.json`` and ``predictions.parquet`` into its folder.
+
+    Args:
+        run: The run folder.
+        changes: Settings to use instead of the recipe's.
+        name: Name of the row; default the title of the recipe.
+    """
+    recipe, facts = open_run(run)
+    settings = changes or recipe.evaluation
+    dataset = load_dataset(Path(facts["data"]["folder"]))
+    if facts["hashes"]["data"] != data_hash(dataset):
+        raise UserError(
+            f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
+        )
+    recommender = load_recommender(run, device=recipe.backbone.device, dtype=recipe.backbone.dtype)
+    recommender = recommender.with_settings(
+        support=settings.support, search=settings.search, batch_users=settings.batch_users
+    )
+    split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
+    evaluation = evaluate(
+        recommender,
+        split,
+        name=name or recipe.title or recipe.name,
+        split_name=settings.split,
+        k=settings.k,
+        exclude=settings.exclude,
+        facts={"search": settings.search, "support": settings.support, "seed": recipe.seed},
+        train_targets=recommender.counts,
+        seed=recipe.seed,
+    )
+    evaluation.save(run)
+    return evaluation
+
+
+def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe and ``run.json`` of a run folder; UserError when it is not one or its training has not ended."""
+    if not (run / "run.json").is_file():
+        raise UserError(
+            f"wanted a run folder, but {run} has no run.json; give the folder that trierec train wrote"
+        )
+    facts = read_json(run / "run.json")
+    if facts["status"] != "trained":
+        raise UserError(
+            f"the training in {run} has not ended; go on with: trierec train {run / 'recipe.toml'} --resume --out {run}"
+        )
+    return load_recipe(run / "recipe.toml"), facts
+
+
+def data_hash(dataset: Dataset) -> str:
+    """Hex SHA-256 over the hashes of a prepared folder's files."""
+    files = dataset.info["sha256"]
+    return hashlib.sha256("".join(f"{name}{files[name]}" for name in sorted(files)).encode()).hexdigest()
+
+
+def first_rows(split: Split, n: int | None) -> Split:
+    """The first ``n`` rows of a split (all for None)."""
+    return split if n is None or n >= split.n_rows else split.take(np.arange(n))
+
+
+def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
+    rows = dataset.train
+    if recipe.training.rows == "train+valid":
+        rows = rows.then(dataset.valid)
+    if recipe.training.sample is not None and recipe.training.sample < rows.n_rows:
+        drawn = np.random.default_rng(recipe.seed).permutation(rows.n_rows)[: recipe.training.sample]
+        rows = rows.take(np.sort(drawn))
+    return rows
+
+
+def _examples(recipe: Recipe, parts: Parts) -> Examples:
+    """Training examples; edges are weighed as the objective says, zero-gain edges marked for the log."""
+    weight = None
+    if recipe.objective.weight == "igd":
+        weight = binary_weights(parts.trie, parts.counts, recipe.objective.beta)
+    return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
+
+
+def _objective(settings: ObjectiveSettings) -> Objective:
+    temperature: float | AdaptiveTemperature
+    if settings.temperature == "adaptive":
+        ats = settings.adaptive
+        temperature = AdaptiveTemperature(ats.eta, ats.initial, ats.momentum, ats.clamp, root=ats.root)
+    else:
+        temperature = settings.temperature
+    return Objective(settings.support, temperature, settings.normaliser)
+
+
+def _config(recipe: Recipe) -> TrainConfig:
+    settings = recipe.training
+    shared = settings.model_dump(exclude={"supervision", "rows", "sample", "valid_users"})
+    return TrainConfig(**shared, seed=recipe.seed)
+
+
+def _recommender(recipe: Recipe, dataset: Dataset, parts: Parts) -> GenerativeRecommender:
+    return GenerativeRecommender(
+        parts.backbone,
+        dataset.catalog,
+        parts.prompts,
+        parts.trie,
+        parts.counts,
+        recipe.evaluation.support,
+        recipe.evaluation.search,
+        recipe.evaluation.batch_users,
+    )
+
+
+def _validator(
+    recipe: Recipe, dataset: Dataset, recommender: GenerativeRecommender
+) -> Callable[[Any], dict[str, float]]:
+    """Metrics of the model as it is now on rows of the validation split, drawn once."""
+    n_rows = dataset.valid.n_rows
+    if n_rows == 0:
+        raise UserError("training.evaluate_every > 0 needs validation rows, and this data set has none")
+    drawn = np.random.default_rng(recipe.seed).permutation(n_rows)[: recipe.training.valid_users]
+    split = dataset.valid.take(np.sort(drawn))
+
+    def validate(model: Any) -> dict[str, float]:
+        result = evaluate(
+            recommender, split, name="validation", split_name="valid", exclude=recipe.evaluation.exclude
+        )
+        return {name: value for name, value in result.metrics.items() if "@" in name}
+
+    return validate
+
+
+def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"wanted a folder for the run, but {out} is a file; choose another --out")
+    if not (out / "run.json").is_file():
+        return
+    if resume:
+        if load_recipe(out / "recipe.toml") != recipe:
+            raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
+    elif overwrite:
+        (out / "recommender.json").unlink(missing_ok=True)
+        (out / "metrics.json").unlink(missing_ok=True)
+    else:
+        raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
+
+
+def _facts(recipe: Recipe, dataset: Dataset, parts: Parts) -> dict[str, Any]:
+    """What ``run.json`` says before training starts."""
+    return {
+        "format": 1,
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "command": " ".join(["trierec", *sys.argv[1:]]),
+        "versions": versions(),
+        "commit": _commit(),
+        "machine": f"{platform.system()} {platform.machine()}, {_threads()} threads",
+        "data": {"folder": str(dataset.folder), "source": dataset.info["source"]},
+        "hashes": {
+            "data": data_hash(dataset),
+            "prompt": parts.prompts.hash,
+            "trie": parts.trie.fingerprint(),
+            "counts": hashlib.sha256(parts.counts.astype("<i8").tobytes()).hexdigest(),
+        },
+        "origin": parts.backbone.origin,
+        "parameters": sum(p.numel() for p in parts.backbone.model.parameters()),
+        "windows": len(parts.windows),
+        "targets": int(parts.counts.sum()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages results depend on."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in PACKAGES
+    }
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _commit() -> str | None:
+    """Commit of the source tree this package is run from, with ``+`` when it has changes; None when installed."""
+    root = Path(__file__).parents[2]
+    if not (root / "pyproject.toml").is_file():
+        return None
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        head = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    except OSError:
+        return None
+    return head.stdout.strip() or None

@@ -1,0 +1,157 @@
+"""The numbers of a report for people at a terminal, on stdout, readable at 80 columns.
+
+Titles are untrusted text and printed as they are: nothing in them is taken for markup, and control characters
+never reach the terminal. Where there is no colour (a file, a pipe), brackets say what colour and bold would.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trierec.analysis import Example, Recommendation, fact_lines, percent, pieces
+from trierec.report import Comparison, Row, shown_metrics
+
+RECENT = 5  # titles of a history that are printed
+NARROWEST = 20  # columns that a wrapped text gets at least
+WIDEST_NAME = 40  # of a fact; its value stands beside it
+
+
+def print_rows(
+    rows: Sequence[Row], comparisons: Sequence[Comparison], console: Console | None = None
+) -> None:
+    """Print a table of methods, each metric with its 95 % interval, and a line per comparison.
+
+    Args:
+        rows: The methods.
+        comparisons: Paired differences.
+        console: Where to print; default stdout.
+    """
+    console = console or Console()
+    names = shown_metrics(rows)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for name in names:
+        table.add_column(Text(_clean(name)), justify="right", no_wrap=True)
+    for row in rows:
+        first = Text(_clean(row.name), style="bold")
+        if row.note:
+            first.append(f"\n{_clean(row.note)}", style="not bold dim")
+        table.add_row(first, *(_cell(row, name) for name in names))
+    console.print(table)
+    if comparisons or any(row.intervals for row in rows):
+        _hang(console, "", Text("small print and parentheses: 95 % interval over users", style="dim"))
+    for c in comparisons:
+        line = Text(f"{_clean(c.a)} - {_clean(c.b)}: {_clean(c.metric)} ")
+        line.append(f"{c.difference:+.3f}", style="bold")
+        _hang(console, "", line.append(f" ({c.low:+.3f} to {c.high:+.3f}), {c.verdict}"))
+
+
+def print_examples(examples: Sequence[Example], console: Console | None = None) -> None:
+    """Print users with history, true next title and recommendations, the deciding tokens marked.
+
+    Args:
+        examples: The users.
+        console: Where to print; default stdout.
+    """
+    if not examples:
+        return
+    console = console or Console()
+    coloured = console.color_system is not None
+    for example in examples:
+        earlier = len(example.history) - RECENT
+        before = f", {earlier} titles before these" if earlier > 0 else "" if example.history else ": nothing"
+        place = (
+            "not ranked" if example.target_rank < 0 else f"place {example.target_rank + 1:,} of the ranking"
+        )
+        console.print()
+        _hang(console, "", Text(f"User {_clean(example.user)}, {_clean(example.method)}", style="bold"))
+        _hang(console, "  ", Text(f"history{before}"))
+        for title in example.history[-RECENT:]:
+            _hang(console, "    ", Text(_clean(title)))
+        _hang(console, "  ", Text(f"true next title, {place}"))
+        _hang(console, "    ", Text(_clean(example.target), style="bold"))
+        _hang(console, "  ", Text("recommended"))
+        for n, found in enumerate(example.recommendations, 1):
+            probability = percent(math.exp(found.score)).replace("\xa0", " ")
+            _hang(console, f"    {n}. {probability:>7}  ", _marked(found, coloured))
+    console.print()
+    _hang(console, "", _legend(coloured))
+
+
+def print_facts(facts: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print names and values, one a line, aligned.
+
+    Args:
+        facts: Numbers of `trierec.analysis.describe`, or any others.
+        console: Where to print; default stdout.
+    """
+    console = console or Console()
+    lines = [(_clean(name), _clean(value)) for name, value in fact_lines(facts)]
+    wide = min(max((len(name) for name, _ in lines), default=0), WIDEST_NAME)
+    for name, value in lines:
+        if len(name) > wide:
+            _hang(console, "", Text(name))
+            name = ""
+        _hang(console, f"{name:<{wide}}  ", Text(value, style="bold"))
+
+
+def _cell(row: Row, name: str) -> Text:
+    if name not in row.metrics:
+        return Text("-")
+    cell = Text(f"{row.metrics[name]:.3f}")
+    if name in row.intervals:
+        low, high = row.intervals[name]
+        cell.append(f"\n{low:.3f}-{high:.3f}", style="dim")
+    return cell
+
+
+def _marked(found: Recommendation, coloured: bool) -> Text:
+    """A title whose deciding tokens are bold, or in brackets where there is no colour."""
+    text = Text()
+    for piece in pieces(found.tokens):
+        word = _clean(piece.text)
+        if not piece.decides:
+            text.append(word, style="dim")
+            continue
+        bare = word.lstrip() or word or "end"
+        text.append(word[: len(word) - len(bare)] if word else "")
+        text.append(bare if coloured else f"[{bare}]", style="bold cyan" if word else "italic cyan")
+    if found.is_target:
+        text.append("  <- true next title", style="bold green")
+    return text
+
+
+def _legend(coloured: bool) -> Text:
+    mark = Text("bold", style="bold cyan") if coloured else Text("[brackets]")
+    return mark.append(
+        ": tokens that decided; all others were forced by the catalogue", style="not bold default"
+    )
+
+
+def _hang(console: Console, prefix: str, text: Text) -> None:
+    """Print a text after a prefix; wrapped lines start below its first character."""
+    width = max(console.width - len(prefix), NARROWEST)
+    for n, line in enumerate(text.wrap(console, width, overflow="fold") or [Text()]):
+        line.rstrip()
+        before = prefix if n == 0 else " " * len(prefix)
+        console.print(Text.assemble(before, line), soft_wrap=True)
+
+
+def _clean(text: object) -> str:
+    """Control characters would move the cursor or set colours: line breaks become spaces, others U+FFFD."""
+    return "".join(
+        " "
+        if c in "\n\r\t"
+        else "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(c) in ("Cc", "Cs")
+        else c
+        for c in str(text)
+    )

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.reference.losses import dense_trie_nll, plain_ats, weighted_mean
+from tests.strategies import catalogues
+from trierec.decisiveness import binary_weights
+from trierec.errors import UserError
+from trierec.losses import (
+    AdaptiveTemperature,
+    Objective,
+    gradient_weight,
+    trie_nll,
+    vocabulary_nll,
+    widest_node,
+)
+from trierec.trie import Trie
+
+V = 12
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def tokens(trie: Trie) -> tuple[Tensor, Tensor, np.ndarray[Any, Any]]:
+    """Every token of every title: target, node before it, node after it."""
+    before, offsets = trie.paths()
+    after = np.append(before[1:], 0)
+    after[offsets[1:] - 1] = trie.leaf
+    target, node = trie.token[after].astype(np.int64), before.astype(np.int64)
+    return torch.from_numpy(target), torch.from_numpy(node), after
+
+
+def some_logits(n: int, seed: int = 0, scale: float = 3.0) -> Tensor:
+    return (torch.randn(n, V, generator=torch.Generator().manual_seed(seed)) * scale).requires_grad_()
+
+
+def gradient(loss: Tensor, logits: Tensor) -> Tensor:
+    (result,) = torch.autograd.grad(loss, logits)
+    return result
+
+
+@settings(max_examples=40, deadline=None)
+@given(catalogues(), st.floats(0.2, 6), st.integers(0, 99), st.sampled_from([0.1, 3.0, 90.0]))
+def test_sparse_equals_dense_in_value_and_gradient(
+    sequences: list[list[int]], tau: float, seed: int, scale: float
+) -> None:
+    trie = Trie.from_sequences(sequences)
+    target, node, _ = tokens(trie)
+    logits, weight = some_logits(len(target), seed, scale), torch.rand(len(target))
+    sparse = trie_nll(logits, target, node, trie, tau)
+    dense = dense_trie_nll(logits, target, node, trie, tau)
+    torch.testing.assert_close(sparse, dense, **CLOSE)
+    sparse_gradient = gradient((sparse * weight).sum(), logits)
+    torch.testing.assert_close(sparse_gradient, gradient((dense * weight).sum(), logits), **CLOSE)
+    known = int(trie.n_children[node.numpy()].sum())
+    assert torch.equal(trie_nll(logits, target, node, trie.to("cpu"), tau, known), sparse)
+
+
+@settings(max_examples=25, deadline=None)
+@given(catalogues(), st.integers(0, 99))
+def test_forced_tokens_have_no_loss_and_no_gradient(sequences: list[list[int]], seed: int) -> None:
+    trie = Trie.from_sequences(sequences)
+    target, node, _ = tokens(trie)
+    logits = some_logits(len(target), seed, 50.0)
+    nll = trie_nll(logits, target, node, trie, 0.7)
+    forced = torch.from_numpy(trie.n_children[node.numpy()] == 1)
+    assert (nll[forced] == 0).all()
+    assert (gradient(nll.sum(), logits)[forced] == 0).all()
+    assert (nll >= 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(catalogues(), st.integers(0, 99))
+def test_masked_loss_plus_mass_outside_is_the_language_modelling_loss(
+    sequences: list[list[int]], seed: int
+) -> None:
+    trie = Trie.from_sequences(sequences)
+    target, node, _ = tokens(trie)
+    logits = some_logits(len(target), seed).detach()
+    masked, full = trie_nll(logits, target, node, trie), vocabulary_nll(logits, target)
+    outside = [
+        -math.log(logits[row].softmax(0)[trie.children(n)[0].tolist()].sum())
+        for row, n in enumerate(node.tolist())
+    ]
+    torch.testing.assert_close(masked + torch.tensor(outside), full, **CLOSE)
+    assert (masked <= full + 1e-5).all()
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.5])
+def test_with_every_token_valid_it_is_cross_entropy(tau: float) -> None:
+    trie = Trie.from_sequences([[token, 0] for token in range(V)])
+    target, node = torch.arange(V).repeat(3), torch.zeros(3 * V, dtype=torch.int64)
+    logits = some_logits(3 * V)
+    ours, theirs = trie_nll(logits, target, node, trie, tau), vocabulary_nll(logits, target, tau)
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+    torch.testing.assert_close(
+        theirs, torch.nn.functional.cross_entropy(logits / tau, target, reduction="none")
+    )
+    torch.testing.assert_close(gradient(ours.sum(), logits), gradient(theirs.sum(), logits), **CLOSE)
+
+
+def test_large_logits_and_half_precision_stay_finite() -> None:
+    trie = Trie.from_sequences([[7, 2], [9, 2]])
+    logits = torch.zeros(2, 10, dtype=torch.bfloat16)
+    logits[0, 7], logits[1, 9] = 1e4, -1e4
+    nll = trie_nll(logits, torch.tensor([7, 9]), torch.tensor([0, 0]), trie)
+    assert nll.dtype == torch.float32
+    assert nll[0] == 0
+    assert nll[1] == pytest.approx(1e4, rel=1e-2)
+
+
+def test_no_positions_give_an_empty_loss_with_a_gradient() -> None:
+    logits, none = torch.zeros(0, V, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    nll = trie_nll(logits, none, none, Trie.from_sequences([[1, 0], [2, 0]]))
+    assert gradient(nll.sum(), logits).shape == (0, V)
+
+
+def test_gradient_weight_is_one_minus_the_probability() -> None:
+    trie = Trie.from_sequences([[1, 0], [2, 0], [3, 0]])
+    logits = some_logits(1)
+    nll = trie_nll(logits, torch.tensor([2]), torch.tensor([0]), trie)
+    assert gradient(nll.sum(), logits)[0, 2].item() == pytest.approx(-gradient_weight(nll).item(), rel=1e-5)
+
+
+# --- adaptive temperature ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gap", "variance", "root", "expected"),
+    [(8, 6, "plus", 0.9947), (8, 6, "minus", 0.6019), (5, 9, "plus", 0.4989), (5, 9, "minus", 0.4989)],
+)
+def test_roots_worked_by_hand(gap: float, variance: float, root: str, expected: float) -> None:
+    ats = AdaptiveTemperature(eta=0.25, root=root)  # m = 600: C = ln 150 = 5.0106
+    assert ats.solve(gap, variance, 600) == pytest.approx(expected, abs=5e-5)
+
+
+def test_first_step_by_hand() -> None:
+    # Valid logits -1, 1 (mean 0, variance 2), target 1, m = 40: C = ln 10, root (1 + 0) / (2 ln 10), below the clamp.
+    ats = AdaptiveTemperature(initial=3.0, momentum=0.9)
+    assert ats.update(torch.tensor([1.0]), torch.tensor([-1.0, 1.0]), 40) == pytest.approx(
+        0.9 * 3 + 0.1 * 1.5
+    )
+    loose = AdaptiveTemperature(initial=3.0, momentum=0.0, clamp=(1e-3, 10.0))
+    assert loose.update(torch.tensor([1.0]), torch.tensor([-1.0, 1.0]), 40) == pytest.approx(
+        1 / (2 * math.log(10))
+    )
+
+
+@pytest.mark.parametrize("root", ["plus", "minus"])
+@pytest.mark.parametrize("clamp", [(1.5, 5.0), (0.01, 100.0)])
+def test_equals_a_plain_recomputation_step_by_step(root: str, clamp: tuple[float, float]) -> None:
+    rng = np.random.default_rng(1)
+    stream = []
+    for _ in range(40):
+        m, rows = int(rng.integers(5, 30)), int(rng.integers(1, 6))
+        valid = rng.normal(0, rng.uniform(0.1, 4), rows * m)
+        stream.append(((rng.choice(valid, rows) + rng.uniform(0, 12)).tolist(), valid.tolist(), m))
+    ats = AdaptiveTemperature(clamp=clamp, root=root)
+    ours = [ats.update(torch.tensor(p), torch.tensor(v), m) for p, v, m in stream]
+    np.testing.assert_allclose(ours, plain_ats(stream, 0.25, 1.5, 0.95, clamp, root), rtol=1e-5)
+    assert len(set(np.round(ours, 6))) > 1
+
+
+def test_nothing_to_estimate_leaves_the_temperature() -> None:
+    ats = AdaptiveTemperature(initial=2.0)
+    assert ats.update(torch.zeros(0), torch.zeros(0), 40) == 2.0
+    assert ats.update(torch.zeros(1), torch.zeros(1), 40) == 2.0
+
+
+def test_adaptive_temperature_takes_no_gradient_and_keeps_its_state() -> None:
+    ats = AdaptiveTemperature()
+    ats.update(torch.tensor([20.0], requires_grad=True), torch.randn(40).requires_grad_(), 40)
+    other = AdaptiveTemperature()
+    other.load_state_dict(ats.state_dict())
+    assert other.value == ats.value != 1.5
+    assert "value=" in repr(ats)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"root": "both"}, "wanted root among plus, minus, got 'both'"),
+        ({"rows": "all"}, "not there yet"),
+        ({"rows": "some"}, "wanted rows among widest"),
+        ({"eta": 0}, "wanted eta > 0"),
+        ({"clamp": (2, 1)}, "wanted eta > 0"),
+    ],
+)
+def test_wrong_settings_of_the_adaptive_temperature(wrong: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        AdaptiveTemperature(**wrong)
+
+
+def test_too_few_valid_tokens_for_eta() -> None:
+    with pytest.raises(UserError, match=r"wants m \* eta > 1, got m = 4 valid tokens and eta = 0.25"):
+        AdaptiveTemperature().update(torch.zeros(1), torch.zeros(4), 4)
+
+
+# --- objectives -------------------------------------------------------------------------------------------------------
+
+# root ─ 1 ─ 2 ─ 0      item 0          node 0 has three children, node 1 (token 1) two, the others one
+#      │   └ 3 ─ 0      item 1
+#      ├ 4 ─ 5 ─ 0      item 2
+#      └ 6 ─ 0          item 3
+FOUR = [[1, 2, 0], [1, 3, 0], [4, 5, 0], [6, 0]]
+
+
+@pytest.mark.parametrize("normaliser", ["weights", "decisions", "sum"])
+@pytest.mark.parametrize(("support", "tau"), [("trie", 1.0), ("trie", 2.0), ("vocabulary", 2.0)])
+def test_objective_equals_a_loop(support: str, tau: float, normaliser: str) -> None:
+    trie = Trie.from_sequences(FOUR)
+    target, node, _ = tokens(trie)
+    logits, weight = some_logits(len(target)).detach(), torch.rand(len(target))
+    if support == "trie":
+        losses = [tau * loss for loss in dense_trie_nll(logits, target, node, trie, tau).tolist()]
+    else:
+        losses = vocabulary_nll(logits, target, tau).tolist()
+    decisions = (trie.n_children[node.numpy()] > 1).tolist()
+    loss = Objective(support, tau, normaliser)(logits, target, node, trie, weight)
+    assert loss.item() == pytest.approx(
+        weighted_mean(losses, weight.tolist(), decisions, normaliser), rel=1e-5
+    )
+
+
+def test_igd_with_beta_one_is_the_mean_and_with_zero_the_mean_over_decisions() -> None:
+    trie, counts = Trie.from_sequences(FOUR), [3, 1, 2, 5]
+    target, node, after = tokens(trie)
+    logits = some_logits(len(target)).detach()
+    nll = vocabulary_nll(logits, target)
+    decision = torch.from_numpy(trie.n_children[node.numpy()] > 1)
+    for beta, expected in ((1.0, nll.mean()), (0.0, nll[decision].mean())):
+        weight = torch.from_numpy(binary_weights(trie, counts, beta)[after])
+        loss = Objective("vocabulary")(logits, target, node, trie, weight)
+        torch.testing.assert_close(loss, expected, **CLOSE)
+
+
+def test_trie_support_multiplies_by_the_temperature() -> None:
+    trie = Trie.from_sequences(FOUR)
+    target, node, _ = tokens(trie)
+    logits = some_logits(len(target)).detach()
+    plain = trie_nll(logits, target, node, trie, 3.0)
+    assert Objective("trie", 3.0, "sum")(logits, target, node, trie).item() == pytest.approx(
+        3 * plain.sum().item(), rel=1e-6
+    )
+
+
+def test_the_temperature_sees_the_rows_of_the_widest_node() -> None:
+    trie = Trie.from_sequences(FOUR)
+    assert widest_node(trie) == (0, 3)
+    target, node, _ = tokens(trie)
+    logits = some_logits(len(target), scale=1.0)
+    settings = {"eta": 0.5, "clamp": (0.01, 100.0)}
+    objective = Objective(temperature=AdaptiveTemperature(**settings), normaliser="decisions")
+    expected = AdaptiveTemperature(**settings)
+    rows = (node == 0).nonzero()[:, 0]
+    expected.update(logits[rows, target[rows]], logits[rows][:, [1, 4, 6]], 3)
+    before = objective.tau
+    loss = objective(logits, target, node, trie)
+    assert objective.tau == before, "calling an objective changes nothing"
+    objective.observe(logits, target, node, trie)
+    assert objective.tau == expected.value != before
+    assert objective(logits, target, node, trie).item() != loss.item()
+
+
+def test_nothing_that_counts_gives_zero_and_not_nan() -> None:
+    trie = Trie.from_sequences([[5, 6, 0]])
+    target, node, _ = tokens(trie)
+    logits = some_logits(len(target))
+    loss = Objective("trie", 1.0, "decisions")(logits, target, node, trie)
+    assert loss.item() == 0
+    assert (gradient(loss, logits) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"support": "items"}, "wanted support among trie, vocabulary, got 'items'"),
+        ({"normaliser": "mean"}, "wanted normaliser among weights, decisions, sum, got 'mean'"),
+        ({"temperature": 0.0}, "wanted a temperature > 0, got 0.0"),
+        (
+            {"support": "vocabulary", "temperature": AdaptiveTemperature()},
+            "adaptive temperature needs trie support",
+        ),
+    ],
+)
+def test_wrong_objectives(wrong: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        Objective(**wrong)
+
+
+@pytest.mark.parametrize("loss", [trie_nll, vocabulary_nll])
+def test_wrong_temperature(loss: Any) -> None:
+    extra = (torch.tensor([0]), Trie.from_sequences(FOUR)) if loss is trie_nll else ()
+    with pytest.raises(ValueError, match="wanted a temperature > 0, got -1"):
+        loss(torch.zeros(1, V), torch.tensor([1]), *extra, temperature=-1)

@@ -1,0 +1,174 @@
+"""Run folders: train, evaluate, compare, resume; what is refused and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.worlds import write_msl_folder
+from trierec import load
+from trierec.compare import collect, comparisons, example_rows, load_evaluation
+from trierec.errors import UserError
+from trierec.files import read_json
+from trierec.recipe import Recipe, parse_recipe
+from trierec.runs import evaluate_run, open_run, train_run
+from trierec.search import rank_catalogue
+
+
+@pytest.fixture(scope="module")
+def cycle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_msl_folder(tmp_path_factory.mktemp("raw") / "office")
+
+
+def recipe(cycle: Path, name: str = "msl", **sections: dict) -> Recipe:
+    """Everybody walks round a cycle of 12 titles, so a learner can be right every time."""
+    values = {
+        "name": name,
+        "data": {"source": f"msl:{cycle}", "folder": str(cycle.parent / "prepared"), "max_history": 6},
+        "backbone": {"tiny": {"vocabulary": 300, "width": 32, "layers": 2, "heads": 2, "feed_forward": 64}},
+        "training": {"supervision": "every", "steps": 150, "batch_size": 32, "learning_rate": 1e-2, "log_every": 50},
+    }
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes
+    return parse_recipe(values, "test")
+
+
+@pytest.fixture(scope="module")
+def runs(cycle: Path) -> tuple[Path, Path]:
+    """One trained and evaluated run with MSL, one with LML."""
+    folders = cycle.parent / "msl", cycle.parent / "lml"
+    for folder, support in zip(folders, ("trie", "vocabulary"), strict=True):
+        train_run(recipe(cycle, folder.name, objective={"support": support}), folder)
+        evaluate_run(folder)
+    return folders
+
+
+def test_a_known_world_is_learned(runs: tuple[Path, Path]) -> None:
+    """The best possible HR@1 is 1; a learner must reach 90 % of it."""
+    for run in runs:
+        assert read_json(run / "metrics.json")["HR@1"] >= 0.9
+
+
+def test_a_run_folder_has_what_it_promises(runs: tuple[Path, Path]) -> None:
+    names = "recipe.toml run.json model trie.npz catalog.parquet metrics.json predictions.parquet log.jsonl".split()
+    assert not [name for name in names if not (runs[0] / name).exists()]
+    facts = read_json(runs[0] / "run.json")
+    assert facts["status"] == "trained"
+    assert set(facts["hashes"]) == {"data", "prompt", "trie", "counts"}
+    assert set(facts["versions"]) >= {"python", "torch", "transformers", "trierec"}
+    rows = [json.loads(line) for line in (runs[0] / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [50, 100, 150]
+    assert {"loss_zero_gain", "loss_positive_gain", "temperature", "w"} <= set(rows[0])
+
+
+def test_lemma_1_bounds_the_ranking_by_the_losses(runs: tuple[Path, Path]) -> None:
+    """MSL's Lemma 1: -ln NDCG of the full ranking by P_valid <= MSL <= LML, for every test user."""
+    from trierec.dataset import load_dataset
+    from trierec.engine import TrieEngine
+
+    rec = load(runs[1])
+    test = load_dataset(Path(read_json(runs[1] / "run.json")["data"]["folder"])).test
+    prompts = [rec.prompts.encode(history) for history in test.history]
+    target_group = rec.groups.of_item[test.target]
+    nll = {}
+    for support in ("trie", "vocabulary"):
+        ranking = rank_catalogue(TrieEngine(rec.backbone.model, rec.trie, support), prompts)
+        match = rec.groups.of_item[ranking.items] == target_group[:, None]
+        nll[support] = -ranking.scores[match]
+        if support == "trie":
+            negative_log_ndcg = np.log(np.log2(match.argmax(1) + 2))
+    assert (negative_log_ndcg <= nll["trie"] + 1e-4).all()
+    assert (nll["trie"] <= nll["vocabulary"] + 1e-4).all()
+
+
+def test_the_same_recipe_gives_the_same_bytes(cycle: Path, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    train_run(recipe(cycle), again)
+    evaluate_run(again)
+    assert (again / "predictions.parquet").read_bytes() == (runs[0] / "predictions.parquet").read_bytes()
+    one, other = (read_json(run / "metrics.json") for run in (again, runs[0]))
+    one.pop("timing"), other.pop("timing")
+    assert one == other
+
+
+def test_an_evaluation_is_read_back(runs: tuple[Path, Path]) -> None:
+    evaluation = load_evaluation(runs[0])
+    assert evaluation.per_user("HR@10").mean() == pytest.approx(evaluation.metrics["HR@10"])
+    found = comparisons([evaluation, load_evaluation(runs[1])])
+    assert [(c.a, c.b, c.metric) for c in found] == [("msl", "lml", "HR@10"), ("msl", "lml", "NDCG@10")]
+    assert all(c.low <= c.difference <= c.high for c in found)
+
+
+def test_other_settings_of_one_model(runs: tuple[Path, Path]) -> None:
+    loaded, _ = open_run(runs[0])
+    settings = loaded.evaluation.model_copy(update={"support": "vocabulary", "users": 7, "split": "valid"})
+    metrics = evaluate_run(runs[0], settings).metrics
+    assert (metrics["support"], metrics["n_users"], metrics["split"]) == ("vocabulary", 7, "valid")
+    evaluate_run(runs[0])
+
+
+def test_a_report_is_collected(runs: tuple[Path, Path]) -> None:
+    report = collect(list(runs))
+    assert [row.name for row in report.rows] == ["msl", "lml", "most popular"]
+    assert set(report.curves) == {"msl", "lml"}
+    assert len(report.examples) == 3
+    for example in report.examples:
+        for found in example.recommendations:
+            assert "".join(token.text for token in found.tokens) == found.title
+
+
+def test_example_rows_are_chosen_by_rule() -> None:
+    class Fake:
+        rank = np.array([30, 200, 3, -1, 0])
+        items = np.zeros((5, 10))
+
+    assert example_rows(Fake()) == [2, 0, 1]  # type: ignore[arg-type]
+
+
+def test_validation_early_stopping_and_the_final_fit(cycle: Path, tmp_path: Path) -> None:
+    small = {"steps": 12, "evaluate_every": 4, "patience": 1, "valid_users": 10, "learning_rate": 1e-9}
+    result = train_run(recipe(cycle, training=small), tmp_path / "a")
+    assert (result.stopped, result.steps_done, result.best_step) == ("patience", 8, 4)
+    both = train_run(recipe(cycle, training={"steps": 2, "rows": "train+valid"}), tmp_path / "b")
+    assert both.steps_done == 2
+    facts = [read_json(tmp_path / name / "run.json") for name in "ab"]
+    assert facts[1]["targets"] > facts[0]["targets"]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"support": "trie", "temperature": "adaptive", "normaliser": "decisions"},
+        {"support": "vocabulary", "weight": "igd", "beta": 0.2},
+        {"support": "trie", "weight": "igd", "beta": 0.2, "temperature": 2.0},
+    ],
+    ids=["msl+ats", "igd", "msl+igd"],
+)
+def test_every_objective_trains_from_a_recipe(cycle: Path, tmp_path: Path, objective: dict) -> None:
+    brief = {"steps": 30, "log_every": 10}
+    result = train_run(recipe(cycle, objective=objective, training=brief), tmp_path / "run")
+    losses = [row["loss"] for row in result.history if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_instruction_prompts_train_with_the_last_title_as_target(cycle: Path, tmp_path: Path) -> None:
+    changed = recipe(cycle, backbone={"template": "msl"}, training={"supervision": "last", "steps": 2})
+    assert train_run(changed, tmp_path / "run").steps_done == 2
+    assert load(tmp_path / "run").recommend([[0, 1]], k=3).items.shape == (1, 3)
+
+
+def test_what_is_refused(cycle: Path, runs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="already holds a run; choose another --out, or add --resume or --overwrite"):
+        train_run(recipe(cycle), runs[0])
+    with pytest.raises(UserError, match="was started with another recipe"):
+        train_run(recipe(cycle, training={"steps": 5}), runs[0], resume=True)
+    with pytest.raises(UserError, match="has no run.json"):
+        open_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"status": "training"}', encoding="utf-8")
+    with pytest.raises(UserError, match="has not ended; go on with: trierec train"):
+        open_run(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        train_run(recipe(cycle), tmp_path / "run.json")
