@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from trierec.backbones import (
     hand_head_matches,
     head_weight,
     load_backbone,
+    load_tokenizer,
     resolve_device,
     resolve_dtype,
 )
@@ -28,9 +30,32 @@ def test_tiny_is_what_the_seed_says() -> None:
     assert not a.model.training
 
 
-def test_the_default_tiny_has_two_thirds_of_a_million_parameters() -> None:
-    model = load_backbone("tiny", titles=[f"title {i}" for i in range(9)], device="cpu").model
-    assert sum(p.numel() for p in model.parameters()) < 640_513
+def test_the_default_tiny_has_half_a_million_parameters() -> None:
+    titles = [
+        f"{a}{b} {i}" for i, (a, b) in enumerate(itertools.product("abcdefghijklmnopqrstuvwxyz", repeat=2))
+    ]
+    tokenizer = load_tokenizer("tiny", titles=titles * 2)
+    model = load_backbone("tiny", titles=titles, device="cpu").model
+    body_and_norms = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+    assert 500_000 < body_and_norms + 2048 * 96 < 520_000
+    assert len(tokenizer) <= 2048
+
+
+def test_frequent_numbers_are_whole_tokens_and_survive_reloading(tmp_path: Path) -> None:
+    """Qwen2's rules cut numbers into digits; years would be four tokens."""
+    from transformers import AutoTokenizer
+
+    titles = [f"Film {i} (1995)" for i in range(5)] + ["19951 nights", "x1995", "1995", "7 (2001)"]
+    saved = load_backbone("tiny", titles=titles, device="cpu", tiny=TINY)
+    saved.save(tmp_path / "m")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "m")
+    year = saved.tokenizer.convert_tokens_to_ids("1995")
+    assert saved.tokenizer.decode([year]) == "1995"
+    for title in titles:
+        ids = saved.tokenizer(title, split_special_tokens=True)["input_ids"]
+        assert loaded(title, split_special_tokens=True)["input_ids"] == ids
+        assert loaded.decode(ids) == title
+        assert (year in ids) == ("1995" in title and title not in ("19951 nights", "x1995"))
 
 
 def test_the_tokenizer_round_trips_any_script() -> None:

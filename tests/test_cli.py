@@ -11,7 +11,9 @@ from tests.worlds import write_msl_folder
 from trierec.cli import main
 
 
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object
+) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of one command."""
     monkeypatch.setattr("sys.argv", ["trierec", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
@@ -96,7 +98,9 @@ def test_run_does_everything(raw: Path, capsys, monkeypatch) -> None:
         (["report", "nowhere"], "has no run.json"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(words: list[str], line: str, capsys, monkeypatch, tmp_path) -> None:
+def test_a_mistake_is_one_line_and_status_2(
+    words: list[str], line: str, capsys, monkeypatch, tmp_path
+) -> None:
     monkeypatch.chdir(tmp_path)
     status, output, errors = run(capsys, monkeypatch, *words)
     assert (status, output) == (2, "")

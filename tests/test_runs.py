@@ -29,7 +29,13 @@ def recipe(cycle: Path, name: str = "msl", **sections: dict) -> Recipe:
         "name": name,
         "data": {"source": f"msl:{cycle}", "folder": str(cycle.parent / "prepared"), "max_history": 6},
         "backbone": {"tiny": {"vocabulary": 300, "width": 32, "layers": 2, "heads": 2, "feed_forward": 64}},
-        "training": {"supervision": "every", "steps": 150, "batch_size": 32, "learning_rate": 1e-2, "log_every": 50},
+        "training": {
+            "supervision": "every",
+            "steps": 150,
+            "batch_size": 32,
+            "learning_rate": 1e-2,
+            "log_every": 50,
+        },
     }
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes
@@ -161,7 +167,9 @@ def test_instruction_prompts_train_with_the_last_title_as_target(cycle: Path, tm
 
 
 def test_what_is_refused(cycle: Path, runs: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="already holds a run; choose another --out, or add --resume or --overwrite"):
+    with pytest.raises(
+        UserError, match="already holds a run; choose another --out, or add --resume or --overwrite"
+    ):
         train_run(recipe(cycle), runs[0])
     with pytest.raises(UserError, match="was started with another recipe"):
         train_run(recipe(cycle, training={"steps": 5}), runs[0], resume=True)

@@ -74,7 +74,7 @@ def load_backbone(
         seed: Seed of the initialisation of ``tiny``.
         device: ``auto`` (cuda, mps, cpu in this order) or a torch device.
         dtype: ``auto`` (bfloat16 on a CUDA device that has it, else float32) or a torch dtype's name.
-        tiny: Shape of ``tiny``; default 0.64 M parameters.
+        tiny: Shape of ``tiny``; default half a million parameters.
         trust_remote_code: Passed to transformers; executes code of the model's repository.
 
     Raises:

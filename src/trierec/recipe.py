@@ -35,9 +35,9 @@ class TinyModel(_Section):
 
     vocabulary: int = Field(2048, ge=260)
     width: int = Field(96, ge=8)
-    layers: int = Field(3, ge=1)
+    layers: int = Field(2, ge=1)
     heads: int = Field(4, ge=1)
-    feed_forward: int = Field(384, ge=8)
+    feed_forward: int = Field(416, ge=8)
     dropout: float = Field(0.0, ge=0, lt=1)
 
 

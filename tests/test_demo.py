@@ -1,0 +1,40 @@
+"""The demo, quick: what it makes, that it needs no network with a warm cache, and what it says without data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trierec.fetch import cache_folder
+
+
+def command(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = [sys.executable, "-m", "trierec", *words]
+    return subprocess.run(code, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_quick_demo_offline(tmp_path: Path) -> None:
+    if not (cache_folder() / "ml-100k").is_dir():
+        pytest.skip("ml-100k is not in the cache; run trierec prepare ml-100k --out DIR once")
+    done = command(tmp_path, "demo", "--quick", "--json", TRIEREC_OFFLINE="1", OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert set(result["rows"]) == {"MSL", "LML", "most popular"}
+    html = (tmp_path / result["report"]).read_text(encoding="utf-8")
+    assert html.count("<svg") >= 6
+    assert "Traceback" not in done.stderr
+
+
+def test_without_data_and_network_one_line_says_what_to_do(tmp_path: Path) -> None:
+    done = command(tmp_path, "demo", "--quick", TRIEREC_OFFLINE="1", TRIEREC_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: wanted ml-100k, which is not in the cache")
+    assert "ml-100k.zip" in last
