@@ -96,6 +96,10 @@ def test_run_does_everything(raw: Path, capsys, monkeypatch) -> None:
         (["prepare", "nonsense", "--out", "x"], "ml-100k"),
         (["describe", "nowhere"], "nowhere"),
         (["report", "nowhere"], "has no run.json"),
+        (["train", "demo/msl"], "Missing option '--out'"),
+        (["train", "demo/msl", "--out", "x", "--stepz", "3"], "No such option: --stepz"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["prepare", "ml-100k", "--out", "x", "--max-history", "0"], "max-history"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(

@@ -59,7 +59,8 @@ def test_a_known_world_is_learned(runs: tuple[Path, Path]) -> None:
 
 
 def test_a_run_folder_has_what_it_promises(runs: tuple[Path, Path]) -> None:
-    names = "recipe.toml run.json model trie.npz catalog.parquet metrics.json predictions.parquet log.jsonl".split()
+    names = ["recipe.toml", "run.json", "model", "trie.npz", "catalog.parquet", "log.jsonl"]
+    names += ["recommender.json", "metrics.json", "predictions.parquet"]
     assert not [name for name in names if not (runs[0] / name).exists()]
     facts = read_json(runs[0] / "run.json")
     assert facts["status"] == "trained"
@@ -114,6 +115,21 @@ def test_other_settings_of_one_model(runs: tuple[Path, Path]) -> None:
     metrics = evaluate_run(runs[0], settings).metrics
     assert (metrics["support"], metrics["n_users"], metrics["split"]) == ("vocabulary", 7, "valid")
     evaluate_run(runs[0])
+
+
+def test_length_penalty_and_alpha_are_one_key_away(runs: tuple[Path, Path]) -> None:
+    loaded, _ = open_run(runs[0])
+    settings = loaded.evaluation.model_copy(update={"length_penalty": 1.0, "alpha": 0.4})
+    other = evaluate_run(runs[0], settings)
+    assert (other.metrics["length_penalty"], other.metrics["alpha"]) == (1.0, 0.4)
+    plain = evaluate_run(runs[0])
+    assert not np.array_equal(other.scores, plain.scores)
+
+
+def test_a_resumed_run_may_report_and_stop_differently(cycle: Path, tmp_path: Path) -> None:
+    train_run(recipe(cycle, training={"steps": 4, "time_limit_s": 1e-9}), tmp_path / "run")
+    result = train_run(recipe(cycle, training={"steps": 4}), tmp_path / "run", resume=True)
+    assert (result.steps_done, result.stopped) == (4, "steps")
 
 
 def test_a_report_is_collected(runs: tuple[Path, Path]) -> None:
@@ -173,6 +189,13 @@ def test_what_is_refused(cycle: Path, runs: tuple[Path, Path], tmp_path: Path) -
         train_run(recipe(cycle), runs[0])
     with pytest.raises(UserError, match="was started with another recipe"):
         train_run(recipe(cycle, training={"steps": 5}), runs[0], resume=True)
+    with pytest.raises(
+        UserError, match="was prepared from msl:.* with histories of 6, the recipe wants msl:.* and 5"
+    ):
+        train_run(recipe(cycle, data={"max_history": 5}), tmp_path / "other")
+    with pytest.raises(UserError, match="exclude = 'seen' needs everything a user had before"):
+        evaluate_run(runs[0], recipe(cycle, evaluation={"exclude": "seen"}).evaluation)
+    assert not (tmp_path / "other").exists()
     with pytest.raises(UserError, match="has no run.json"):
         open_run(tmp_path)
     (tmp_path / "run.json").write_text('{"status": "training"}', encoding="utf-8")

@@ -1,9 +1,7 @@
 """Causal language models and their tokenizers: build a small one or load a pre-trained one.
 
-Nothing here knows about recommendation. Besides loading, the room answers two questions every other room asks
-about a
-model: where is the body (everything below the head), and does ``hidden @ head.T`` give the model's own
-    logits?
+Nothing here knows about recommendation. Besides loading, the room answers the two questions that others ask about
+a model: where is the body (everything below the head), and does ``hidden @ head.T`` give the model's own logits?
 """
 
 from __future__ import annotations
@@ -99,7 +97,20 @@ def load_tokenizer(name: str, *, titles: Sequence[str] = (), tiny: TinyModel | N
     """The tokenizer of :func:`load_backbone`'s ``name`` alone."""
     if name == "tiny":
         return _train_tokenizer(titles, (tiny or TinyModel()).vocabulary)
-    return load_backbone(name, device="cpu", dtype="float32").tokenizer
+    if name == "smollm2-135m-q4":
+        name = _converted_smollm2()
+    revision = None
+    if name == "smollm2-135m":
+        name, revision = SMOLLM2
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"wanted the tokenizer of {name!r}, got: {line}; check the name, or give a local folder"
+        ) from error
 
 
 def resolve_device(device: str) -> torch.device:

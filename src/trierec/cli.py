@@ -17,11 +17,13 @@ from trierec.errors import UserError
 app = typer.Typer(
     name="trierec",
     help="Recommend by writing the next item's title along the catalogue's prefix tree.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# The base of every usage error, wherever this version of typer keeps it.
+USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Changes = Annotated[
@@ -226,12 +228,11 @@ def recommend(
     ranking = recommender.recommend([items], k, None if keep_history else "history")
     found = [
         {
-            "rank": rank,
             "item_id": recommender.catalog.item_id[i],
             "title": recommender.catalog.title[i],
             "score": float(s),
         }
-        for rank, (i, s) in enumerate(zip(ranking.items[0], ranking.scores[0], strict=True), 1)
+        for i, s in zip(ranking.items[0], ranking.scores[0], strict=True)
         if i >= 0
     ]
     if as_json:
@@ -239,8 +240,8 @@ def recommend(
             {"recommendations": found, "certified": bool(ranking.certified[0]), "counters": ranking.counters}
         )
         return
-    for line in found:
-        typer.echo(f"{line['rank']:>3}  {line['score']:8.3f}  {line['title']}")
+    for place, line in enumerate(found, 1):
+        typer.echo(f"{place:>3}  {line['score']:8.3f}  {line['title']}")
 
 
 @app.command()
@@ -251,13 +252,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The HTML file; default report.html in the first run's folder.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """One self-contained HTML file about one or more runs."""
     from trierec.compare import report_runs
 
     html = out or runs[0] / "report.html"
     report_runs(runs, html)
-    typer.echo(html)
+    _print_json({"report": str(html)}) if as_json else typer.echo(html)
 
 
 def main() -> None:
@@ -268,13 +270,23 @@ def main() -> None:
         ):  # a Windows console in a legacy code page would stop at the first odd title
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        app()
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
+        raise SystemExit(_complain(str(error))) from None
+    except USAGE_ERROR as error:
+        raise SystemExit(
+            _complain(f"{error.format_message()} (trierec COMMAND --help lists the options)")
+        ) from None
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    raise SystemExit(status or 0)
+
+
+def _complain(message: str) -> int:
+    """Print one line and give the exit status of a user's mistake."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def _console() -> Any:

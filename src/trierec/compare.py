@@ -16,11 +16,11 @@ from trierec.decisiveness import information_gain
 from trierec.errors import UserError
 from trierec.evaluate import SHOWN, Evaluation, evaluate, paired_interval
 from trierec.files import read_json
-from trierec.generative import GenerativeRecommender, load_recommender
+from trierec.generative import GenerativeRecommender
 from trierec.ranking import Groups, MostPopular
 from trierec.recipe import EvaluationSettings
 from trierec.report import Comparison, Report, Row, write_report
-from trierec.runs import first_rows, open_run
+from trierec.runs import first_rows, load_run, open_run
 from trierec.splits import Split
 
 POPULAR = "most popular"
@@ -29,6 +29,8 @@ POPULAR = "most popular"
 def load_evaluation(run: Path) -> Evaluation:
     """What ``trierec evaluate`` wrote into a run folder."""
     metrics = read_json(run / "metrics.json")
+    if not (run / "predictions.parquet").is_file():
+        raise UserError(f"wanted {run}/predictions.parquet, which is missing; run: trierec evaluate {run}")
     frame = pl.read_parquet(run / "predictions.parquet")
     return Evaluation(
         name=metrics["name"],
@@ -106,7 +108,7 @@ def examples(
     run: Path, evaluation: Evaluation, dataset: Dataset, rows: Sequence[int], top: int = 5
 ) -> tuple[Example, ...]:
     """Users with history, target and the tokens that decided each of their top recommendations."""
-    recommender = load_recommender(run)
+    recommender = load_run(run, open_run(run)[0])
     split = _rows(dataset, evaluation)
     gain = information_gain(recommender.trie, recommender.counts)
     return tuple(_example(recommender, evaluation, split, gain, r, top) for r in rows)
@@ -147,7 +149,7 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
     evaluations = [load_evaluation(run) for run in runs]
     if popular:
         evaluations.append(most_popular(dataset, recipe.evaluation, recipe.seed))
-    recommender = load_recommender(runs[0])
+    recommender = load_run(runs[0], recipe)
     return Report(
         title=f"{dataset.info['source']}: {', '.join(e.name for e in evaluations)}",
         subtitle=_protocol(evaluations[0], dataset),

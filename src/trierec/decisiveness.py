@@ -3,8 +3,8 @@
 A token is the edge into one node, so a measure of tokens is an array over nodes. The information gain of
 IGD is ``G[parent] - G[node]``, where ``G[n]`` is the sum of ``-p ln p`` over the groups (equal titles)
 under n and ``p`` is a group's share of all training targets. The paper does not renormalise ``p`` under a
-prefix, so no gain is negative. Everything is in nats. Source of all measures: IGD (NeurIPS '25), equations
-3 to 5 of its text as ``docs/papers.md`` lists them.
+prefix, so no gain is negative. Everything is in nats. Source of all measures: IGD (NeurIPS '25); its
+Eq. 4 is the entropy, ``docs/papers.md`` has the rest.
 
 Shape key: N nodes, I items.
 """

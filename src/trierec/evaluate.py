@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from trierec.errors import UserError
 from trierec.files import atomic_path, write_json
 from trierec.metrics import metrics_from_rank
 from trierec.progress import progress
@@ -187,6 +188,10 @@ def paired_interval(
 def _excluded(split: Split, rows: Sequence[int], exclude: str) -> list[NDArray[np.int32]] | None:
     if exclude == "none":
         return None
+    if exclude == "seen" and split.seen is None:
+        raise UserError(
+            "exclude = 'seen' needs everything a user had before, which this split does not know; use 'history'"
+        )
     source = split.seen if exclude == "seen" and split.seen is not None else split.history
     return [source[r] for r in rows]
 

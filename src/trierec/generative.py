@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from trierec.backbones import Backbone, load_backbone
 from trierec.catalog import Catalog
+from trierec.decisiveness import information_gain
 from trierec.engine import Support, TrieEngine
 from trierec.errors import UserError
 from trierec.files import atomic_path, read_json, write_json
@@ -44,6 +45,8 @@ class GenerativeRecommender:
         support: Softmax over valid tokens (``trie``) or over the vocabulary.
         search: How the trie is searched; ``catalogue`` scores every title.
         batch_users: Users that share a forward.
+        length_penalty: Exponent of the title's length that divides a score (BIGRec 1).
+        alpha: Strength of IGD-decoding; 0 switches it off.
     """
 
     backbone: Backbone
@@ -54,6 +57,8 @@ class GenerativeRecommender:
     support: Support = "trie"
     search: str = "catalogue"
     batch_users: int = 16
+    length_penalty: float = 0.0
+    alpha: float = 0.0
 
     @cached_property
     def groups(self) -> Groups:
@@ -64,6 +69,11 @@ class GenerativeRecommender:
     def engine(self) -> TrieEngine:
         """The engine that scores edges; made once, so the model is probed once."""
         return TrieEngine(self.backbone.model, self.trie, self.support)
+
+    @cached_property
+    def gain(self) -> NDArray[np.float64] | None:
+        """(N,) information gain for IGD-decoding, None where it is off."""
+        return information_gain(self.trie, self.counts) if self.alpha else None
 
     def with_settings(self, **changes: Any) -> GenerativeRecommender:
         """The same model with another ``support``, ``search`` or ``batch_users``."""
@@ -108,6 +118,9 @@ class GenerativeRecommender:
                 self.engine,
                 [prompts[row] for row in rows],
                 k,
+                self.length_penalty,
+                self.alpha,
+                self.gain,
                 exclude=[excluded[row] for row in rows],
                 allow=[allowed[row] for row in rows],
                 counts=self.counts,
@@ -133,6 +146,8 @@ class GenerativeRecommender:
                 "support": self.support,
                 "search": self.search,
                 "batch_users": self.batch_users,
+                "length_penalty": self.length_penalty,
+                "alpha": self.alpha,
                 "prompt": prompts.settings,
                 "hashes": {"prompt": prompts.hash, "trie": self.trie.fingerprint()},
                 "origin": self.backbone.origin,
@@ -164,6 +179,9 @@ def load_recommender(
         raise UserError(
             f"wanted {folder}/{MANIFEST} of format {FORMAT}, got {facts.get('format')}; save it again"
         )
+    for name in ("catalog.parquet", "trie.npz", "model"):
+        if not (folder / name).exists():
+            raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
     frame = pl.read_parquet(folder / "catalog.parquet")
     catalog = Catalog.from_frame(frame)
     backbone = load_backbone(
@@ -186,7 +204,12 @@ def load_recommender(
     counts = frame["train_targets"].to_numpy().astype(np.int64)
     backbone = replace(backbone, origin=facts["origin"])
     return GenerativeRecommender(
-        backbone, catalog, prompts, trie, counts, facts["support"], facts["search"], facts["batch_users"]
+        backbone,
+        catalog,
+        prompts,
+        trie,
+        counts,
+        **{name: facts[name] for name in ("support", "search", "batch_users", "length_penalty", "alpha")},
     )
 
 

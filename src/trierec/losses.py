@@ -224,9 +224,8 @@ class Objective:
     Attributes:
         support: ``trie`` (MSL) or ``vocabulary`` (LML): which tokens the softmax runs over.
         temperature: A number > 0, or an `AdaptiveTemperature` (trie support only). In trie support the loss
-            is multiplied by it, as in the paper: ``sum -tau log softmax(z / tau)``; in vocabulary support it
-                is not, as
-            in the authors' LML + tau.
+            is multiplied by it, as in the paper: ``sum -tau log softmax(z / tau)``; in vocabulary support
+            it is not, as in the authors' LML + tau.
         normaliser: What the sum of weighted losses is divided by. ``weights``: the sum of the weights of all
             target tokens (LML, IGD); ``decisions``: the same over tokens with more than one valid choice (the
             released MSL with ATS); ``sum``: 1.

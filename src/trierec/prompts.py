@@ -5,16 +5,11 @@ string whose tokens are a title. Prompt and title are tokenised apart and their 
 seam is ever searched for. Titles are untrusted text: they are tokenised with ``split_special_tokens=True``,
 so that a title which contains the terminator's spelling is just a title.
 
-Templates (facts of the papers' prompts in ``docs/papers.md``; the sentences of ``msl`` are ours):
+Templates (facts of the papers' prompts in ``docs/papers.md``; the sentences of ``msl`` are ours)::
 
-========  ==============================================  ======================
-==================================== name      prompt                                          title string
-source ========  ==============================================  ======================
-==================================== plain     titles, each closed by the terminator           the title
-ours, for models trained from scratch msl       instruction, input, response (Alpaca sections)  the title in
-``"``      MSL, BIGRec d3        the same with "User Input"                      the title and newline   D3,
-IGD ========  ==============================================  ======================
-====================================
+    plain   titles, each closed by the terminator   title as it is      ours, for models trained from scratch
+    msl     instruction, input, response            title in quotes     MSL, BIGRec
+    d3      the same with "User Input"              title and newline   IGD's copy of D3
 """
 
 from __future__ import annotations
@@ -162,7 +157,20 @@ def build_prompts(
     lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
     before, after = _chat_sides(tokenizer) if chat else ((), ())
     bos = _bos(tokenizer, template, chat)
-    identity = [template, lead, before, after, bos, max_history, max_tokens, tokenizer_hash(tokenizer)]
+    identity = [
+        _AFTER.get(template),
+        _TITLE[template],
+        _IN_HISTORY.get(template),
+        list(catalog.title),
+        template,
+        lead,
+        before,
+        after,
+        bos,
+        max_history,
+        max_tokens,
+        tokenizer_hash(tokenizer),
+    ]
     settings = {
         "template": template,
         "noun": noun,

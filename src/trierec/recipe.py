@@ -65,6 +65,12 @@ class AdaptiveSettings(_Section):
     clamp: tuple[float, float] = (1.5, 5.0)
     root: Literal["plus", "minus"] = "plus"
 
+    @model_validator(mode="after")
+    def _range(self) -> AdaptiveSettings:
+        if not 0 < self.clamp[0] <= self.clamp[1]:
+            raise ValueError(f"clamp must be two ascending temperatures > 0, got {list(self.clamp)}")
+        return self
+
 
 class ObjectiveSettings(_Section):
     """Support x temperature x weight."""
@@ -80,6 +86,8 @@ class ObjectiveSettings(_Section):
     def _positive(self) -> ObjectiveSettings:
         if self.temperature != "adaptive" and self.temperature <= 0:
             raise ValueError(f"temperature must be > 0 or 'adaptive', got {self.temperature}")
+        if self.temperature == "adaptive" and self.support != "trie":
+            raise ValueError("temperature = 'adaptive' needs support = 'trie'")
         return self
 
 
@@ -119,12 +127,14 @@ class EvaluationSettings(_Section):
     """How a trained model is ranked and counted."""
 
     split: Literal["valid", "test"] = "test"
-    search: Literal["catalogue", "beam", "exact"] = "catalogue"
+    search: Literal["catalogue"] = Field("catalogue", description="beam and exact search come later")
     support: Literal["trie", "vocabulary"] = "trie"
     exclude: Literal["none", "history", "seen"] = Field(
         "none", description="items never returned; seen: all earlier ones"
     )
     k: int = Field(10, ge=1)
+    length_penalty: float = Field(0.0, description="BIGRec 1, D3 and ours 0")
+    alpha: float = Field(0.0, ge=0, le=1, description="IGD-decoding; 0: off")
     users: int | None = Field(None, ge=1, description="only the first so many rows")
     batch_users: int = Field(16, ge=1)
 
@@ -246,9 +256,13 @@ def _apply(values: dict[str, Any], change: str) -> None:
 
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
+    # A value of several types is reported once a type, with the type as the last part of its place.
+    known = _keys(Recipe)
     key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        key = max((name for name in known if f"{key}.".startswith(f"{name}.")), key=len, default=key)
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _keys(Recipe), n=1, cutoff=0.3)
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
         return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     if problem["type"] == "missing":
         return f"the key {key!r} is missing"

@@ -57,7 +57,15 @@ def open_data(recipe: Recipe) -> Dataset:
         "/", "-"
     ).strip("-.")
     if (folder / "dataset.json").is_file():
-        return load_dataset(folder)
+        dataset = load_dataset(folder)
+        wanted = (recipe.data.source, recipe.data.max_history)
+        found = (dataset.info["source"], dataset.info["settings"]["max_history"])
+        if found != wanted:
+            raise UserError(
+                f"{folder} was prepared from {found[0]} with histories of {found[1]}, the recipe wants "
+                f"{wanted[0]} and {wanted[1]}; give another data.folder or prepare it again"
+            )
+        return dataset
     note(f"preparing {recipe.data.source} in {folder}")
     return prepare(recipe.data.source, folder, max_history=recipe.data.max_history)
 
@@ -107,16 +115,18 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
     parts = assemble(recipe, dataset)
     started = time.time()
     facts = _facts(recipe, dataset, parts)
+    recommender = _recommender(recipe, dataset, parts)
+    examples, objective, config = _examples(recipe, parts), _objective(recipe.objective), _config(recipe)
+    validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
     write_text(out / "recipe.toml", dump_recipe(recipe))
     write_json(out / "run.json", facts | {"status": "training"})
-    recommender = _recommender(recipe, dataset, parts)
     result = train(
         parts.backbone.model,
-        _examples(recipe, parts),
-        _objective(recipe.objective),
-        _config(recipe),
+        examples,
+        objective,
+        config,
         out,
-        validate=_validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None,
+        validate=validate,
         resume=resume,
         title=recipe.name,
     )
@@ -158,10 +168,8 @@ def evaluate_run(
         raise UserError(
             f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
         )
-    recommender = load_recommender(run, device=recipe.backbone.device, dtype=recipe.backbone.dtype)
-    recommender = recommender.with_settings(
-        support=settings.support, search=settings.search, batch_users=settings.batch_users
-    )
+    recommender = load_run(run, recipe)
+    recommender = recommender.with_settings(**_search_settings(settings))
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
     evaluation = evaluate(
         recommender,
@@ -170,7 +178,8 @@ def evaluate_run(
         split_name=settings.split,
         k=settings.k,
         exclude=settings.exclude,
-        facts={"search": settings.search, "support": settings.support, "seed": recipe.seed},
+        facts=settings.model_dump(include={"search", "support", "length_penalty", "alpha"})
+        | {"seed": recipe.seed},
         train_targets=recommender.counts,
         seed=recipe.seed,
     )
@@ -185,11 +194,19 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
             f"wanted a run folder, but {run} has no run.json; give the folder that trierec train wrote"
         )
     facts = read_json(run / "run.json")
-    if facts["status"] != "trained":
+    if facts.get("status") != "trained":
         raise UserError(
             f"the training in {run} has not ended; go on with: trierec train {run / 'recipe.toml'} --resume --out {run}"
         )
     return load_recipe(run / "recipe.toml"), facts
+
+
+def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender:
+    """The recommender of a run, with the device, dtype and trust of its recipe."""
+    settings = recipe.backbone
+    return load_recommender(
+        run, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
+    )
 
 
 def data_hash(dataset: Dataset) -> str:
@@ -244,10 +261,12 @@ def _recommender(recipe: Recipe, dataset: Dataset, parts: Parts) -> GenerativeRe
         parts.prompts,
         parts.trie,
         parts.counts,
-        recipe.evaluation.support,
-        recipe.evaluation.search,
-        recipe.evaluation.batch_users,
+        **_search_settings(recipe.evaluation),
     )
+
+
+def _search_settings(settings: EvaluationSettings) -> dict[str, Any]:
+    return settings.model_dump(include={"support", "search", "batch_users", "length_penalty", "alpha"})
 
 
 def _validator(
@@ -275,13 +294,19 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> N
     if not (out / "run.json").is_file():
         return
     if resume:
-        if load_recipe(out / "recipe.toml") != recipe:
+        if _settled(load_recipe(out / "recipe.toml")) != _settled(recipe):
             raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
     elif overwrite:
         (out / "recommender.json").unlink(missing_ok=True)
         (out / "metrics.json").unlink(missing_ok=True)
     else:
         raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
+
+
+def _settled(recipe: Recipe) -> dict[str, Any]:
+    """What may not change when a run goes on; how often it reports and when it stops may."""
+    free = {"log_every", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"}
+    return recipe.model_dump(exclude={"training": free, "evaluation": True, "title": True})
 
 
 def _facts(recipe: Recipe, dataset: Dataset, parts: Parts) -> dict[str, Any]:
@@ -294,7 +319,7 @@ def _facts(recipe: Recipe, dataset: Dataset, parts: Parts) -> dict[str, Any]:
         "versions": versions(),
         "commit": _commit(),
         "machine": f"{platform.system()} {platform.machine()}, {_threads()} threads",
-        "data": {"folder": str(dataset.folder), "source": dataset.info["source"]},
+        "data": {"folder": str(dataset.folder.resolve()), "source": dataset.info["source"]},
         "hashes": {
             "data": data_hash(dataset),
             "prompt": parts.prompts.hash,

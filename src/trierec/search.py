@@ -57,9 +57,8 @@ def rank_catalogue(
         UserError: ``alpha`` outside [0, 1], ``alpha > 0`` without ``gain``, ``k < 1``, unknown items in a
             filter.
 
-    Source: full ranking by the product of P_valid is what MSL's Lemma 1 speaks of; weights: IGD, section 4
-        (per-node scaling
-    as in the authors' code). Differs from both: the authors only ever look at ten beams.
+    Source: the full ranking by the product of P_valid is what MSL's Lemma 1 speaks of; the weights are IGD-decoding
+    with the gain scaled per node, as in its authors' code. Differs from both: the authors look at ten beams only.
     """
     counters = Counters()
     edges = edge_log_probabilities(engine, prompts, counters)
