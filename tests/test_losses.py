@@ -269,6 +269,19 @@ def test_the_temperature_sees_the_rows_of_the_widest_node() -> None:
     assert objective(logits, target, node, trie).item() != loss.item()
 
 
+def test_a_root_with_one_child_does_not_stop_the_temperature() -> None:
+    """A tokenizer that makes the opening quote a token of its own; the released rule has no reference row then."""
+    trie = Trie.from_sequences([[8, *title] for title in FOUR])
+    assert trie.n_children[0] == 1
+    assert widest_node(trie) == (1, 3)
+    target, node, _ = tokens(trie)
+    objective = Objective(temperature=AdaptiveTemperature(eta=0.5, clamp=(0.01, 100.0)))
+    before = objective.tau
+    objective.observe(some_logits(len(target), scale=1.0), target, node, trie)
+    assert objective.tau != before
+    assert math.isfinite(objective.tau)
+
+
 def test_nothing_that_counts_gives_zero_and_not_nan() -> None:
     trie = Trie.from_sequences([[5, 6, 0]])
     target, node, _ = tokens(trie)
