@@ -107,6 +107,19 @@ def test_models_the_tree_cache_is_wrong_for_take_the_plain_path_with_one_warning
     assert ranking.counters["token_forwards"] > 0
 
 
+def test_a_family_that_takes_no_mask_of_ours_takes_the_plain_path() -> None:
+    import transformers as tf
+
+    config = tf.BloomConfig(
+        vocab_size=30, hidden_size=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=0
+    )
+    model = tf.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.warns(UserWarning, match="plain, slower path"):
+        ranking = rank_catalogue(TrieEngine(model, Trie.from_sequences(SIX)), PROMPTS)
+    wanted = reference.catalogue(model, PROMPTS[0], SIX, "trie")
+    assert ranking.scores[0] == pytest.approx([wanted[i] for i in ranking.items[0]], abs=TOLERANCE)
+
+
 def test_a_window_shorter_than_the_longest_path_is_not_trusted() -> None:
     """The probe fits into the window; only the real prompt does not."""
     model = tiny_model("gemma3", sliding_window=8)

@@ -61,6 +61,22 @@ def test_bad_filters_are_named() -> None:
         rank_groups(np.zeros((1, 3)), GROUPS, 0)
 
 
+def test_a_diverged_model_is_no_ranking() -> None:
+    with pytest.raises(UserError, match="NaN.: the model diverged"):
+        rank_groups(np.array([[0.1, np.nan, 0.2]]), GROUPS, 2)
+
+
+def test_filters_are_one_list_of_integers_a_user() -> None:
+    scores = np.array([[0.1, 0.3, 0.2]])
+    assert rank_groups(scores, GROUPS, 1, exclude=np.array([[1]]))[0].tolist() == [[3]]
+    for wrong in ([[1], [2]], []):
+        with pytest.raises(UserError, match=rf"exclude lists for 1 users, got {len(wrong)}"):
+            rank_groups(scores, GROUPS, 1, exclude=wrong)
+    for items in ([1.7], 3, ["1"]):
+        with pytest.raises(UserError, match="a list of item indices for each user"):
+            GROUPS.permitted(exclude=items)  # type: ignore[arg-type]
+
+
 def test_most_popular_counts_a_group_as_its_best_member() -> None:
     popular = MostPopular(GROUPS, np.array([1, 2, 3, 0]))
     ranking = popular.recommend([[], [2]], k=3, exclude="history")

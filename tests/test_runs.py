@@ -132,6 +132,45 @@ def test_a_resumed_run_may_report_and_stop_differently(cycle: Path, tmp_path: Pa
     assert (result.steps_done, result.stopped) == (4, "steps")
 
 
+def test_files_of_others_are_left_alone(cycle: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("precious", encoding="utf-8")
+    with pytest.raises(UserError, match="wanted a new or empty folder for the run, but .* holds model"):
+        train_run(recipe(cycle), tmp_path)
+    assert (tmp_path / "model" / "mine").read_text(encoding="utf-8") == "precious"
+
+
+def test_a_failed_overwrite_leaves_the_old_run_whole(cycle: Path, runs: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        bad = recipe(cycle, data={"source": "msl:nowhere", "folder": str(cycle.parent / "none")})
+        train_run(bad, runs[0], overwrite=True)
+    assert load(runs[0]).recommend([[0]], k=1).items.shape == (1, 1)
+    assert load_evaluation(runs[0]).metrics["name"] == "msl"
+
+
+def test_more_training_takes_the_old_metrics_away(cycle: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train_run(recipe(cycle, training={"steps": 4, "time_limit_s": 1e-9}), run)
+    evaluate_run(run)
+    train_run(recipe(cycle, training={"steps": 4}), run, resume=True)
+    assert not (run / "metrics.json").exists()
+    evaluate_run(run)
+    train_run(recipe(cycle, training={"steps": 4}), run, resume=True)
+    assert (run / "metrics.json").exists(), "nothing was trained, so they still speak of these weights"
+
+
+def test_only_like_is_compared_with_like(cycle: Path, runs: tuple[Path, Path]) -> None:
+    settings = open_run(runs[0])[0].evaluation.model_copy(update={"exclude": "history"})
+    other = evaluate_run(runs[0], settings)
+    with pytest.raises(
+        UserError, match="was evaluated with exclude = 'none' and msl with 'history'; evaluate both alike"
+    ):
+        comparisons([load_evaluation(runs[1]), other])
+    popular = collect([runs[0]]).rows[-1]
+    evaluate_run(runs[0])
+    assert popular.metrics != collect([runs[0]]).rows[-1].metrics
+
+
 def test_a_report_is_collected(runs: tuple[Path, Path]) -> None:
     report = collect(list(runs))
     assert [row.name for row in report.rows] == ["msl", "lml", "most popular"]

@@ -11,10 +11,13 @@ import logging
 import os
 import re
 import tempfile
+import threading
+import urllib.error
+import urllib.request
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,7 @@ class Backbone:
 
     def save(self, folder: Path) -> None:
         """Write an ordinary Hugging Face checkpoint, atomically."""
-        _silence_bars()
+        _silence()
         with atomic_folder(folder) as temporary:
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
@@ -98,19 +101,14 @@ def load_tokenizer(name: str, *, titles: Sequence[str] = (), tiny: TinyModel | N
     if name == "tiny":
         return _train_tokenizer(titles, (tiny or TinyModel()).vocabulary)
     if name == "smollm2-135m-q4":
-        name = _converted_smollm2()
-    revision = None
+        return _tokenizer(_converted_smollm2())
     if name == "smollm2-135m":
-        name, revision = SMOLLM2
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"wanted the tokenizer of {name!r}, got: {line}; check the name, or give a local folder"
-        ) from error
+        try:
+            return _tokenizer(*SMOLLM2)
+        except UserError as error:
+            _explain_stand_in(error)
+            return _tokenizer(_converted_smollm2())
+    return _tokenizer(name)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -119,9 +117,14 @@ def resolve_device(device: str) -> torch.device:
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)
     try:
-        return torch.device(device)
-    except RuntimeError:
-        raise UserError(f"wanted a device such as auto, cpu, cuda or mps, got {device!r}") from None
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"wanted a device such as auto, cpu, cuda or mps that works here, got {device!r}: {reason}"
+        ) from None
+    return chosen
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -182,11 +185,12 @@ def hand_head_matches(model: Any, tolerance: float = 1e-3) -> bool:
     )
 
 
-def _silence_bars() -> None:
-    """Progress is ours to show; a bar for one shard of weights is noise."""
+def _silence() -> None:
+    """Progress is ours to show (a bar for one shard of weights is noise), and a hub's error becomes one line."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def _build_tiny(titles: Sequence[str], settings: TinyModel, seed: int) -> Backbone:
@@ -250,25 +254,68 @@ def _train_tokenizer(titles: Sequence[str], vocabulary: int) -> Any:
     return tokenizer
 
 
+def _from_hub(load: Callable[..., Any], name: str, revision: str | None, **options: Any) -> Any:
+    """``load(name)`` from a folder, the local cache or, where it can be reached within ten seconds, the hub.
+
+    The hub's client retries every request for almost a minute, so a hub that cannot be reached is noticed before.
+    """
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_SECONDS)
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", HUB_SECONDS)
+    _silence()
+    try:
+        try:
+            return load(name, revision=revision, local_files_only=True, **options)
+        except (OSError, ValueError):
+            if Path(name).is_dir() or offline() or not _hub_answers():
+                raise
+        return load(name, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"wanted the language model {name!r} (a hub id or a folder with a transformers checkpoint), got: {line}; "
+            "check the name and the network, or put the files in a local folder and give its path"
+        ) from error
+
+
+def _hub_answers() -> bool:
+    """Whether the hub answers at all within ten seconds, whatever it says."""
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(
+                os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=float(HUB_SECONDS)
+            )
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)
+        except OSError:
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(float(HUB_SECONDS))
+    return answers == [True]
+
+
+def _tokenizer(name: str, revision: str | None = None, trust: bool = False) -> Any:
+    from transformers import AutoTokenizer
+
+    return _from_hub(AutoTokenizer.from_pretrained, name, revision, trust_remote_code=trust)
+
+
 def _from_pretrained(
     name: str, revision: str | None, dtype: torch.dtype, trust: bool, shown: str
 ) -> Backbone:
     """Any hub id or folder through the Auto classes; what the hub says becomes one line."""
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_SECONDS)
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", HUB_SECONDS)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    _silence_bars()
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"wanted the language model {shown!r} (a hub id or a folder with a transformers checkpoint), got: {line}; "
-            "check the name, or put the files in a local folder and give its path"
-        ) from error
+    tokenizer = _tokenizer(name, revision, trust)
+    model = _from_hub(
+        AutoModelForCausalLM.from_pretrained, name, revision, trust_remote_code=trust, dtype=dtype
+    )
     origin: dict[str, Any] = {
         "name": shown,
         "repository": name,
@@ -281,15 +328,17 @@ def _from_pretrained(
     return Backbone(model, tokenizer, shown, origin)
 
 
+def _explain_stand_in(error: UserError) -> None:
+    reason = str(error.__cause__).strip().splitlines()[0]
+    note(f"warning: smollm2-135m cannot be had from the hub ({reason}); using its 4-bit weights, dequantised")
+
+
 def _smollm2(dtype: torch.dtype) -> Backbone:
     repository, revision = SMOLLM2
     try:
         return _from_pretrained(repository, revision, dtype, False, "smollm2-135m")
     except UserError as error:
-        reason = str(error.__cause__).strip().splitlines()[0]
-        note(
-            f"warning: smollm2-135m cannot be had from the hub ({reason}); using its 4-bit weights, dequantised"
-        )
+        _explain_stand_in(error)
     return _from_pretrained(_converted_smollm2(), None, dtype, False, "smollm2-135m-q4")
 
 

@@ -159,6 +159,11 @@ def evaluate(
     from trierec.terminal import print_rows
 
     open_run(run)
+    wrong = [change for change in changes or () if not change.strip().startswith("evaluation.")]
+    if wrong:
+        raise UserError(
+            f"wanted --set evaluation.KEY=VALUE, got {wrong[0]!r}: the rest was fixed when the run was trained"
+        )
     given = [
         f"evaluation.{key}={value}"
         for key, value in (("split", split), ("search", search))
@@ -221,11 +226,17 @@ def recommend(
     as_json: Json = False,
 ) -> None:
     """The most probable next titles after a history."""
+    import numpy as np
+
     from trierec.generative import load_recommender
+    from trierec.terminal import clean
 
     recommender = load_recommender(run)
     items = [recommender.catalog.index(title) for title in history or ()]
-    ranking = recommender.recommend([items], k, None if keep_history else "history")
+    # A title that occurs twice is one thing to the reader: with an item, its group is excluded.
+    groups = recommender.groups.of_item
+    exclude = None if keep_history else [np.flatnonzero(np.isin(groups, groups[items]))]
+    ranking = recommender.recommend([items], k, exclude)
     found = [
         {
             "item_id": recommender.catalog.item_id[i],
@@ -241,7 +252,7 @@ def recommend(
         )
         return
     for place, line in enumerate(found, 1):
-        typer.echo(f"{place:>3}  {line['score']:8.3f}  {line['title']}")
+        typer.echo(f"{place:>3}  {line['score']:8.3f}  {clean(line['title'])}")
 
 
 @app.command()
@@ -277,6 +288,14 @@ def main() -> None:
         raise SystemExit(
             _complain(f"{error.format_message()} (trierec COMMAND --help lists the options)")
         ) from None
+    except OSError as error:
+        raise SystemExit(
+            _complain(f"{error.strerror or error}: {error.filename or 'no file named'}")
+        ) from None
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("polars", "safetensors", "safetensors_rust"):
+            raise
+        raise SystemExit(_complain(f"a file cannot be read ({error}); restore it or make it again")) from None
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

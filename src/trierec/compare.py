@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from trierec.evaluate import SHOWN, Evaluation, evaluate, paired_interval
 from trierec.files import read_json
 from trierec.generative import GenerativeRecommender
 from trierec.ranking import Groups, MostPopular
-from trierec.recipe import EvaluationSettings
 from trierec.report import Comparison, Report, Row, write_report
 from trierec.runs import first_rows, load_run, open_run
 from trierec.splits import Split
@@ -44,16 +44,23 @@ def load_evaluation(run: Path) -> Evaluation:
     )
 
 
-def most_popular(dataset: Dataset, settings: EvaluationSettings, seed: int = 0) -> Evaluation:
-    """The row every method has to beat, on the same rows and with the same exclusions."""
-    counts = np.bincount(dataset.train.target, minlength=dataset.catalog.n_items)
+def most_popular(dataset: Dataset, like: Evaluation) -> Evaluation:
+    """The row every method has to beat, on the rows and with the exclusions of another evaluation."""
+    counts = dataset.train_interactions
     recommender = MostPopular(Groups.from_labels(dataset.catalog.group, counts), counts)
-    split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
-    facts = {"search": "catalogue", "support": "none", "seed": seed}
+    shared = like.metrics
+    facts = {"search": "catalogue", "support": "none", "seed": shared["seed"]}
     return evaluate(
-        recommender, split, name=POPULAR, split_name=settings.split, k=settings.k, exclude=settings.exclude,
-        facts=facts, train_targets=counts, seed=seed,
-    )  # fmt: skip
+        recommender,
+        _rows(dataset, like),
+        name=POPULAR,
+        split_name=shared["split"],
+        k=like.items.shape[1],
+        exclude=shared["exclude"],
+        facts=facts,
+        train_targets=dataset.train_targets,
+        seed=shared["seed"],
+    )
 
 
 def row(evaluation: Evaluation, note: str = "") -> Row:
@@ -76,6 +83,12 @@ def comparisons(
     first = evaluations[0]
     found = []
     for other in evaluations[1:]:
+        for key in ("split", "exclude"):
+            if first.metrics[key] != other.metrics[key]:
+                raise UserError(
+                    f"{first.name} was evaluated with {key} = {first.metrics[key]!r} and {other.name} with "
+                    f"{other.metrics[key]!r}; evaluate both alike"
+                )
         if not np.array_equal(first.target, other.target):
             raise UserError(
                 f"{first.name} and {other.name} were evaluated on different rows; evaluate both on the same split"
@@ -146,9 +159,10 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
         )
     recipe, facts = opened[0]
     dataset = load_dataset(Path(facts["data"]["folder"]))
-    evaluations = [load_evaluation(run) for run in runs]
+    names = _names(runs, [r.title or r.name for r, _ in opened])
+    evaluations = [replace(load_evaluation(run), name=name) for run, name in zip(runs, names, strict=True)]
     if popular:
-        evaluations.append(most_popular(dataset, recipe.evaluation, recipe.seed))
+        evaluations.append(most_popular(dataset, evaluations[0]))
     recommender = load_run(runs[0], recipe)
     return Report(
         title=f"{dataset.info['source']}: {', '.join(e.name for e in evaluations)}",
@@ -158,7 +172,7 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
             for e, (_, facts) in zip(evaluations, [*opened, (None, {})], strict=False)
         ),
         comparisons=comparisons(evaluations),
-        curves={(r.title or r.name): read_log(run) for run, (r, _) in zip(runs, opened, strict=True)},
+        curves={name: read_log(run) for name, run in zip(names, runs, strict=True)},
         facts=describe(dataset, recommender.prompts, recommender.trie, recommender.counts),
         forced=forced_by_position(recommender.trie, recommender.counts),
         examples=examples(runs[0], evaluations[0], dataset, example_rows(evaluations[0])),
@@ -177,12 +191,20 @@ def report_runs(runs: Sequence[Path], out: Path) -> Report:
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's ``log.jsonl``."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = run / "log.jsonl"
+    if not log.is_file():
+        raise UserError(f"wanted {log}, which is missing; restore it or train again")
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def _rows(dataset: Dataset, evaluation: Evaluation) -> Split:
     split = dataset.test if evaluation.metrics["split"] == "test" else dataset.valid
     return first_rows(split, len(evaluation.rank))
+
+
+def _names(runs: Sequence[Path], titles: Sequence[str]) -> list[str]:
+    """Titles of runs, with the folder's name where a title occurs twice."""
+    return [t if titles.count(t) == 1 else f"{t} ({run.name})" for run, t in zip(runs, titles, strict=True)]
 
 
 def _protocol(evaluation: Evaluation, dataset: Dataset) -> str:

@@ -74,6 +74,24 @@ class Dataset:
         """How often each item is the target of a training row, (I,)."""
         return np.bincount(self.train.target, minlength=self.catalog.n_items)
 
+    @property
+    def train_interactions(self) -> NDArray[np.int64]:
+        """How often each item occurs in the training interactions, (I,).
+
+        These are the targets of the training rows and what the first row of each user has before its target; of rows
+        without a user, those with one item of history are taken for first ones.
+        """
+        first: dict[object, int] = {}
+        for row, (user, length) in enumerate(
+            zip(self.train.user_id, self.train.history.lengths, strict=True)
+        ):
+            if user is not None:
+                first.setdefault(user, row)
+            elif length == 1:
+                first[row] = row
+        before = self.train.history.take(np.array(list(first.values()), dtype=np.int64)).values
+        return self.train_targets + np.bincount(before, minlength=self.catalog.n_items)
+
     def __repr__(self) -> str:
         rows = "/".join(str(split.n_rows) for split in (self.train, self.valid, self.test))
         return f"Dataset({self.folder}, {self.catalog.n_items} items, {rows} rows)"

@@ -52,7 +52,9 @@ def run_demo(out: Path = Path("runs/demo"), *, quick: bool = False, seed: int = 
     runs = [out / recipe.name for recipe in recipes]
     for i, (recipe, run) in enumerate(zip(recipes, runs, strict=True)):
         left = limit - reserve - (time.monotonic() - started)
-        train_run(_with_limit(recipe, max(left / (len(runs) - i), 1.0)), run, overwrite=True)
+        result = train_run(_with_limit(recipe, max(left / (len(runs) - i), 1.0)), run, overwrite=True)
+        if result.stopped == "interrupted":
+            raise KeyboardInterrupt
     for run in runs:
         evaluate_run(run)
     report = collect(runs)

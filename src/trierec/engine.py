@@ -132,12 +132,16 @@ class TrieEngine:
         probe = Trie.from_sequences(
             [[t % n_vocabulary for t in s] for s in ((1, 2, 3, 0), (1, 4, 3, 0), (5, 3, 0))]
         )
-        edges = []
-        for sweep in (TrieEngine._tree_sweep, TrieEngine._plain_sweep):
+        edges: list[Tensor] = []
+        for sweep in (TrieEngine._plain_sweep, TrieEngine._tree_sweep):
             engine = TrieEngine(self.model, probe, "vocabulary", chunk=2)
-            edges.append(
-                _gather(sweep(engine, [[6 % n_vocabulary, 2, 4], [3]], Counters()), 2, probe.n_nodes)
-            )
+            try:
+                found = sweep(engine, [[6 % n_vocabulary, 2, 4], [3]], Counters())
+                edges.append(_gather(found, 2, probe.n_nodes))
+            except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+                if not edges:  # the plain path has to work
+                    raise
+                return self._warn(f"it does not take our cache or mask ({type(error).__name__})")
         loose = 1.0 if head_weight(self.model).dtype == torch.float32 else 100.0
         gap = float((edges[0] - edges[1]).abs().max())
         return gap <= 1e-3 * loose or self._warn(

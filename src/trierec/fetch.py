@@ -27,6 +27,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -241,7 +242,16 @@ def _open_zip(source: Path | bytes, names: tuple[str, str], read: Callable[[byte
         with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
             ratings, films = (archive.read(name) for name in names)
         return read(ratings, films)
-    except (zipfile.BadZipFile, EOFError, OSError, KeyError, ValueError, pl.exceptions.PolarsError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        RuntimeError,
+        pl.exceptions.PolarsError,
+    ) as error:
         raise _Unavailable(
             f"wanted {' and '.join(names)} in a zip file, got {error}".splitlines()[0]
         ) from None

@@ -30,6 +30,7 @@ def sync(path: Path) -> None:
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it over ``path`` when the block succeeds."""
+    path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     temporary.unlink(missing_ok=True)
@@ -49,6 +50,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     between the two renames leaves no folder of that name, never a half-written one; the next call brings the
     old one back before it starts.
     """
+    path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f"{TEMPORARY}{path.name}{suffix}") for suffix in ("", ".old"))
     _restore(old, path)

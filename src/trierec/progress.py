@@ -50,7 +50,12 @@ def _bar(what: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+    )
     with Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[detail]}"),
                   console=Console(stderr=True)) as bar:  # fmt: skip
         task = bar.add_task(what, total=total, detail="")

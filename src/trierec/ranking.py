@@ -109,7 +109,12 @@ class Groups:
         return representative
 
     def _checked(self, items: Items) -> NDArray[np.int64]:
-        index = np.asarray(items, dtype=np.int64).reshape(-1)
+        index = np.asarray(items)
+        if index.size and (index.ndim != 1 or index.dtype.kind not in "iu"):
+            raise UserError(
+                f"wanted a list of item indices for each user, got {items!r}; pass a list of lists of integers"
+            )
+        index = index.astype(np.int64).reshape(-1)
         if index.size and (index.min() < 0 or index.max() >= self.n_items):
             wrong = index[(index < 0) | (index >= self.n_items)][0]
             raise UserError(
@@ -126,7 +131,7 @@ def add_counters(total: dict[str, int], part: dict[str, int]) -> None:
 
 
 def check_histories(histories: ItemLists, groups: Groups) -> None:
-    """UserError when a history has an item outside the catalogue."""
+    """UserError when a history is not a list of items of the catalogue."""
     for history in histories:
         groups._checked(history)
 
@@ -171,6 +176,13 @@ def rank_groups(
     """
     if k is not None and k < 1:
         raise UserError(f"wanted k >= 1 or None for the whole catalogue, got {k}")
+    for name, given in (("exclude", exclude), ("allow", allow)):
+        if given is not None and len(given) != len(scores):
+            raise UserError(f"wanted {name} lists for {len(scores)} users, got {len(given)}")
+    if np.isnan(scores).any():
+        raise UserError(
+            "scores are not numbers (NaN): the model diverged; train it again with a lower learning rate"
+        )
     n_users, n_groups = scores.shape
     columns = k or n_groups
     width = min(columns, n_groups)
@@ -178,7 +190,7 @@ def rank_groups(
     best = np.full((n_users, columns), -np.inf, dtype=np.float32)
     everything = groups.permitted()
     for b in range(n_users):
-        without, only = (exclude[b] if exclude else None), (allow[b] if allow else None)
+        without, only = (None if given is None else given[b] for given in (exclude, allow))
         free = without is None and only is None
         representative = everything if free else groups.permitted(without, only)
         column = np.flatnonzero(representative >= 0)

@@ -162,6 +162,10 @@ class Recipe(_Section):
             raise ValueError("training.supervision = 'every' needs backbone.template = 'plain'")
         if self.training.batch_size % self.training.accumulation:
             raise ValueError("training.batch_size must be a multiple of training.accumulation")
+        if self.training.rows == "train+valid" and self.training.evaluate_every:
+            raise ValueError(
+                "training.rows = 'train+valid' trains on the validation rows; set training.evaluate_every = 0"
+            )
         if self.training.patience and not self.training.evaluate_every:
             raise ValueError("training.patience needs training.evaluate_every > 0")
         return self

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trierec.backbones import Backbone, load_backbone
+from trierec.checkpoints import clear
 from trierec.dataset import Dataset, load_dataset, prepare
 from trierec.decisiveness import binary_weights, zero_gain
 from trierec.errors import UserError
@@ -110,16 +111,31 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
         UserError: The folder holds a run and neither ``resume`` nor ``overwrite`` is given; another recipe on
             resume.
     """
-    _check_folder(recipe, out, resume, overwrite)
+    going_on = _check_folder(recipe, out, resume, overwrite)
     dataset = open_data(recipe)
+    if recipe.evaluation.exclude == "seen" and dataset.test.seen is None:
+        raise UserError(
+            "evaluation.exclude = 'seen' needs what users had before, which this data set does not know; use 'history'"
+        )
     parts = assemble(recipe, dataset)
     started = time.time()
     facts = _facts(recipe, dataset, parts)
     recommender = _recommender(recipe, dataset, parts)
     examples, objective, config = _examples(recipe, parts), _objective(recipe.objective), _config(recipe)
     validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
-    write_text(out / "recipe.toml", dump_recipe(recipe))
-    write_json(out / "run.json", facts | {"status": "training"})
+    if going_on is None:
+        for name in ("run.json", "recommender.json", "metrics.json"):
+            (out / name).unlink(missing_ok=True)
+        clear(out, False)
+        write_text(out / "recipe.toml", dump_recipe(recipe))
+        write_json(out / "run.json", facts | {"status": "training"})
+    elif going_on["hashes"] != facts["hashes"]:
+        changed = next(
+            part for part, value in facts["hashes"].items() if going_on["hashes"].get(part) != value
+        )
+        raise UserError(
+            f"the {changed} changed since {out} was started; restore it, or start anew with --overwrite"
+        )
     result = train(
         parts.backbone.model,
         examples,
@@ -127,7 +143,7 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
         config,
         out,
         validate=validate,
-        resume=resume,
+        resume=going_on is not None,
         title=recipe.name,
     )
     if parts.prompts.n_dropped:
@@ -143,6 +159,9 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
         "best_metric": result.best_metric,
         "titles_dropped_from_prompts": parts.prompts.n_dropped,
     }
+    if going_on and going_on["status"] == "trained" and going_on["training"]["steps"] == result.steps_done:
+        return result
+    (out / "metrics.json").unlink(missing_ok=True)  # it speaks of other weights
     if result.stopped != "interrupted":
         recommender.save(out)
     status = "interrupted" if result.stopped == "interrupted" else "trained"
@@ -183,6 +202,11 @@ def evaluate_run(
         train_targets=recommender.counts,
         seed=recipe.seed,
     )
+    dropped = recommender.prompts.dropped
+    evaluation.metrics["titles_dropped_from_prompts"] = dropped.titles
+    if dropped.titles:
+        limit = recommender.prompts.max_tokens
+        note(f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {limit} tokens")
     evaluation.save(run)
     return evaluation
 
@@ -288,19 +312,27 @@ def _validator(
     return validate
 
 
-def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
+def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+    """What ``run.json`` says of the run to go on with, or None for a new one; changes nothing."""
     if out.exists() and not out.is_dir():
         raise UserError(f"wanted a folder for the run, but {out} is a file; choose another --out")
     if not (out / "run.json").is_file():
-        return
-    if resume:
-        if _settled(load_recipe(out / "recipe.toml")) != _settled(recipe):
-            raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
-    elif overwrite:
-        (out / "recommender.json").unlink(missing_ok=True)
-        (out / "metrics.json").unlink(missing_ok=True)
-    else:
+        foreign = (
+            [] if not out.is_dir() else [p.name for p in out.iterdir() if not p.name.startswith(".tmp-")]
+        )
+        if set(foreign) - {"recipe.toml", "log.jsonl"}:
+            raise UserError(
+                f"wanted a new or empty folder for the run, but {out} holds {sorted(foreign)[0]}; choose another --out"
+            )
+        return None
+    if overwrite:
+        return None
+    if not resume:
         raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
+    if _settled(load_recipe(out / "recipe.toml")) != _settled(recipe):
+        raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
+    facts: dict[str, Any] = read_json(out / "run.json")
+    return facts
 
 
 def _settled(recipe: Recipe) -> dict[str, Any]:

@@ -61,6 +61,12 @@ def rank_catalogue(
     with the gain scaled per node, as in its authors' code. Differs from both: the authors look at ten beams only.
     """
     counters = Counters()
+    if len(prompts) == 0:
+        width = k or engine.trie.n_groups
+        empty = np.zeros((0, width))
+        return Ranking(
+            empty.astype(np.int32), empty.astype(np.float32), np.ones(0, dtype=bool), counters.as_dict()
+        )
     edges = edge_log_probabilities(engine, prompts, counters)
     weight = edge_weights(engine.trie, alpha, gain)
     if weight is not None:

@@ -39,17 +39,17 @@ def print_rows(
     table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
     table.add_column("method", overflow="fold")
     for name in names:
-        table.add_column(Text(_clean(name)), justify="right", no_wrap=True)
+        table.add_column(Text(clean(name)), justify="right", no_wrap=True)
     for row in rows:
-        first = Text(_clean(row.name), style="bold")
+        first = Text(clean(row.name), style="bold")
         if row.note:
-            first.append(f"\n{_clean(row.note)}", style="not bold dim")
+            first.append(f"\n{clean(row.note)}", style="not bold dim")
         table.add_row(first, *(_cell(row, name) for name in names))
     console.print(table)
     if comparisons or any(row.intervals for row in rows):
         _hang(console, "", Text("small print and parentheses: 95 % interval over users", style="dim"))
     for c in comparisons:
-        line = Text(f"{_clean(c.a)} - {_clean(c.b)}: {_clean(c.metric)} ")
+        line = Text(f"{clean(c.a)} - {clean(c.b)}: {clean(c.metric)} ")
         line.append(f"{c.difference:+.3f}", style="bold")
         _hang(console, "", line.append(f" ({c.low:+.3f} to {c.high:+.3f}), {c.verdict}"))
 
@@ -72,12 +72,12 @@ def print_examples(examples: Sequence[Example], console: Console | None = None) 
             "not ranked" if example.target_rank < 0 else f"place {example.target_rank + 1:,} of the ranking"
         )
         console.print()
-        _hang(console, "", Text(f"User {_clean(example.user)}, {_clean(example.method)}", style="bold"))
+        _hang(console, "", Text(f"User {clean(example.user)}, {clean(example.method)}", style="bold"))
         _hang(console, "  ", Text(f"history{before}"))
         for title in example.history[-RECENT:]:
-            _hang(console, "    ", Text(_clean(title)))
+            _hang(console, "    ", Text(clean(title)))
         _hang(console, "  ", Text(f"true next title, {place}"))
-        _hang(console, "    ", Text(_clean(example.target), style="bold"))
+        _hang(console, "    ", Text(clean(example.target), style="bold"))
         _hang(console, "  ", Text("recommended"))
         for n, found in enumerate(example.recommendations, 1):
             probability = percent(math.exp(found.score)).replace("\xa0", " ")
@@ -94,7 +94,7 @@ def print_facts(facts: Mapping[str, Any], console: Console | None = None) -> Non
         console: Where to print; default stdout.
     """
     console = console or Console()
-    lines = [(_clean(name), _clean(value)) for name, value in fact_lines(facts)]
+    lines = [(clean(name), clean(value)) for name, value in fact_lines(facts)]
     wide = min(max((len(name) for name, _ in lines), default=0), WIDEST_NAME)
     for name, value in lines:
         if len(name) > wide:
@@ -117,7 +117,7 @@ def _marked(found: Recommendation, coloured: bool) -> Text:
     """A title whose deciding tokens are bold, or in brackets where there is no colour."""
     text = Text()
     for piece in pieces(found.tokens):
-        word = _clean(piece.text)
+        word = clean(piece.text)
         if not piece.decides:
             text.append(word, style="dim")
             continue
@@ -145,7 +145,7 @@ def _hang(console: Console, prefix: str, text: Text) -> None:
         console.print(Text.assemble(before, line), soft_wrap=True)
 
 
-def _clean(text: object) -> str:
+def clean(text: object) -> str:
     """Control characters would move the cursor or set colours: line breaks become spaces, others U+FFFD."""
     return "".join(
         " "

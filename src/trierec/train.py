@@ -371,7 +371,8 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
                 f"{ours[other[0]]}; give the same settings and data, or start anew"
             )
         self.checkpoint, self.first_step = checkpoint, int(state["step"])
-        self.stopped = state["stopped"] if state["stopped"] in ("steps", "patience") else None
+        ended = state["stopped"] == "steps" or 0 < self.config.patience <= state["waited"]
+        self.stopped = state["stopped"] if ended else None
         self.best, self.waited, self.earlier_seconds = state["best"], state["waited"], state["seconds"]
         if isinstance(self.objective.temperature, AdaptiveTemperature):
             self.objective.temperature.load_state_dict(state["temperature"])

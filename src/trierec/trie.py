@@ -318,7 +318,7 @@ class Trie:
         """Write one uncompressed ``.npz`` file, whole or not at all."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         with atomic_path(Path(path)) as temporary, temporary.open("wb") as handle:
-            np.savez(handle, allow_pickle=False, format=np.int64(FORMAT), **arrays)
+            np.savez(handle, format=np.int64(FORMAT), **arrays)
 
     @classmethod
     def load(cls, path: Path | str) -> Trie:
