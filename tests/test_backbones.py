@@ -95,7 +95,9 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match="wanted the language model .*nothing.* or put the files in a local folder"
     ):
         load_backbone(str(tmp_path / "nothing"), device="cpu")
-    with pytest.raises(UserError, match="wanted a device such as auto, cpu, cuda or mps that works here, got 'toaster'"):
+    with pytest.raises(
+        UserError, match="wanted a device such as auto, cpu, cuda or mps that works here, got 'toaster'"
+    ):
         resolve_device("toaster")
     with pytest.raises(UserError, match="wanted a dtype among auto, .*got 'int3'"):
         resolve_dtype("int3", torch.device("cpu"))

@@ -215,7 +215,8 @@ def _protocol(evaluation: Evaluation, dataset: Dataset) -> str:
     }[evaluation.metrics["exclude"]]
     return (
         f"{evaluation.metrics['n_users']} {evaluation.metrics['split']} users, the whole catalogue of "
-        f"{dataset.catalog.n_titles:,} titles ranked exactly for each; {excluded}. Intervals: 95 % bootstrap over users."
+        f"{dataset.catalog.n_titles:,} titles ranked exactly for each; {excluded}. "
+        "Intervals: 95 % bootstrap over users."
     )
 
 
