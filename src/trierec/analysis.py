@@ -186,7 +186,7 @@ def recommendations(
     edge_N, gain_N = np.asarray(edge_log_p, np.float64), np.asarray(gain, np.float64)
     found = []
     for item in items:
-        path = _path(trie, int(trie.leaf[item]))
+        path = trie.path_to(int(trie.leaf[item]))
         texts = token_texts(tokenizer, trie.token[path].tolist())
         tokens = tuple(
             Token(text, float(edge_N[n]), int(trie.n_children[trie.parent[n]]), float(gain_N[n]), n)
@@ -351,15 +351,6 @@ def _written(value: Any, kind: str) -> str:
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
-
-
-def _path(trie: Trie, node: int) -> list[int]:
-    """Nodes from below the root down to ``node``."""
-    path = []
-    while node > 0:
-        path.append(node)
-        node = int(trie.parent[node])
-    return path[::-1]
 
 
 def _join(first: Token, second: Token) -> Token:

@@ -236,7 +236,7 @@ class TrieEngine:
         scored = np.zeros(trie.n_nodes, dtype=bool)
         needed = self._needed
         for end in ends:
-            path = _path(trie, int(end))
+            path = trie.path_to(int(end))
             fresh = [n for n in (0, *path) if needed[n] and not scored[n]]
             scored[fresh] = True
             tokens = trie.token[path].tolist()
@@ -300,7 +300,7 @@ class TrieEngine:
         held = path
         for start in range(0, len(nodes), self.chunk):
             node = nodes[start : start + self.chunk]
-            path = np.asarray(_path(trie, int(node[0]))[:-1], np.int64)
+            path = np.asarray(trie.path_to(int(node[0]))[:-1], np.int64)
             plan.append(self._chunk(node, path, held))
             held = np.concatenate([path, node])
         return plan
@@ -399,15 +399,6 @@ def _log_sum_exp(hidden_BRD: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     parts = (flat[start : start + rows] for start in range(0, len(flat), rows))
     blocks = [torch.nn.functional.linear(part, weight, bias).float().logsumexp(1) for part in parts]
     return torch.cat(blocks).view(hidden_BRD.shape[:2])
-
-
-def _path(trie: Trie, node: int) -> list[int]:
-    """Nodes from below the root down to ``node``."""
-    path = []
-    while node > 0:
-        path.append(node)
-        node = int(trie.parent[node])
-    return path[::-1]
 
 
 def _text_config(model: Any) -> Any:

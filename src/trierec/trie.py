@@ -211,6 +211,14 @@ class Trie:
             f"the title is not one of the {self.n_groups} in the trie"
         )
 
+    def path_to(self, node: int) -> list[int]:
+        """Nodes from below the root down to ``node``; empty for the root."""
+        path = []
+        while node > 0:
+            path.append(node)
+            node = int(self.parent[node])
+        return path[::-1]
+
     def paths(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """The node before each token of every item, as `walk` gives it without the leaf.
 
