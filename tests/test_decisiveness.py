@@ -29,6 +29,8 @@ from trierec.decisiveness import (
     forced_share,
     gain_entropy,
     information_gain,
+    linear_weights,
+    position_weights,
     zero_gain,
     zero_gain_share,
 )
@@ -88,6 +90,51 @@ def test_worked_binary_weights(trie: Trie) -> None:
     assert along(trie, weight, TITLES[1]) == [1, 1, 1]  # here a terminator decides: C goes on where B ends
     assert along(trie, weight, TITLES[2]) == [1, 1, 1, 0.2]
     assert along(trie, weight, TITLES[3]) == [1, 0.2, 0.2]
+
+
+def test_worked_linear_weights(trie: Trie) -> None:
+    """The largest gain is that of D's first token: H(root) minus its own term, .9531 nats."""
+    weight = linear_weights(trie, COUNTS, 0.2)
+    top = 0.9531
+    assert along(trie, weight, TITLES[0]) == pytest.approx(
+        [0.2 + 0.8 * 0.2599 / top, 0.2 + 0.8 * 0.6065 / top, 0.2], abs=5e-5
+    )
+    assert along(trie, weight, TITLES[3]) == [1, 0.2, 0.2]
+    assert (linear_weights(trie, [0, 5, 0, 0], 0.3) == 0.3).all(), "nothing gains anything"
+
+
+@quick
+@given(weighted_catalogues(), st.floats(0, 1))
+def test_linear_weights_by_definition(case: Case, beta: float) -> None:
+    """On the trie of the trained titles alone, as the authors build it; the others change nothing."""
+    trained = [title for title, count in zip(*case, strict=True) if count]
+    reference = DictTrie(trained)
+    gain = reference.gain([count for count in case[1] if count])
+    top = max(gain)
+    expected = [beta + (1 - beta) * (g / top if top > 0 else 0) for g in gain]
+    trie = Trie.from_sequences(case[0])
+    weight = linear_weights(trie, case[1], beta)
+    nodes = [trie.walk(prefix)[-1] for prefix in reference.prefixes()]
+    np.testing.assert_allclose(weight[nodes], expected, rtol=1e-6, atol=1e-7)  # the slow ln of p near 1
+    assert ((weight >= beta - 1e-12) & (weight <= 1 + 1e-12)).all()
+    assert (weight[zero_gain(trie, case[1])] == beta).all()
+
+
+def test_worked_position_weights() -> None:
+    assert position_weights(5, 0.2) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
+    assert position_weights([3, 1, 2], 0.5) == pytest.approx([1, 0.75, 0.5, 1, 1, 0.5])
+    assert len(position_weights([], 0.5)) == 0
+
+
+@quick
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.floats(0, 1))
+def test_position_weights_by_definition(lengths: list[int], beta: float) -> None:
+    expected = [
+        1 - (t - 1) * (1 - beta) / (length - 1) if length > 1 else 1
+        for length in lengths
+        for t in range(1, length + 1)
+    ]
+    np.testing.assert_allclose(position_weights(lengths, beta), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_untrained_children(trie: Trie) -> None:
@@ -214,6 +261,8 @@ def test_decoding_weights_by_definition(case: Case, alpha: float) -> None:
 def test_alpha_zero_and_beta_one_are_uniform(trie: Trie) -> None:
     assert (decoding_weights(trie, information_gain(trie, COUNTS), 0) == 1).all()
     assert (binary_weights(trie, COUNTS, 1) == 1).all()
+    assert (linear_weights(trie, COUNTS, 1) == 1).all()
+    assert (position_weights([3, 4], 1) == 1).all()
 
 
 @pytest.mark.parametrize("measure", [gain_entropy, information_gain, zero_gain, zero_gain_share])
@@ -243,6 +292,15 @@ def test_shares_that_are_refused(trie: Trie, share: float) -> None:
         decoding_weights(trie, np.zeros(trie.n_nodes), share)
     with pytest.raises(UserError, match=r"wanted beta in \[0, 1\], got"):
         binary_weights(trie, COUNTS, share)
+    with pytest.raises(UserError, match=r"wanted beta in \[0, 1\], got"):
+        linear_weights(trie, COUNTS, share)
+    with pytest.raises(UserError, match=r"wanted beta in \[0, 1\], got"):
+        position_weights(5, share)
+
+
+def test_lengths_that_are_refused() -> None:
+    with pytest.raises(UserError, match="wanted lengths of at least 1, got 0; count the terminator too"):
+        position_weights([3, 0], 0.5)
 
 
 def test_gains_that_are_refused(trie: Trie) -> None:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import SIX
 from tests.token_worlds import Row, make_prompts, make_split
+from trierec.decisiveness import position_weights
 from trierec.errors import UserError
-from trierec.examples import Examples, Windows, make_windows, schedule, target_counts
+from trierec.examples import Examples, Windows, along_titles, make_windows, schedule, target_counts
 from trierec.trie import Trie
 
 
@@ -153,7 +154,7 @@ def test_batch_equals_a_loop(supervision: str, rng: np.random.Generator) -> None
         rows += shifted_rows(user, rng.integers(0, 6, rng.integers(2, 9)).tolist(), longest=3)
     windows = make_windows(make_split(rows), supervision, prompts)
     weight, zero = rng.random(trie.n_nodes), rng.random(trie.n_nodes) < 0.5
-    examples = Examples(windows, prompts, trie, weight, zero)
+    examples = Examples(windows, prompts, trie, along_titles(trie, weight), zero)
     for indices in ([0], [2, 2, 1], list(range(len(windows)))):
         batch, slow = examples.batch(indices), slow_batch(examples, indices, weight, zero)
         length = batch.input_ids.shape[1]
@@ -181,6 +182,25 @@ def test_a_row_without_history_is_predicted_from_the_first_token() -> None:
     assert batch.weight.tolist() == [1, 1, 1]
 
 
+def test_a_weight_may_depend_on_the_title_and_not_on_the_node_alone() -> None:
+    """The first token of items 0 and 5 is weighed by their lengths, 3 and 1; that of 1 and 2 is one node."""
+    prompts, trie = make_prompts(SIX), Trie.from_sequences(SIX)
+    weight = position_weights([len(title) for title in SIX], 0.4)
+    zero = np.zeros(trie.n_nodes, dtype=bool)
+    windows = make_windows(make_split([("a", [0, 1, 2], 5)]), "every")
+    batch = Examples(windows, prompts, trie, weight, zero).batch([0])
+    by_hand = [1, 0.7, 0.4, 1, 0.8, 0.6, 0.4, 1]
+    np.testing.assert_allclose(batch.weight, by_hand, rtol=1e-6)
+
+
+def test_a_number_per_node_along_titles() -> None:
+    trie = Trie.from_sequences(SIX)
+    expected = [node for title in SIX for node in trie.walk(title)[1:].tolist()]
+    assert along_titles(trie, np.arange(trie.n_nodes)).tolist() == expected
+    with pytest.raises(UserError, match=rf"wanted a value for each of {trie.n_nodes} nodes, got .* \(3,\)"):
+        along_titles(trie, np.ones(3))
+
+
 def test_the_fingerprint_tells_other_examples_apart() -> None:
     prompts, trie = make_prompts(SIX), Trie.from_sequences(SIX)
     zero = np.zeros(trie.n_nodes, dtype=bool)
@@ -188,11 +208,12 @@ def test_the_fingerprint_tells_other_examples_apart() -> None:
     prints = {
         Examples(one, prompts, trie, None, zero).fingerprint(),
         Examples(other, prompts, trie, None, zero).fingerprint(),
-        Examples(one, prompts, trie, np.full(trie.n_nodes, 0.5), zero).fingerprint(),
+        Examples(one, prompts, trie, np.full(17, 0.5), zero).fingerprint(),
+        Examples(one, prompts, trie, position_weights([3, 3, 4, 3, 3, 1], 0.5), zero).fingerprint(),
         Examples(one, prompts, trie, None, ~zero).fingerprint(),
     }
-    assert len(prints) == 4
-    assert Examples(one, prompts, trie, np.ones(trie.n_nodes), zero).fingerprint() in prints
+    assert len(prints) == 5
+    assert Examples(one, prompts, trie, np.ones(17), zero).fingerprint() in prints
 
 
 def test_wrong_examples() -> None:
@@ -201,7 +222,9 @@ def test_wrong_examples() -> None:
     windows = make_windows(make_split([("a", [0, 1], 2)]), "every")
     with pytest.raises(UserError, match="wanted the trie of the prompts' titles, got another one"):
         Examples(windows, prompts, Trie.from_sequences(SIX[::-1]), None, zero)
-    with pytest.raises(UserError, match=r"wanted edge_weight for \d+ nodes, got an array of shape \(3,\)"):
+    with pytest.raises(UserError, match=r"wanted weight for 17 title tokens, got an array of shape \(3,\)"):
         Examples(windows, prompts, trie, np.ones(3), zero)
+    with pytest.raises(UserError, match=r"wanted zero_gain for \d+ nodes, got an array of shape \(17,\)"):
+        Examples(windows, prompts, trie, None, np.zeros(17, dtype=bool))
     with pytest.raises(UserError, match="several targets need the plain template, got 'd3'"):
         Examples(windows, make_prompts(SIX, "d3"), trie, None, zero)

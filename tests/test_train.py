@@ -17,14 +17,18 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from tests.models import tiny_model
+from tests.reference.losses import dense_lml_parts
 from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG, KILLED_STEP, PLACES, adaptive_run, die, small_model, some_metric
+from tests.worlds import write_msl_folder
 from trierec.checkpoints import WEIGHTS, checkpoints
 from trierec.decisiveness import binary_weights, zero_gain
 from trierec.errors import UserError
-from trierec.examples import Examples, schedule, target_counts
-from trierec.forward import MicroBatches, TitleLoss
+from trierec.examples import Examples, along_titles, schedule, target_counts
+from trierec.forward import PARTS, MicroBatches, TitleLoss
 from trierec.losses import AdaptiveTemperature, Objective
+from trierec.recipe import load_recipe, recipe_folder
+from trierec.runs import train_run
 from trierec.train import TrainConfig, TrainResult, TrieTrainer, train
 
 TIMES = ("seconds", "tokens_per_second")
@@ -162,18 +166,24 @@ def weighted_examples() -> Examples:
     plain = cycle_world()
     counts = target_counts(plain.windows, 12)
     counts[::3] = 0  # some titles then decide nothing on their way
-    weight = binary_weights(plain.trie, counts, 0.2)
+    weight = along_titles(plain.trie, binary_weights(plain.trie, counts, 0.2))
     plain.windows.n_context[::2] = 3
     return Examples(plain.windows, plain.prompts, plain.trie, weight, zero_gain(plain.trie, counts))
 
 
-@pytest.mark.parametrize("normaliser", ["weights", "decisions", "sum"])
-@pytest.mark.parametrize("support", ["trie", "vocabulary"])
-def test_accumulation_changes_nothing(support: str, normaliser: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(Objective(s, 1.2, n) for s in ("trie", "vocabulary") for n in ("weights", "decisions", "sum")),
+        Objective("trie", 1.2, expand_negatives=True),
+        Objective("trie", AdaptiveTemperature(0.5, clamp=(0.1, 5.0), scope="token")),
+    ],
+    ids=lambda o: "-".join(map(str, o.settings().values())) if not o.is_adaptive else "token",
+)
+def test_accumulation_changes_nothing(objective: Objective, tmp_path: Path) -> None:
     found = []
     for accumulation in (1, 4):
         model, seen = small_model(), Gradients()
-        objective = Objective(support, 1.2, normaliser)
         settings = config(
             steps=3, batch_size=8, accumulation=accumulation, max_grad_norm=1e9, learning_rate=1e-4
         )
@@ -256,6 +266,59 @@ def test_the_temperature_moves_once_a_micro_batch_and_in_training_only(tmp_path:
     assert len(calls) == 12
 
 
+# --- both parts of the language-modelling loss ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("support", ["trie", "vocabulary"])
+def test_logged_parts_equal_a_plain_recomputation(support: str, accumulation: int, tmp_path: Path) -> None:
+    """Losses and gradient norms of the first step, from the whole batch at once and a dense softmax."""
+    examples, objective = weighted_examples(), Objective(support, 1.7)
+    settings = config(batch_size=8, accumulation=accumulation, log_every=1, steps=1, log_parts=True)
+    trainer = TrieTrainer(small_model(), examples, objective, settings, tmp_path)
+    rows = np.concatenate([r for r in trainer.get_train_dataloader().dataset.rows])
+    trainer.train()
+    model, batch = small_model(), examples.batch(rows)
+    expected = []
+    for part in range(2):
+        logits = model(input_ids=torch.from_numpy(batch.input_ids)).logits.flatten(0, 1)[batch.position]
+        tensors = (torch.from_numpy(array) for array in (batch.target, batch.node))
+        mean = dense_lml_parts(logits, *tensors, examples.trie)[part].mean()
+        squares = [g.square().sum() for g in torch.autograd.grad(mean, tuple(model.parameters()))]
+        expected.append((mean.item(), torch.stack(squares).sum().sqrt().item()))
+    found = [trainer.history[-1][name] for name in PARTS]
+    assert found == pytest.approx([value for pair in zip(*expected, strict=True) for value in pair], rel=1e-4)
+    assert found[0] > 0, "forced tokens are paid for too, in both supports"
+
+
+@pytest.mark.parametrize("support", ["trie", "vocabulary"])
+def test_logging_the_parts_changes_nothing(support: str, tmp_path: Path) -> None:
+    ends, logs = [], []
+    for log_parts in (False, True):
+        model, script = small_model(dropout=0.3), Scripted(0.1, 0.3, 0.2)
+        ats = AdaptiveTemperature(0.5, clamp=(0.1, 5.0))
+        objective = Objective(support, ats if support == "trie" else 1.0)
+        settings = config(accumulation=2, log_every=2, evaluate_every=3, steps=7, log_parts=log_parts)
+        out = tmp_path / str(log_parts)
+        result = train(model, cycle_world(), objective, settings, out, validate=script)
+        ends.append([*script.shown[1:], load_file(out / "checkpoint-7" / WEIGHTS)])
+        logs.append(untimed(result.history))
+    assert all(same(ours, theirs) for ours, theirs in zip(*ends, strict=True))
+    rows = [row for row in logs[1] if "loss" in row]
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 7]
+    assert all(row[name] > 0 for row in rows for name in PARTS)
+    assert logs[0] == [{k: v for k, v in row.items() if k not in PARTS} for row in logs[1]]
+
+
+def test_the_parts_are_those_of_the_step_with_its_dropout(tmp_path: Path) -> None:
+    """With uniform weights and vocabulary support the loss of a step is the sum of its parts."""
+    settings = config(accumulation=2, log_every=1, log_parts=True)
+    result = train(small_model(dropout=0.3), cycle_world(), Objective("vocabulary"), settings, tmp_path)
+    assert len(result.history) == 6
+    for row in result.history:
+        assert row["loss_invalid"] + row["loss_choice"] == pytest.approx(row["loss"], rel=1e-5)
+
+
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 
@@ -330,6 +393,29 @@ def test_the_time_limit_stops_after_a_step_and_a_resume_goes_on(tmp_path: Path, 
     assert same(resumed.best, uninterrupted.best) and same(resumed.last, uninterrupted.last)
 
 
+@pytest.mark.parametrize(
+    "ats", [{"scope": "token"}, {"root": "exact", "rows": "all"}], ids=["token", "exact-all"]
+)
+def test_a_resumed_run_has_the_temperatures_and_parts_of_an_uninterrupted_one(
+    ats: dict[str, Any], tmp_path: Path
+) -> None:
+    def run(out: str, resume: bool = False, **changes: Any) -> TrainResult:
+        objective = Objective(temperature=AdaptiveTemperature(0.5, clamp=(0.1, 5.0), **ats))
+        settings = config(log_every=2, log_parts=True, **changes)
+        return train(
+            small_model(dropout=0.3), cycle_world(), objective, settings, tmp_path / out, resume=resume
+        )
+
+    whole = untimed(run("whole").history)
+    stopped = run("parted", time_limit_s=1e-6).history
+    assert [(row["step"], row["loss_choice"]) for row in stopped] == [(1, None)], "nobody could foresee it"
+    resumed = untimed(run("parted", resume=True).history)[1:]
+    assert [row["step"] for row in resumed] == [row["step"] for row in whole] == [2, 4, 6]
+    kept = ("temperature", "grad_norm", *PARTS)
+    assert [[row[k] for k in kept] for row in resumed] == [[row[k] for k in kept] for row in whole]
+    assert len({row["temperature"] for row in whole}) == 3
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path, uninterrupted: End) -> None:
     _, first = adaptive_run(tmp_path)
     model, again = adaptive_run(tmp_path, resume=True)
@@ -371,6 +457,22 @@ def test_a_checkpoint_of_another_run(changes: dict[str, Any], line: str, tmp_pat
             validate=some_metric,
             resume=True,
         )
+
+
+def test_every_choice_of_an_objective_is_part_of_a_checkpoint(tmp_path: Path) -> None:
+    ats = [{}, {"scope": "token"}, {"root": "exact"}, {"rows": "all"}, {"rows": "root"}, {"eta": 0.5}]
+    objectives = [
+        *(Objective(temperature=AdaptiveTemperature(**choice)) for choice in ats),
+        Objective(),
+        Objective("vocabulary"),
+        Objective(normaliser="sum"),
+        Objective(expand_negatives=True),
+    ]
+    found = [
+        TrieTrainer(small_model(), cycle_world(), o, config(), tmp_path).identity()["objective"]
+        for o in objectives
+    ]
+    assert len({json.dumps(one) for one in found}) == len(objectives)
 
 
 # --- validation -------------------------------------------------------------------------------------------------------
@@ -487,3 +589,38 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     other.model.layers[0].requires_grad_(False)
     with pytest.raises(UserError, match="wanted to resume with trained parameters"):
         train(other, cycle_world(), Objective(), config(steps=1), tmp_path, resume=True)
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+RECIPES = sorted(recipe_folder().rglob("*.toml"))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Changes that put a small world and a small model in the place of a recipe's own."""
+    folder = tmp_path_factory.mktemp("published")
+    raw = write_msl_folder(folder / "amazon_office")
+    tiny = {"vocabulary": 300, "width": 16, "heads": 2, "feed_forward": 32}
+    return [
+        f"data.source=msl:{raw.as_posix()}",
+        f"data.folder={(folder / 'prepared').as_posix()}",
+        "training.steps=2",
+        *(f"backbone.tiny.{key}={value}" for key, value in tiny.items()),
+    ]
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda f: f.relative_to(recipe_folder()).as_posix())
+def test_shipped_recipes_load_and_those_of_a_published_split_train(
+    file: Path, published: list[str], tmp_path: Path
+) -> None:
+    recipe = load_recipe(file)
+    if recipe.data.source.startswith("msl:") and recipe.backbone.name == "tiny":
+        result = train_run(load_recipe(file, published), tmp_path / "run")
+        assert (result.steps_done, result.stopped) == (2, "steps")
+        assert math.isfinite(result.history[-1]["loss"])
+
+
+def test_expanded_negatives_want_trie_support() -> None:
+    with pytest.raises(UserError, match="objective: expand_negatives = true needs support = 'trie'"):
+        load_recipe("office/lml", ["objective.expand_negatives=true"])

@@ -6,7 +6,7 @@ under n and ``p`` is a group's share of all training targets. The paper does not
 prefix, so no gain is negative. Everything is in nats. Source of all measures: IGD (NeurIPS '25); its
 Eq. 4 is the entropy, ``docs/papers.md`` has the rest.
 
-Shape key: N nodes, I items.
+Shape key: N nodes, I items, T tokens of all titles end to end.
 """
 
 from __future__ import annotations
@@ -123,12 +123,27 @@ def decoding_weights(t: Trie, gain: ArrayLike, alpha: float) -> NDArray[np.float
         )
     inner = np.flatnonzero(t.n_children)
     edge, start = gain_N[1:], t.child_ptr[inner] - 1
-    low, high = np.minimum.reduceat(edge, start), np.maximum.reduceat(edge, start)
+    scaled = scale_within(edge, start)
+    return np.concatenate(([1.0], 1.0 - alpha * scaled))
+
+
+def scale_within(gain: NDArray[np.float64], start: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Gains brought to [0, 1] within groups: smallest 0, largest 1; 0 in groups whose gains are equal (to rounding).
+
+    Args:
+        gain: float64 (E,), groups one after the other.
+        start: (G,), ascending; where each group begins, 0 first.
+    """
+    if not len(gain):
+        return gain
+    low, high = np.minimum.reduceat(gain, start), np.maximum.reduceat(gain, start)
     differ = high - low > ROUNDING * np.maximum(np.abs(low), np.abs(high))
     span = np.where(differ, high - low, 1.0)
-    size = t.n_children[inner]
-    scaled = (edge - np.repeat(low, size)) / np.repeat(span, size) * np.repeat(differ, size)
-    return np.concatenate(([1.0], 1.0 - alpha * scaled))
+    size = np.diff(start, append=len(gain))
+    scaled: NDArray[np.float64] = (
+        (gain - np.repeat(low, size)) / np.repeat(span, size) * np.repeat(differ, size)
+    )
+    return scaled
 
 
 def binary_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> NDArray[np.float64]:
@@ -147,6 +162,64 @@ def binary_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> NDArray[
     """
     _check_share("beta", beta)
     return np.where(zero_gain(t, counts_per_item), float(beta), 1.0)
+
+
+def linear_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> NDArray[np.float64]:
+    r"""Weights of the token losses in IGD's training, linear in the gain.
+
+    .. math:: w_n = \beta + (1 - \beta) \frac{\mathrm{gain}_n}{\max \mathrm{gain}}
+
+    Args:
+        t: The trie of the catalogue.
+        counts_per_item: Integers (I,) >= 0: how often each item is a target of the training loss.
+        beta: Weight of zero-gain tokens in [0, 1]; 1 weighs all tokens alike.
+
+    Returns:
+        float64 (N,) in [beta, 1]: the weight of the edge into each node; beta everywhere where no token gains
+        anything.
+
+    Raises:
+        UserError: ``beta`` outside [0, 1], or counts as `gain_entropy`.
+
+    Source: IGD, appendix G, which does not say what the maximum is over, and has no code. Here: over the nodes
+    with counts, which are all that the authors' trie has, so that items without counts change no weight.
+    """
+    _check_share("beta", beta)
+    gain_N = information_gain(t, counts_per_item)
+    top = gain_N[_masses(t, counts_per_item) > 0].max()
+    share_N = np.minimum(gain_N / top, 1.0) if top > 0 else np.zeros_like(gain_N)
+    return beta + (1.0 - beta) * share_N
+
+
+def position_weights(length: ArrayLike, beta: float) -> NDArray[np.float64]:
+    r"""Weights of the token losses that fall along each title, from 1 at its first token to beta at its last.
+
+    .. math:: w_t = 1 - \frac{(t - 1)(1 - \beta)}{L - 1}, \quad t = 1, \dots, L
+
+    Args:
+        length: Tokens of each title with its terminator, integers (I,) >= 1, or one number.
+        beta: Weight of the last token in [0, 1]; 1 weighs all tokens alike.
+
+    Returns:
+        float64 (T,), title after title; 1 for a title of one token.
+
+    Raises:
+        UserError: ``beta`` outside [0, 1], or a length below 1.
+
+    Source: Pos, the baseline of IGD (NeurIPS '25); CFT weighs so too.
+
+    >>> position_weights(5, 0.2).round(3).tolist()
+    [1.0, 0.8, 0.6, 0.4, 0.2]
+    """
+    _check_share("beta", beta)
+    length_I = np.atleast_1d(np.asarray(length, dtype=np.int64))
+    if length_I.min(initial=1) < 1:
+        raise UserError(f"wanted lengths of at least 1, got {length_I.min()}; count the terminator too")
+    place_T = np.arange(length_I.sum()) - np.repeat(np.cumsum(length_I) - length_I, length_I)
+    weight_T: NDArray[np.float64] = 1.0 - place_T * (1.0 - beta) / np.repeat(
+        np.maximum(length_I - 1, 1), length_I
+    )
+    return weight_T
 
 
 def zero_gain_share(t: Trie, counts_per_item: ArrayLike) -> float:

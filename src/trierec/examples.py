@@ -149,7 +149,8 @@ class Examples:
         windows: What is learned from.
         prompts: Histories to prompt ids.
         trie: Built from ``prompts.title_tokens``.
-        edge_weight: Weight of the token into each node, float (N,); None: 1.
+        weight: Weight of each title token in the loss, title after title, float (T,); None: 1. `along_titles`
+            makes it from weights of nodes.
         zero_gain: bool (N,); whether the token into each node decides nothing.
 
     Raises:
@@ -162,27 +163,28 @@ class Examples:
         windows: Windows,
         prompts: Prompts,
         trie: Trie,
-        edge_weight: NDArray[Any] | None,
+        weight: NDArray[Any] | None,
         zero_gain: NDArray[np.bool_],
     ) -> None:
         self.windows, self.prompts, self.trie = windows, prompts, trie
-        weight_N = np.ones(trie.n_nodes) if edge_weight is None else edge_weight
-        for name, array in (("edge_weight", weight_N), ("zero_gain", zero_gain)):
-            if array.shape != (trie.n_nodes,):
-                raise UserError(
-                    f"wanted {name} for {trie.n_nodes} nodes, got an array of shape {array.shape}"
-                )
         before_T, offsets = trie.paths()
-        after_T = np.append(before_T[1:], 0)
-        after_T[offsets[1:] - 1] = trie.leaf
+        after_T = _node_after(trie)
         title = prompts.title_tokens
         if not (np.array_equal(offsets, title.offsets) and np.array_equal(trie.token[after_T], title.values)):
             raise UserError(
                 "wanted the trie of the prompts' titles, got another one; build both from one catalogue"
             )
+        weight_T = np.ones(len(after_T)) if weight is None else weight
+        sized = (
+            ("weight", weight_T, len(after_T), "title tokens"),
+            ("zero_gain", zero_gain, trie.n_nodes, "nodes"),
+        )
+        for name, array, size, what in sized:
+            if array.shape != (size,):
+                raise UserError(f"wanted {name} for {size} {what}, got an array of shape {array.shape}")
         self._check_windows()
         self._node_T = before_T.astype(np.int64)
-        self._weight_T = weight_N[after_T].astype(np.float32)
+        self._weight_T = weight_T.astype(np.float32)
         self._zero_T = zero_gain[after_T]
 
     def _check_windows(self) -> None:
@@ -248,6 +250,23 @@ class Examples:
             zero_gain=self._zero_T[token_T.at],
             n_tokens=int(length_B.sum()),
         )
+
+
+def along_titles(trie: Trie, value_per_node: NDArray[Any]) -> NDArray[Any]:
+    """A number per node (N,) as one per title token (T,), title after title: that of the node it leads into."""
+    if value_per_node.shape != (trie.n_nodes,):
+        raise UserError(
+            f"wanted a value for each of {trie.n_nodes} nodes, got an array of shape {value_per_node.shape}"
+        )
+    return value_per_node[_node_after(trie)]
+
+
+def _node_after(trie: Trie) -> NDArray[np.int32]:
+    """The node that each title token leads into, (T,)."""
+    before_T, offsets = trie.paths()
+    after_T = np.append(before_T[1:], before_T[:1])
+    after_T[offsets[1:] - 1] = trie.leaf
+    return after_T
 
 
 class _Flat(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from trierec.backbones import body, hand_head_matches, head_bias, head_weight
 from trierec.examples import Batch, Examples
-from trierec.losses import Objective, gradient_weight
+from trierec.losses import Objective, gradient_weight, lml_parts
 from trierec.progress import note
 from trierec.trie import Trie
 
@@ -116,6 +116,41 @@ def _shorten(batch: Batch, keep: Any) -> tuple[Any, Any]:
     row, column = np.divmod(batch.position[keep], batch.input_ids.shape[1])
     width = int(column.max(initial=0)) + 1
     return np.ascontiguousarray(batch.input_ids[:, :width]), row * width + column
+
+
+PARTS = ("loss_invalid", "loss_choice", "grad_norm_invalid", "grad_norm_choice")
+
+
+def measure_parts(module: TitleLoss, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Both parts of the language-modelling loss over some micro-batches, and the norms of their gradients.
+
+    Each part is a mean over all target tokens, unweighted, at temperature 1; its gradient is that of the mean
+    with respect to all trained parameters. Nothing is changed but random states: no gradient is kept and no
+    temperature moves. Costs a forward and two backward passes, and twice the memory of the gradients.
+
+    Args:
+        module: The model, in the mode to measure it in.
+        batches: Items of a `MicroBatches` of vocabulary support, on the module's device.
+
+    Returns:
+        A number for each name of ``PARTS``: nats, and nats per unit of weight. MSL, Figure 3.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    gradients = [[torch.zeros_like(p, dtype=torch.float32) for p in parameters] for _ in range(2)]
+    losses, n_tokens = torch.zeros(2, device=parameters[0].device), 0
+    for batch in batches:
+        logits = module.logits(batch["input_ids"], batch["position"])
+        parts = lml_parts(logits, batch["target"], batch["node"], module.trie, batch["n_edges"])
+        sums = torch.stack(parts).sum(1)
+        for i in range(2):
+            found = torch.autograd.grad(sums[i], parameters, retain_graph=i == 0, allow_unused=True)
+            for gradient, add in zip(gradients[i], found, strict=True):
+                gradient += 0 if add is None else add
+        losses += sums.detach()
+        n_tokens += len(batch["target"])
+    norms = [nn.utils.get_total_norm(gradient) for gradient in gradients]
+    values = torch.cat([losses, torch.stack(norms)]) / n_tokens
+    return dict(zip(PARTS, values.tolist(), strict=True))
 
 
 @dataclass

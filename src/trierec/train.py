@@ -48,13 +48,13 @@ from trierec.checkpoints import (
 from trierec.errors import UserError
 from trierec.examples import Examples, schedule
 from trierec.files import atomic_folder, read_json, write_json
-from trierec.forward import Meter, MicroBatches, TitleLoss
+from trierec.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
 from trierec.losses import AdaptiveTemperature, Objective
 from trierec.progress import progress
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 # A resumed run may change these: they decide when to look and when to stop, not what is computed.
-_FREE = ("log_every", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s")
+_FREE = ("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s")
 
 Validate = Callable[[Any], dict[str, float]]
 
@@ -73,6 +73,9 @@ class TrainConfig:
         weight_decay: Of AdamW.
         max_grad_norm: Gradients are scaled down to this norm.
         log_every: Steps between rows of the log.
+        log_parts: Whether rows of the log have both parts of the language-modelling loss at their step and the
+            norms of their gradients (`forward.measure_parts`), null at a stop nobody could foresee. It costs a
+            forward and two backward passes per row and changes nothing in what is learned.
         evaluate_every: Steps between validations, and one after the last step; 0: never.
         checkpoint_every: Steps between checkpoints, and one at the end; 0: only at the end.
         keep_checkpoints: So many of the newest checkpoints stay.
@@ -94,6 +97,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     log_every: int = 25
+    log_parts: bool = False
     evaluate_every: int = 0
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
@@ -231,12 +235,14 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self.out, self.validate = out, validate
         self.checkpoint: Path | None = None
         self.first_step = 0
+        self.rows = np.zeros((0, 0), dtype=np.int64)  # windows of each micro-batch that is left
         self.stopped: str | None = None
         self.best: dict[str, Any] | None = None
         self.waited = 0  # validations since the best one
         self.judged = -1  # step of the last validation
         self.earlier_seconds, self.started = 0.0, time.monotonic()
         self.meter = Meter(torch.zeros(4, device=self.args.device))
+        self.parts: dict[str, float | None] = {}  # of the step that runs now
         self.history: list[dict[str, Any]] = []
         self.asked_to_stop = threading.Event()
         self.on_progress: Callable[..., None] = lambda n=1, detail="": None
@@ -254,16 +260,43 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         order = schedule(len(size), config.batch_size, config.steps, config.seed)[self.first_step :]
         # Within a step by length: a micro-batch is padded to its longest, and the step's gradient stays the same.
         order = np.take_along_axis(order, np.argsort(size[order], axis=1, kind="stable"), axis=1)
-        rows = order.reshape(-1, config.batch_size // config.accumulation)
-        left = MicroBatches(self.examples, self.objective, rows)
+        self.rows = order.reshape(-1, config.batch_size // config.accumulation)
+        left = MicroBatches(self.examples, self.objective, self.rows)
         # Its own generator: the loader must not draw from the one that dropout uses.
         return DataLoader(left, batch_size=None, generator=torch.Generator())
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimiser step, and the divisor that all of them share."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        if self.config.log_parts:
+            self.parts = dict.fromkeys(PARTS) | self.parts_of_next_step()
         total = math.fsum(batch.pop("contribution") for batch in batches)
         return batches, float(self.objective.divisor(torch.tensor(total, dtype=torch.float64)))
+
+    def parts_of_next_step(self) -> dict[str, float]:
+        """What ``log_parts`` adds to the row of the step that is about to begin; nothing where it has none."""
+        step, n = self.state.global_step, self.config.accumulation
+        if not self.logs_at(step + 1):
+            return {}
+        rows = self.rows[(step - self.first_step) * n :][:n]
+        # Trie support leaves forced tokens out, but invalid tokens cost something there too.
+        batches = MicroBatches(self.examples, Objective("vocabulary"), rows)
+        state = random_state(self.args.device)
+        with self.meter.pause(), self.compute_loss_context_manager():
+            self.model.train()
+            inputs = (self._prepare_inputs(batches[i]) for i in range(len(rows)))
+            parts = measure_parts(self.model, inputs)
+            set_random_state(state, self.args.device)  # looking must not change what is learned
+        return parts
+
+    def validates_at(self, step: int) -> bool:
+        """Whether there is a validation after a step."""
+        every = self.config.evaluate_every
+        return every > 0 and (step % every == 0 or step >= self.config.steps)
+
+    def logs_at(self, step: int) -> bool:
+        """Whether there is a row of the log after a step, wherever the run is stopped."""
+        return step % self.config.log_every == 0 or step >= self.config.steps or self.validates_at(step)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -290,7 +323,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             "seconds": self.seconds,
         }
         self.detail = f"loss {values['loss']:.3f}"
-        self.write_row({"step": step, **values, **row})
+        self.write_row({"step": step, **values, **row, **self.parts})
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Add one line to ``log.jsonl`` and to the history."""
@@ -329,9 +362,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run that wrote the checkpoint, as JSON values."""
         shared = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
-        t = self.objective.temperature
-        temperature = t.settings() if isinstance(t, AdaptiveTemperature) else t
-        shared["objective"] = [self.objective.support, temperature, self.objective.normaliser]
+        shared["objective"] = self.objective.settings()
         shared["trained parameters"] = sum(p.numel() for p in self.lm.parameters() if p.requires_grad)
         shared["examples"] = self.examples.fingerprint()
         return dict(json.loads(json.dumps(shared)))
@@ -414,9 +445,8 @@ class _Conductor(TrainerCallback):  # type: ignore[misc]
         elif config.time_limit_s is not None and time.monotonic() - trainer.started >= config.time_limit_s:
             trainer.stopped = "time limit"
         stop = trainer.stopped is not None
-        due = config.evaluate_every > 0 and (step % config.evaluate_every == 0 or step >= config.steps)
-        control.should_log = stop or due or step % config.log_every == 0
-        control.should_evaluate = due
+        control.should_log = stop or trainer.logs_at(step)
+        control.should_evaluate = trainer.validates_at(step)
         control.should_save = stop or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
         control.should_training_stop = stop
         trainer.on_progress(1, trainer.detail)

@@ -1,8 +1,9 @@
-"""Slow, obviously right losses: a dense mask, a loop over tokens, ATS with Python floats."""
+"""Slow, obviously right losses: a dense mask, a loop over tokens, ATS with Python numbers."""
 
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import torch
 from torch import Tensor
@@ -18,6 +19,26 @@ def dense_trie_nll(logits: Tensor, target: Tensor, node: Tensor, trie: Trie, tem
         valid[row, tokens.tolist()] = True
     masked = (logits / temperature).masked_fill(~valid, -torch.inf)
     return -masked.log_softmax(-1).gather(1, target[:, None])[:, 0]
+
+
+def expanded_nll(logits: Tensor, target: Tensor, node: Tensor, trie: Trie, temperature: float) -> Tensor:
+    """MSL + alpha as it is written: the sum over the other valid tokens times |V| / |valid|, in float64."""
+    losses = []
+    for z, y, n in zip((logits.double() / temperature).exp(), target.tolist(), node.tolist(), strict=True):
+        valid = trie.children(n)[0].tolist()
+        others = sum(z[v] for v in valid if v != y)
+        losses.append(-torch.log(z[y] / (z[y] + len(z) / len(valid) * others)))
+    return torch.stack(losses)
+
+
+def dense_lml_parts(logits: Tensor, target: Tensor, node: Tensor, trie: Trie) -> tuple[Tensor, Tensor]:
+    """Both parts of the language-modelling loss from probabilities in float64."""
+    invalid, choice = [], []
+    for p, y, n in zip(logits.double().softmax(-1), target.tolist(), node.tolist(), strict=True):
+        mass = p[trie.children(n)[0].tolist()].sum()
+        invalid.append(-mass.log())
+        choice.append(-(p[y] / mass).log())
+    return torch.stack(invalid), torch.stack(choice)
 
 
 def weighted_mean(losses: list[float], weights: list[float], decisions: list[bool], normaliser: str) -> float:
@@ -51,3 +72,40 @@ def plain_ats(
         tau = momentum * tau + (1 - momentum) * star
         taus.append(tau)
     return taus
+
+
+def plain_token_ats(
+    positive: float, valid: list[float], eta: float, clamp: tuple[float, float], root: str
+) -> float:
+    """Eq. 11 for one token, with so many digits that a C of 1e-40 stands for its limit 0."""
+    with localcontext() as context:
+        context.prec = 200
+        values = [Decimal(v) for v in valid]
+        mean = sum(values) / len(values)
+        variance = sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1)
+        d = Decimal(positive) - mean
+        c = max((len(values) * Decimal(eta)).ln(), Decimal("1e-40"))
+        spread = max(d**2 - 2 * c * variance, Decimal(0)).sqrt()
+        star = (d + (1 if root == "plus" else -1) * spread) / (2 * c)
+        return float(min(max(star, Decimal(clamp[0])), Decimal(clamp[1])))
+
+
+def mean_probability(rows: list[tuple[float, list[float]]], tau: float) -> float:
+    """Mean of P(target) over rows of (target's logit, logits of its valid tokens)."""
+    each = [1 / sum(math.exp((v - positive) / tau) for v in valid) for positive, valid in rows]
+    return sum(each) / len(each)
+
+
+def plain_exact_ats(rows: list[tuple[float, list[float]]], eta: float, clamp: tuple[float, float]) -> float:
+    """Bisection of the mean probability in the clamp, or its nearer end."""
+    low, high = clamp
+    at_low, at_high = (mean_probability(rows, tau) - eta for tau in clamp)
+    if (at_low > 0) == (at_high > 0):
+        return low if abs(at_low) <= abs(at_high) else high
+    for _ in range(60):
+        middle = (low + high) / 2
+        if (mean_probability(rows, middle) > eta) == (at_low > 0):
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
