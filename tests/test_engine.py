@@ -13,9 +13,10 @@ from tests.conftest import SIX
 from tests.models import tiny_model
 from tests.reference import search as reference
 from tests.strategies import catalogues
-from trierec.engine import Counters, TrieEngine, edge_log_probabilities
+from trierec.engine import TrieEngine, edge_log_probabilities
 from trierec.errors import UserError
 from trierec.search import rank_catalogue
+from trierec.treecache import Counters
 from trierec.trie import Trie
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14]]
@@ -122,13 +123,13 @@ def test_a_family_that_takes_no_mask_of_ours_takes_the_plain_path() -> None:
 
 def test_a_window_shorter_than_the_longest_path_is_not_trusted() -> None:
     """The probe fits into the window; only the real prompt does not."""
-    model = tiny_model("gemma3", sliding_window=8)
+    model = tiny_model("gemma3", sliding_window=16)
     engine = TrieEngine(model, Trie.from_sequences(SIX), "trie")
     assert engine.tree_cache_works
     rank_catalogue(engine, [[5, 6]])
-    long = [5, 6, 7, 8, 9, 10, 11]
+    long = list(range(5, 19))
     with pytest.warns(
-        UserWarning, match="attention window of 8 tokens is shorter than the longest path of 11"
+        UserWarning, match="attention window of 16 tokens is shorter than the longest path of 18"
     ):
         ranking = rank_catalogue(engine, [long])
     wanted = reference.catalogue(model, long, SIX, "trie")

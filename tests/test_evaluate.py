@@ -43,6 +43,22 @@ def test_excluded_items_leave_the_ranking_and_an_excluded_target_is_a_miss() -> 
     assert result.metrics["HR@10"] == 0.5
 
 
+def test_only_allowed_items_are_ranked_and_other_targets_are_misses() -> None:
+    rows = split([[0], [0], [0]], [4, 5, 2])
+    result = evaluate(POPULAR, rows, name="p", allow=[2, 3, 8])
+    assert result.rank.tolist() == [1, -1, 0]  # item 3 stands for the group of 4
+    assert result.items[0, :4].tolist() == [2, 3, 8, -1]
+
+
+def test_a_ranking_of_limited_depth_misses_what_lies_behind() -> None:
+    rows = split([[0], [0]], [1, 5])
+    result = evaluate(POPULAR, rows, name="p", k=3, depth=3)
+    assert result.rank.tolist() == [1, -1]
+    assert result.metrics["n_not_ranked"] == 1
+    assert "HR@20" not in result.metrics  # a list of three says nothing about it
+    assert result.metrics["HR@10"] == 0.5
+
+
 def test_files_are_as_promised(tmp_path: Path) -> None:
     result = evaluate(POPULAR, split([[0], [1]], [1, 8]), name="p", k=12)
     result.save(tmp_path)

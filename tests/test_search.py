@@ -8,9 +8,10 @@ import pytest
 from tests.conftest import SIX
 from tests.models import tiny_model
 from trierec.decisiveness import decoding_weights, information_gain
-from trierec.engine import TrieEngine
+from trierec.engine import TrieEngine, edge_log_probabilities
 from trierec.errors import UserError
 from trierec.search import rank_catalogue
+from trierec.treecache import Counters
 from trierec.trie import Trie
 
 PROMPTS = [[7, 8, 9], [12, 13]]
@@ -59,8 +60,6 @@ def test_length_penalty_divides_by_the_tokens_of_the_title(engine: TrieEngine) -
 
 
 def test_alpha_weighs_every_edge_by_its_gain(engine: TrieEngine) -> None:
-    from trierec.engine import Counters, edge_log_probabilities
-
     gain = information_gain(TRIE, COUNTS)
     weights = decoding_weights(TRIE, gain, 0.4)
     edges = edge_log_probabilities(engine, PROMPTS, Counters())

@@ -272,3 +272,9 @@ def test_arguments_that_are_refused(trie: Trie) -> None:
     for node in (-1, 11):
         with pytest.raises(UserError, match=rf"wanted a node in \[0, 11\), got {node}"):
             trie.children(node)
+
+
+def test_more_nodes_than_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trierec.trie.LIMIT", 9)  # 2**31 nodes do not fit into a test
+    with pytest.raises(UserError, match=r"wanted fewer than 2\*\*31 nodes, got more at depth 2"):
+        Trie.from_sequences([[1, 2, 0], [3, 4, 0], [5, 6, 0], [7, 8, 0]])

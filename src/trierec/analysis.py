@@ -153,7 +153,7 @@ def explain(
     target: int,
     gain: ArrayLike,
 ) -> tuple[Recommendation, ...]:
-    """Say for each recommended title which of its tokens decided, and how much. One sweep of the trie.
+    """Say for each recommended title which of its tokens decided, and how much.
 
     Args:
         engine: Model, trie and support.
@@ -167,9 +167,13 @@ def explain(
     Returns:
         One recommendation per item. ``score`` has no length penalty and no decoding weight.
     """
-    from trierec.engine import Counters, edge_log_probabilities
+    from trierec.growth import edges_on_paths
+    from trierec.treecache import Counters
 
-    edge_N = edge_log_probabilities(engine, [list(prompt)], Counters())[0]
+    leaf = engine.trie.leaf[list(items)].astype(np.int64)
+    node, log_p = edges_on_paths(engine, [list(prompt)], np.zeros(len(leaf), np.int64), leaf, Counters())
+    edge_N = np.zeros(engine.trie.n_nodes)
+    edge_N[node] = log_p
     return recommendations(engine.trie, tokenizer, catalog.title, edge_N, items, target, gain)
 
 

@@ -20,7 +20,7 @@ from trierec.files import read_json
 from trierec.generative import GenerativeRecommender
 from trierec.ranking import Groups, MostPopular
 from trierec.report import Comparison, Report, Row, write_report
-from trierec.runs import first_rows, load_run, open_run
+from trierec.runs import allowed_items, first_rows, load_run, open_run
 from trierec.splits import Split
 
 POPULAR = "most popular"
@@ -49,7 +49,7 @@ def most_popular(dataset: Dataset, like: Evaluation) -> Evaluation:
     counts = dataset.train_interactions
     recommender = MostPopular(Groups.from_labels(dataset.catalog.group, counts), counts)
     shared = like.metrics
-    facts = {"search": "catalogue", "support": "none", "seed": shared["seed"]}
+    facts = {"search": "catalogue", "support": "none", "allow": shared["allow"], "seed": shared["seed"]}
     return evaluate(
         recommender,
         _rows(dataset, like),
@@ -57,6 +57,7 @@ def most_popular(dataset: Dataset, like: Evaluation) -> Evaluation:
         split_name=shared["split"],
         k=like.items.shape[1],
         exclude=shared["exclude"],
+        allow=None if shared["allow"] is None else allowed_items(Path(shared["allow"]), dataset.catalog),
         facts=facts,
         train_targets=dataset.train_targets,
         seed=shared["seed"],
@@ -83,8 +84,8 @@ def comparisons(
     first = evaluations[0]
     found = []
     for other in evaluations[1:]:
-        for key in ("split", "exclude"):
-            if first.metrics[key] != other.metrics[key]:
+        for key in ("split", "exclude", "allow"):
+            if first.metrics.get(key) != other.metrics.get(key):
                 raise UserError(
                     f"{first.name} was evaluated with {key} = {first.metrics[key]!r} and {other.name} with "
                     f"{other.metrics[key]!r}; evaluate both alike"
@@ -208,14 +209,22 @@ def _names(runs: Sequence[Path], titles: Sequence[str]) -> list[str]:
 
 
 def _protocol(evaluation: Evaluation, dataset: Dataset) -> str:
+    facts = evaluation.metrics
+    titles = f"{dataset.catalog.n_titles:,} titles"
+    ranked = {
+        "catalogue": f"the whole catalogue of {titles} ranked exactly for each",
+        "exact": f"the best {evaluation.items.shape[1]} of {titles} found exactly for each",
+        "beam": f"beam search with {facts['beams']} beams through {titles} for each",
+    }[facts["search"]]
     excluded = {
         "none": "nothing is excluded from the ranking",
         "history": "items of the row's history are excluded",
         "seen": "items the user has already seen are excluded",
-    }[evaluation.metrics["exclude"]]
+    }[facts["exclude"]]
+    if facts["allow"] is not None:
+        excluded += f", and only the items of {Path(facts['allow']).name} are returned"
     return (
-        f"{evaluation.metrics['n_users']} {evaluation.metrics['split']} users, the whole catalogue of "
-        f"{dataset.catalog.n_titles:,} titles ranked exactly for each; {excluded}. "
+        f"{facts['n_users']} {facts['split']} users, {ranked}; {excluded}. "
         "Intervals: 95 % bootstrap over users."
     )
 

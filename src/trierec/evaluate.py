@@ -23,7 +23,7 @@ from trierec.errors import UserError
 from trierec.files import atomic_path, write_json
 from trierec.metrics import metrics_from_rank
 from trierec.progress import progress
-from trierec.ranking import Ranking, Recommender, add_counters
+from trierec.ranking import Items, Ranking, Recommender, add_counters
 from trierec.splits import Split
 
 CUTS = (1, 5, 10, 20)
@@ -86,7 +86,9 @@ def evaluate(
     name: str,
     split_name: str = "test",
     k: int = 10,
+    depth: int | None = None,
     exclude: str = "none",
+    allow: Items | None = None,
     facts: dict[str, Any] | None = None,
     train_targets: NDArray[np.int64] | None = None,
     seed: int = 0,
@@ -99,8 +101,12 @@ def evaluate(
         name: What the row is called in tables.
         split_name: ``valid`` or ``test``, for the record.
         k: Items kept per user.
+        depth: How many items are asked for per user; None ranks the whole catalogue. A target behind them is not
+            ranked, and metrics at cuts above both this and 10 are left out.
         exclude: ``none``, ``history`` (items of the row's history) or ``seen`` (everything the user had
             before).
+        allow: The only items that may be returned, to any user; None for all. A row whose target is not among
+            them is a miss.
         facts: Further keys of ``metrics.json`` (support, search, ...).
         train_targets: (I,) how often each item is a training target; splits metrics into warm and cold
             targets.
@@ -122,7 +128,10 @@ def evaluate(
         for start in range(0, n_rows, block):
             rows = list(range(start, min(start + block, n_rows)))
             ranking = recommender.recommend(
-                [split.history[r] for r in rows], None, _excluded(split, rows, exclude)
+                [split.history[r] for r in rows],
+                depth,
+                _excluded(split, rows, exclude),
+                None if allow is None else [allow] * len(rows),
             )
             rank[rows], exact[rows] = _target_rank(ranking, groups.of_item, split.target[rows])
             width = min(k, ranking.items.shape[1])
@@ -131,7 +140,8 @@ def evaluate(
             add_counters(counters, ranking.counters)
             advance(len(rows))
     seconds = time.perf_counter() - started
-    metrics: dict[str, Any] = {"name": name, "split": split_name, "n_users": n_rows, **summary(rank)}
+    cuts = [cut for cut in CUTS if depth is None or cut <= max(depth, 10)]
+    metrics: dict[str, Any] = {"name": name, "split": split_name, "n_users": n_rows, **summary(rank, cuts)}
     metrics |= {"exclude": exclude, "n_not_ranked": int((rank < 0).sum()), **(facts or {})}
     metrics["intervals"] = {
         metric: list(interval(values, seed=seed))

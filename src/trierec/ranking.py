@@ -98,9 +98,9 @@ class Groups:
         allowed = np.ones(self.n_items, dtype=bool)
         if allow is not None:
             allowed[:] = False
-            allowed[self._checked(allow)] = True
+            allowed[checked_items(allow, self.n_items)] = True
         if exclude is not None:
-            allowed[self._checked(exclude)] = False
+            allowed[checked_items(exclude, self.n_items)] = False
         representative = np.full(self.n_groups, -1, dtype=np.int32)
         items = np.flatnonzero(allowed)
         # The last write wins: most training targets last, among those the lowest index last.
@@ -108,19 +108,42 @@ class Groups:
         representative[self.of_item[items]] = items
         return representative
 
-    def _checked(self, items: Items) -> NDArray[np.int64]:
-        index = np.asarray(items)
-        if index.size and (index.ndim != 1 or index.dtype.kind not in "iu"):
-            raise UserError(
-                f"wanted a list of item indices for each user, got {items!r}; pass a list of lists of integers"
-            )
-        index = index.astype(np.int64).reshape(-1)
-        if index.size and (index.min() < 0 or index.max() >= self.n_items):
-            wrong = index[(index < 0) | (index >= self.n_items)][0]
-            raise UserError(
-                f"wanted item indices in [0, {self.n_items}), got {wrong}; use the indices of this catalogue"
-            )
-        return index
+
+def checked_items(items: Items, n_items: int) -> NDArray[np.int64]:
+    """Item indices as int64 (n,); UserError when they are not a list of integers in [0, n_items)."""
+    index = np.asarray(items)
+    if index.size and (index.ndim != 1 or index.dtype.kind not in "iu"):
+        raise UserError(
+            f"wanted a list of item indices for each user, got {items!r}; pass a list of lists of integers"
+        )
+    index = index.astype(np.int64).reshape(-1)
+    if index.size and (index.min() < 0 or index.max() >= n_items):
+        wrong = index[(index < 0) | (index >= n_items)][0]
+        raise UserError(
+            f"wanted item indices in [0, {n_items}), got {wrong}; use the indices of this catalogue"
+        )
+    return index
+
+
+def check_lists(n_users: int, **lists: Sequence[Any] | None) -> None:
+    """UserError when a list that has an entry for each user has another length."""
+    for name, given in lists.items():
+        if given is not None and len(given) != n_users:
+            raise UserError(f"wanted {name} lists for {n_users} users, got {len(given)}")
+
+
+def check_k(k: int | None) -> None:
+    """UserError unless k is None or at least 1."""
+    if k is not None and k < 1:
+        raise UserError(f"wanted k >= 1 or None for the whole catalogue, got {k}")
+
+
+def check_numbers(scores: NDArray[np.floating]) -> None:
+    """UserError when a score is NaN."""
+    if np.isnan(scores).any():
+        raise UserError(
+            "scores are not numbers (NaN): the model diverged; train it again with a lower learning rate"
+        )
 
 
 def add_counters(total: dict[str, int], part: dict[str, int]) -> None:
@@ -133,7 +156,7 @@ def add_counters(total: dict[str, int], part: dict[str, int]) -> None:
 def check_histories(histories: ItemLists, groups: Groups) -> None:
     """UserError when a history is not a list of items of the catalogue."""
     for history in histories:
-        groups._checked(history)
+        checked_items(history, groups.n_items)
 
 
 def resolve_filters(
@@ -144,12 +167,9 @@ def resolve_filters(
         if exclude != "history":
             raise UserError(f'wanted exclude = "history" or item indices for each user, got {exclude!r}')
         exclude = histories
-    lists: list[list[Items | None]] = []
-    for name, given in (("exclude", exclude), ("allow", allow)):
-        if given is not None and len(given) != len(histories):
-            raise UserError(f"wanted {name} lists for {len(histories)} users, got {len(given)}")
-        lists.append([None] * len(histories) if given is None else list(given))
-    return lists[0], lists[1]
+    check_lists(len(histories), exclude=exclude, allow=allow)
+    nothing: list[Items | None] = [None] * len(histories)
+    return (nothing if exclude is None else list(exclude), nothing if allow is None else list(allow))
 
 
 def rank_groups(
@@ -174,15 +194,9 @@ def rank_groups(
     Raises:
         UserError: ``k < 1``, or a filter with an item outside the catalogue.
     """
-    if k is not None and k < 1:
-        raise UserError(f"wanted k >= 1 or None for the whole catalogue, got {k}")
-    for name, given in (("exclude", exclude), ("allow", allow)):
-        if given is not None and len(given) != len(scores):
-            raise UserError(f"wanted {name} lists for {len(scores)} users, got {len(given)}")
-    if np.isnan(scores).any():
-        raise UserError(
-            "scores are not numbers (NaN): the model diverged; train it again with a lower learning rate"
-        )
+    check_k(k)
+    check_lists(len(scores), exclude=exclude, allow=allow)
+    check_numbers(scores)
     n_users, n_groups = scores.shape
     columns = k or n_groups
     width = min(columns, n_groups)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import chain
@@ -157,6 +157,39 @@ class Trie:
         """Number of tokens from the root to each node, int32 (N,)."""
         return np.repeat(np.arange(len(self.level_ptr) - 1, dtype=np.int32), np.diff(self.level_ptr))
 
+    @cached_property
+    def forced_depth(self) -> NDArray[np.int32]:
+        """Number of forced tokens from the last decision to each node: 0 right behind a decision; int32 (N,)."""
+        run_N = np.zeros(self.n_nodes, dtype=np.int32)
+        for d in range(1, len(self.level_ptr) - 1):
+            level = slice(int(self.level_ptr[d]), int(self.level_ptr[d + 1]))
+            above = self.parent[level]
+            run_N[level] = np.where(self.branching[above] | (above == 0), 0, run_N[above] + 1)
+        return run_N
+
+    @cached_property
+    def place(self) -> NDArray[np.int64]:
+        """Place of each item in ``item_order``, int64 (I,)."""
+        place = np.empty(self.n_items, dtype=np.int64)
+        place[self.item_order] = np.arange(self.n_items)
+        return place
+
+    @cached_property
+    def longest(self) -> NDArray[np.int32]:
+        """Tokens of the longest title under each node, counted from the root, terminator included; int32 (N,)."""
+        return self._extreme_depth(np.maximum)
+
+    @cached_property
+    def shortest(self) -> NDArray[np.int32]:
+        """Tokens of the shortest title under each node, counted from the root, terminator included; int32 (N,)."""
+        return self._extreme_depth(np.minimum)
+
+    def _extreme_depth(self, extreme: np.ufunc) -> NDArray[np.int32]:
+        depth_N = self.depth.copy()
+        for inner, low, high in self._levels_upwards():
+            depth_N[inner] = extreme.reduceat(depth_N[low:high], self.child_ptr[inner] - low)
+        return depth_N
+
     def __repr__(self) -> str:
         """One line with the sizes."""
         return (
@@ -251,12 +284,16 @@ class Trie:
         value_I = self._per_item(values_per_item).astype(np.float64)
         sum_N = np.zeros(self.n_nodes)
         np.add.at(sum_N, self.leaf, value_I)
+        for inner, low, high in self._levels_upwards():
+            sum_N[inner] = np.add.reduceat(sum_N[low:high], self.child_ptr[inner] - low)
+        return sum_N
+
+    def _levels_upwards(self) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+        """For each level from the deepest up: its nodes with children, and the id range of those children."""
         inner = np.flatnonzero(self.n_children)
         split = np.searchsorted(inner, self.level_ptr)
         for d in reversed(range(len(self.level_ptr) - 2)):
-            above, low, high = inner[split[d] : split[d + 1]], self.level_ptr[d + 1], self.level_ptr[d + 2]
-            sum_N[above] = np.add.reduceat(sum_N[low:high], self.child_ptr[above] - low)
-        return sum_N
+            yield inner[split[d] : split[d + 1]], int(self.level_ptr[d + 1]), int(self.level_ptr[d + 2])
 
     def subtree_count(self, counts_per_item: ArrayLike) -> NDArray[np.int64]:
         """Sum of integer counts of the items under each node, exact, int64 (N,).

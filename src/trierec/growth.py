@@ -1,0 +1,260 @@
+"""The tree of each user, grown only where a search asks: nodes in, log-probabilities of the edges below out.
+
+Forced tokens decide what is run. Trie support: those between two decisions score 0 but later logits depend on
+them, so they run in one forward with the decision they lead to; those after the last decision never run.
+Vocabulary support: a forced run scores token by token but goes through the model several tokens a forward, and
+what that gave is remembered until the search asks. So a search stays token-synchronous and does not know what was run.
+
+Dimension key: B users, R requested nodes, N trie nodes, E edges, C nodes of one forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trierec.backbones import head_weight
+from trierec.engine import LOGITS_AT_ONCE, Children, TrieEngine
+from trierec.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, pad
+from trierec.trie import Trie
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The edges below requested nodes, in the order of the request, children ascending.
+
+    Attributes:
+        row: int64 (E,), which requested node each edge leaves.
+        node: int64 (E,), the child it leads to.
+        log_p: float32 (E,), <= 0, nats; 0 for a forced edge in trie support.
+    """
+
+    row: Ints
+    node: Ints
+    log_p: NDArray[np.float32]
+
+    def take(self, chosen: NDArray[np.bool_], first: int) -> Edges:
+        """Some edges, their rows counted from ``first``."""
+        return Edges(self.row[chosen] - first, self.node[chosen], self.log_p[chosen])
+
+
+class Growth:
+    """The trees of users that are decoded together; users come and go.
+
+    Args:
+        engine: Model, trie and support.
+        prompts: Token ids of every user who will come, at least one each.
+        counters: Receives the work done.
+
+    Raises:
+        UserError: An empty prompt.
+    """
+
+    def __init__(self, engine: TrieEngine, prompts: TokenLists, counters: Counters) -> None:
+        self.engine, self.trie, self.prompts, self.counters = engine, engine.trie, prompts, counters
+        self.fits_tree = engine.fits_tree(prompts)
+        # Longest prompts first: later ones fit where earlier ones were.
+        self._waiting = sorted(range(len(prompts)), key=lambda b: (-len(prompts[b]), b))
+        self._prefix: Prefix | None = None
+        if self.fits_tree and prompts:
+            self._prefix = engine.shared_prefix(prompts, counters)
+        self._cache: TreeCache | None = None
+        self._row = np.full(len(prompts), NOTHING, dtype=np.int64)  # of each user in the cache
+        self._scored: dict[
+            int, dict[int, NDArray[np.float32]]
+        ] = {}  # user -> node -> log-probabilities of its edges
+
+    @torch.inference_mode()
+    def admit(self) -> Ints:
+        """Let users in: as many as the engine takes at once, when a quarter of the places are free; int64 (n,)."""
+        places = self.engine.at_once - len(self._scored)
+        if not self._waiting or (self._scored and places < max(1, self.engine.at_once // 4)):
+            return np.zeros(0, dtype=np.int64)
+        fresh = np.array(self._waiting[:places], dtype=np.int64)
+        del self._waiting[:places]
+        self._scored |= {int(b): {} for b in fresh}
+        if self.fits_tree:
+            prompts = [self.prompts[b] for b in fresh]
+            cache = TreeCache(self.engine.model, self.trie, prompts, self.counters, self._prefix)
+            staying = np.flatnonzero(self._row >= 0)
+            if self._cache is None or not len(staying):
+                self._cache = cache
+            else:
+                self._cache.select(self._row[staying])
+                self._cache.join(cache)
+            self._row[staying] = np.arange(len(staying))
+            self._row[fresh] = len(staying) + np.arange(len(fresh))
+        return fresh
+
+    def release(self, user: Ints) -> None:
+        """Let users go; what was known of them is forgotten."""
+        for b in user.tolist():
+            del self._scored[b]
+        self._row[user] = NOTHING
+        staying = np.flatnonzero(self._row >= 0)
+        # Rows of users who have gone are padding: close the gaps when half of a batch that nobody joins is empty.
+        if self._cache is not None and not self._waiting and 0 < 2 * len(staying) <= self._cache.n_users:
+            with torch.inference_mode():
+                self._cache.select(self._row[staying])
+            self._row[staying] = np.arange(len(staying))
+
+    def known(self, user: Ints, node: Ints) -> NDArray[np.bool_]:
+        """(R,) whether expanding a node costs nothing: its edges are forced, or were scored with others before it."""
+        there = [n in self._scored[b] for b, n in zip(user.tolist(), node.tolist(), strict=True)]
+        known: NDArray[np.bool_] = ~self.engine.needed[node] | np.array(there, dtype=bool)
+        return known
+
+    @torch.inference_mode()
+    def expand(self, user: Ints, node: Ints) -> Edges:
+        """Score the edges below some nodes; nodes that were asked for before cost nothing.
+
+        Args:
+            user: int64 (R,), users who are in.
+            node: int64 (R,), no leaves. Every decision above a node was asked for before, or is here too.
+        """
+        size = self.trie.n_children[node]
+        fresh = ~self.known(user, node)
+        if fresh.any():
+            first = np.unique(user[fresh] * self.trie.n_nodes + node[fresh])
+            self._score(first // self.trie.n_nodes, first % self.trie.n_nodes)
+        row = np.repeat(np.arange(len(node)), size)
+        child = np.arange(len(row)) + np.repeat(self.trie.child_ptr[node] - (np.cumsum(size) - size), size)
+        forced = np.zeros(1, dtype=np.float32)
+        found = [self._scored[b].get(n, forced) for b, n in zip(user.tolist(), node.tolist(), strict=True)]
+        return Edges(row, child, np.concatenate(found) if found else np.zeros(0, np.float32))
+
+    def _score(self, user: Ints, node: Ints) -> None:
+        if self._cache is None:
+            return self._score_plainly(user, node)
+        root = node == 0
+        if root.any():
+            hidden = self._cache.root_hidden[self._tensor(self._row[user[root]])]
+            self._remember(user[root], node[root], hidden)
+        if not root.all():
+            run = _led_to if self.engine.support == "trie" else _looked_ahead
+            self._grow(*run(self.trie, user[~root], node[~root]))
+        return None
+
+    def _grow(self, user: Ints, node: Ints) -> None:
+        """Run nodes (sorted by user, ancestors first), and score those of them that are needed."""
+        assert self._cache is not None
+        place = np.arange(len(user)) - np.searchsorted(user, user)
+        for start in range(0, int(place.max()) + 1, self.engine.chunk):
+            chosen = (place >= start) & (place < start + self.engine.chunk)
+            row, column = self._row[user[chosen]], place[chosen] - start
+            new = np.full((self._cache.n_users, int(column.max()) + 1), NOTHING, dtype=np.int64)
+            new[row, column] = node[chosen]
+            hidden_BCD = self._cache.append(new)
+            scored = self.engine.needed[node[chosen]]
+            hidden_RD = hidden_BCD[self._tensor(row[scored]), self._tensor(column[scored])]
+            self._remember(user[chosen][scored], node[chosen][scored], hidden_RD)
+
+    def _tensor(self, index: Ints) -> torch.Tensor:
+        return torch.from_numpy(index).to(self.engine.device)
+
+    def _remember(self, user: Ints, node: Ints, hidden_RD: torch.Tensor) -> None:
+        if len(node):
+            children = Children.below(self.trie, node)
+            log_p = self.engine.edges(children, hidden_RD[None], self.counters)[0].cpu().numpy()
+            self._keep(user, node, log_p)
+
+    def _keep(self, user: Ints, node: Ints, log_p: NDArray[np.float32]) -> None:
+        end = np.cumsum(self.trie.n_children[node])[:-1]
+        for b, n, edges in zip(user.tolist(), node.tolist(), np.split(log_p, end), strict=True):
+            self._scored[b][n] = edges
+
+    def _score_plainly(self, user: Ints, node: Ints) -> None:
+        """The slow, correct path for any causal LM: prompt and path from the beginning, the model's own forward."""
+        model, trie, device = self.engine.model, self.trie, self.engine.device
+        paths = [trie.token[trie.path_to(int(n))].tolist() for n in node]
+        texts = [[*self.prompts[int(u)], *path] for u, path in zip(user, paths, strict=True)]
+        logits_of_one = max(map(len, texts)) * head_weight(model).shape[0]
+        at_once = max(1, LOGITS_AT_ONCE // logits_of_one)
+        for start in range(0, len(texts), at_once):
+            block = slice(start, start + at_once)
+            ids, length = pad(texts[block], device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            row_RV = logits[torch.arange(len(ids), device=device), length - 1].float()
+            n_path = sum(map(len, paths[block]))
+            self.counters.tree_tokens += n_path
+            self.counters.prompt_tokens += int(length.sum()) - n_path
+            self.counters.rounds += 1
+            self.counters.expansions += len(ids)
+            self.counters.head_rows += len(ids)
+            children = Children.below(trie, node[block])
+            self._keep(user[block], node[block], self.engine.log_softmax(children, row_RV).cpu().numpy())
+
+
+def edges_on_paths(
+    engine: TrieEngine, prompts: TokenLists, user: Ints, leaf: Ints, counters: Counters
+) -> tuple[Ints, NDArray[np.float32]]:
+    """Log-probabilities of the edges along the paths to some leaves; a user's paths go through the model together.
+
+    Args:
+        engine: Model, trie and support.
+        prompts: Token ids of each user.
+        user: int64 (R,).
+        leaf: int64 (R,).
+        counters: Receives the work done.
+
+    Returns:
+        ``user * n_nodes + node`` of the edges into nodes, int64 (E,), ascending; and their log-probabilities,
+        float32 (E,). Siblings of the nodes on a path are there too.
+    """
+    n_nodes = engine.trie.n_nodes
+    node, keys = leaf, [np.zeros(0, dtype=np.int64)]
+    while len(node):
+        node = engine.trie.parent[node].astype(np.int64)
+        keys.append(user * n_nodes + node)
+        user, node = user[node > 0], node[node > 0]
+    key = np.unique(np.concatenate(keys))
+    growth = Growth(engine, prompts, counters)
+    into, log_p = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.float32)]
+    while len(fresh := growth.admit()):
+        asked = key[np.isin(key // n_nodes, fresh)]
+        edges = growth.expand(asked // n_nodes, asked % n_nodes)
+        into.append((asked // n_nodes)[edges.row] * n_nodes + edges.node)
+        log_p.append(edges.log_p)
+        growth.release(fresh)
+    keys_of_edges = np.concatenate(into)
+    order = np.argsort(keys_of_edges)
+    return keys_of_edges[order], np.concatenate(log_p)[order]
+
+
+def _led_to(trie: Trie, user: Ints, node: Ints) -> tuple[Ints, Ints]:
+    """Trie support: requested nodes and the forced tokens that lead to them, by user and depth, each once."""
+    users, nodes = [user], [node]
+    while len(node):
+        node = trie.parent[node].astype(np.int64)
+        more = (node > 0) & ~trie.branching[node]
+        user, node = user[more], node[more]
+        users.append(user)
+        nodes.append(node)
+    return _each_once(trie, users, nodes)
+
+
+def _looked_ahead(trie: Trie, user: Ints, node: Ints) -> tuple[Ints, Ints]:
+    """Vocabulary support: requested nodes and forced tokens behind them, by user and depth, each once.
+
+    A hypothesis may be dropped before its forced run ends, so a run is looked ahead as far as it has come already:
+    1, 2, 4, ... tokens a forward, up to the next decision or the last token before the leaf.
+    """
+    users, nodes, left = [user], [node], trie.forced_depth[node].astype(np.int64)
+    while len(node):
+        child = trie.child_ptr[node].astype(np.int64)
+        more = (left > 0) & ~trie.branching[node] & ~trie.is_leaf[np.where(trie.branching[node], 0, child)]
+        user, node, left = user[more], child[more], left[more] - 1
+        users.append(user)
+        nodes.append(node)
+    return _each_once(trie, users, nodes)
+
+
+def _each_once(trie: Trie, users: list[Ints], nodes: list[Ints]) -> tuple[Ints, Ints]:
+    key = np.unique(np.concatenate(users) * trie.n_nodes + np.concatenate(nodes))
+    user, node = key // trie.n_nodes, key % trie.n_nodes
+    return user, node  # node ids ascend with depth: ancestors come first
