@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from trierec import load
 from trierec.dataset import load_dataset
 from trierec.engine import TrieEngine
-from trierec.generative import load_recommender
 from trierec.runs import open_run
 from trierec.search import rank_catalogue
 
@@ -26,7 +26,7 @@ SLACK = 1e-3  # nats; float32 sums over a title
 def main(run: Path) -> None:
     """Print the largest violation of each half of the lemma."""
     _, facts = open_run(run)
-    recommender = load_recommender(run)
+    recommender = load(run)
     test = load_dataset(Path(facts["data"]["folder"])).test
     engines = {s: TrieEngine(recommender.backbone.model, recommender.trie, s) for s in ("trie", "vocabulary")}
     group = recommender.groups.of_item

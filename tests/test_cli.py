@@ -72,6 +72,12 @@ def test_from_raw_files_to_a_report(raw: Path, capsys, monkeypatch) -> None:
     assert len(found["recommendations"]) == 3
     assert "Red Dawn" not in [line["title"] for line in found["recommendations"]]
     assert found["certified"] is True
+    stock = raw.parent / "stock.txt"
+    stock.write_text("3\n4\n5\n", encoding="utf-8")  # Blue Moon, Blue, Green Mile
+    words = ["--allow", stock, "--exclude", "Blue", "--search", "beam", "--json"]
+    status, output, _ = run(capsys, monkeypatch, "recommend", out, "--history", "Red Dawn", *words)
+    titles = {line["title"] for line in json.loads(output)["recommendations"]}
+    assert (status, titles) == (0, {"Blue Moon", "Green Mile"})
     status, output, _ = run(capsys, monkeypatch, "report", out)
     assert Path(output.strip()).read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 

@@ -32,6 +32,24 @@ class TestGenerativeInVocabularySupport(RecommenderContract):
         return worlds.recommender(support="vocabulary", seed=1)
 
 
+class TestGenerativeWithBeams(RecommenderContract):
+    @staticmethod
+    def make() -> GenerativeRecommender:
+        return worlds.recommender(search="beam", batch_users=2)
+
+
+class TestGenerativeWithBeamsInVocabularySupport(RecommenderContract):
+    @staticmethod
+    def make() -> GenerativeRecommender:
+        return worlds.recommender(search="beam", support="vocabulary", length_penalty=1.0, alpha=0.2, seed=1)
+
+
+class TestGenerativeExact(RecommenderContract):
+    @staticmethod
+    def make() -> GenerativeRecommender:
+        return worlds.recommender(search="exact", batch_users=2, seed=2)
+
+
 class TestMostPopular(RecommenderContract):
     @staticmethod
     def make() -> MostPopular:
@@ -43,7 +61,7 @@ class TestMostPopular(RecommenderContract):
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GenerativeRecommender]:
     recommender = worlds.recommender()
     folder = tmp_path_factory.mktemp("saved") / "run"
-    recommender.save(folder)
+    recommender.save_pretrained(folder)
     return folder, recommender
 
 
@@ -114,6 +132,17 @@ def test_parts_that_do_not_belong_together_are_refused(
         trierec.load(tmp_path / "nowhere")
 
 
-def test_unknown_search_is_refused() -> None:
-    with pytest.raises(UserError, match="wanted search = 'catalogue', got 'beam'"):
-        worlds.recommender(search="beam").recommend([[0]])
+def test_search_settings_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(UserError, match="wanted search among beam, exact, catalogue, got 'greedy'"):
+        worlds.recommender(search="greedy").recommend([[0]])
+    with pytest.raises(UserError, match="scope = 'step' needs search = 'beam'"):
+        worlds.recommender(scope="step").recommend([[0]])
+
+
+def test_scores_of_candidates_are_those_of_the_ranking(saved: tuple[Path, GenerativeRecommender]) -> None:
+    recommender = saved[1]
+    ranking = recommender.recommend(HISTORIES, k=None)
+    found = recommender.with_settings(batch_users=3).score(HISTORIES, ranking.items.tolist())
+    assert found == pytest.approx(ranking.scores, abs=1e-4)
+    with pytest.raises(UserError, match="wanted candidates lists for 4 users, got 1"):
+        recommender.score(HISTORIES, [[0]])

@@ -43,6 +43,17 @@ def test_awkward_strings_round_trip() -> None:
         ),
         ({"training": {"batch_size": 10, "accumulation": 3}}, "must be a multiple of training.accumulation"),
         ({"training": {"patience": 2}}, "needs training.evaluate_every > 0"),
+        ({"evaluation": {"search": "beam", "beams": 5}}, "beams must be at least k, got 5 beams for k = 10"),
+        ({"evaluation": {"scope": "step"}}, "scope = 'step' needs search = 'beam'"),
+        ({"objective": {"adaptive": {"clamp": [3, 2]}}}, "two ascending temperatures > 0, got [3.0, 2.0]"),
+        (
+            {"objective": {"temperature": "adaptive", "support": "vocabulary"}},
+            "temperature = 'adaptive' needs support = 'trie', got {",
+        ),
+        (
+            {"training": {"rows": "train+valid", "evaluate_every": 5}},
+            "trains on the validation rows; set training.evaluate_every = 0",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(change: dict, line: str) -> None:

@@ -71,6 +71,34 @@ def test_a_run_folder_has_what_it_promises(runs: tuple[Path, Path]) -> None:
     assert {"loss_zero_gain", "loss_positive_gain", "temperature", "w"} <= set(rows[0])
 
 
+def test_beams_and_filters_in_an_evaluation(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = open_run(runs[0])[0].evaluation
+    exact = evaluate_run(runs[0])
+    beam = evaluate_run(runs[0], settings.model_copy(update={"search": "beam", "beams": 12}))
+    assert (beam.metrics["search"], beam.metrics["beams"]) == ("beam", 12)
+    certified = beam.certified
+    assert certified.any()
+    assert beam.items[certified].tolist() == exact.items[certified].tolist()
+    assert read_json(runs[0] / "metrics.json")["counters"]["token_forwards"] > 0
+    ids = tmp_path / "stock.txt"
+    ids.write_text("1\n\n3\n5\n", encoding="utf-8")
+    for search in ("catalogue", "beam"):
+        some = evaluate_run(runs[0], settings.model_copy(update={"search": search, "allow": ids}))
+        assert set(some.items.ravel().tolist()) == {-1, 0, 2, 4}
+        assert (some.rank[~np.isin(some.target, [0, 2, 4])] == -1).all()
+    report = collect([runs[0]])
+    assert "beam search with 10 beams" in report.subtitle
+    assert "only the items of stock.txt are returned" in report.subtitle
+    with pytest.raises(UserError, match="evaluated with allow = "):
+        comparisons([some, exact])
+    ids.write_text("1\nnone\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"got 'none' \(1 unknown ids\)"):
+        evaluate_run(runs[0], settings.model_copy(update={"allow": ids}))
+    with pytest.raises(UserError, match="wanted a UTF-8 file of item ids in .*nowhere"):
+        evaluate_run(runs[0], settings.model_copy(update={"allow": tmp_path / "nowhere"}))
+    evaluate_run(runs[0])
+
+
 def test_lemma_1_bounds_the_ranking_by_the_losses(runs: tuple[Path, Path]) -> None:
     """MSL's Lemma 1: -ln NDCG of the full ranking by P_valid <= MSL <= LML, for every test user."""
     from trierec.dataset import load_dataset

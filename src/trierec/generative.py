@@ -1,35 +1,51 @@
 """A language model as a recommender: backbone + prompts + trie + engine + search.
 
-A saved recommender is a folder that stands on its own: ``model/`` (an ordinary Hugging Face checkpoint),
-``trie.npz``, ``catalog.parquet`` and ``recommender.json`` (prompt settings and the hashes that tie the parts
-together).
+A saved recommender is a folder that stands on its own: ``model/`` (an ordinary Hugging Face checkpoint, or an
+adapter that names its base), ``trie.npz``, ``catalog.parquet`` and ``recommender.json`` (prompt settings and the
+hashes that tie the parts together), with a model card in ``README.md`` once it was evaluated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import re
+import tempfile
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from trierec.backbones import Backbone, load_backbone
+from trierec.card import CardFacts, addressed, model_card
 from trierec.catalog import Catalog
 from trierec.decisiveness import information_gain
 from trierec.engine import Support, TrieEngine
 from trierec.errors import UserError
-from trierec.files import atomic_path, read_json, write_json
+from trierec.files import atomic_path, read_json, write_json, write_text
+from trierec.hub import download, upload
 from trierec.prompts import Prompts, build_prompts
-from trierec.ranking import Groups, ItemLists, Ranking, add_counters, check_histories, resolve_filters
-from trierec.search import rank_catalogue
+from trierec.ranking import (
+    Groups,
+    ItemLists,
+    Ranking,
+    check_histories,
+    check_lists,
+    resolve_filters,
+)
+from trierec.search import Scope, beam_search, exact_search, rank_catalogue, score
+from trierec.treecache import TokenLists
 from trierec.trie import Trie
 
+Search = Literal["beam", "exact", "catalogue"]
+SEARCHES: tuple[Search, ...] = ("beam", "exact", "catalogue")
+SETTINGS = ("support", "search", "beams", "batch_users", "length_penalty", "alpha", "scope")
 FORMAT = 1
 MANIFEST = "recommender.json"  # written last: where it is, the rest is whole
+FILES = ("catalog.parquet", "trie.npz", "model")
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -43,10 +59,14 @@ class GenerativeRecommender:
         trie: The prefix tree of the titles' tokens.
         counts: (I,) training targets of each item; decide which member represents a group.
         support: Softmax over valid tokens (``trie``) or over the vocabulary.
-        search: How the trie is searched; ``catalogue`` scores every title.
+        search: How the trie is searched; ``catalogue`` scores every title, ``exact`` finds the same best ones with
+            less work, ``beam`` is a beam search.
+        beams: Beams of the beam search; where more titles are asked for, so many.
         batch_users: Users that share a forward.
         length_penalty: Exponent of the title's length that divides a score (BIGRec 1).
         alpha: Strength of IGD-decoding; 0 switches it off.
+        scope: What IGD-decoding scales the gain over, ``node`` or (beam search only) ``step``.
+        card: Text of its model card; empty where there is none.
     """
 
     backbone: Backbone
@@ -55,10 +75,13 @@ class GenerativeRecommender:
     trie: Trie
     counts: NDArray[np.int64]
     support: Support = "trie"
-    search: str = "catalogue"
+    search: Search = "catalogue"
+    beams: int = 10
     batch_users: int = 16
     length_penalty: float = 0.0
     alpha: float = 0.0
+    scope: Scope = "node"
+    card: str = field(default="", repr=False)
 
     @cached_property
     def groups(self) -> Groups:
@@ -68,7 +91,7 @@ class GenerativeRecommender:
     @cached_property
     def engine(self) -> TrieEngine:
         """The engine that scores edges; made once, so the model is probed once."""
-        return TrieEngine(self.backbone.model, self.trie, self.support)
+        return TrieEngine(self.backbone.model, self.trie, self.support, at_once=self.batch_users)
 
     @cached_property
     def gain(self) -> NDArray[np.float64] | None:
@@ -76,7 +99,7 @@ class GenerativeRecommender:
         return information_gain(self.trie, self.counts) if self.alpha else None
 
     def with_settings(self, **changes: Any) -> GenerativeRecommender:
-        """The same model with another ``support``, ``search`` or ``batch_users``."""
+        """The same model with other settings of its ranking: ``support``, ``search``, ``beams``, ..."""
         return replace(self, **changes)
 
     def recommend(
@@ -85,7 +108,6 @@ class GenerativeRecommender:
         k: int | None = 10,
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
-        advance: Callable[[int], None] | None = None,
     ) -> Ranking:
         """The ``k`` most probable titles for each history.
 
@@ -94,65 +116,184 @@ class GenerativeRecommender:
             k: Number of titles; None ranks the whole catalogue.
             exclude: Per user, items that must not be returned; ``"history"`` stands for the user's own items.
             allow: Per user, the only items that may be returned.
-            advance: Called with the number of users done, for progress.
 
         Returns:
             Scores are natural-log probabilities of titles.
 
         Raises:
-            UserError: An item outside the catalogue, ``k < 1``, or a search that is not known.
+            UserError: An item outside the catalogue, ``k < 1``, or search settings that do not go together.
         """
-        if self.search != "catalogue":
+        if self.search not in SEARCHES:
+            raise UserError(f"wanted search among {', '.join(SEARCHES)}, got {self.search!r}")
+        if self.scope == "step" and self.search != "beam":
             raise UserError(
-                f"wanted search = 'catalogue', got {self.search!r}: beam and exact search come later"
+                f"scope = 'step' needs search = 'beam', got {self.search!r}: other searches have no steps"
             )
         check_histories(histories, self.groups)
         excluded, allowed = resolve_filters(histories, exclude, allow)
-        prompts = [self.prompts.encode(history) for history in histories]
-        # Users of similar prompt length share a forward, so little is padded; results go back to their rows.
-        order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-        parts: list[Ranking] = []
-        for start in range(0, len(order), self.batch_users):
-            rows = order[start : start + self.batch_users].tolist()
-            part = rank_catalogue(
-                self.engine,
-                [prompts[row] for row in rows],
-                k,
-                self.length_penalty,
-                self.alpha,
-                self.gain,
-                exclude=[excluded[row] for row in rows],
-                allow=[allowed[row] for row in rows],
-                counts=self.counts,
-            )
-            parts.append(part)
-            if advance:
-                advance(len(rows))
-        return _join(parts, order, k or self.groups.n_groups)
+        return self._search(
+            [self.prompts.encode(history) for history in histories],
+            k,
+            length_penalty=self.length_penalty,
+            alpha=self.alpha,
+            gain=self.gain,
+            exclude=excluded,
+            allow=allowed,
+            counts=self.counts,
+        )
 
-    def save(self, folder: Path) -> None:
-        """Write everything :func:`load_recommender` needs into ``folder``; each file is whole or absent."""
+    def score(self, histories: ItemLists, candidates: ItemLists) -> NDArray[np.float32]:
+        """Log-probability of given items for each history.
+
+        Args:
+            histories: Item indices, oldest first.
+            candidates: Per user, item indices; lists may differ in length.
+
+        Returns:
+            float32 (B, C), nats, in the order given; shorter lists end in -inf.
+
+        Raises:
+            UserError: An item outside the catalogue, or not one list of candidates for each history.
+        """
+        check_histories(histories, self.groups)
+        check_lists(len(histories), candidates=candidates)
+        return score(self.engine, [self.prompts.encode(history) for history in histories], candidates)
+
+    def _search(self, prompts: TokenLists, k: int | None, **settings: Any) -> Ranking:
+        if self.search == "catalogue":
+            return rank_catalogue(self.engine, prompts, k, **settings)
+        k = k or self.groups.n_groups
+        if self.search == "exact":
+            return exact_search(self.engine, prompts, k, **settings)
+        return beam_search(self.engine, prompts, k, max(k, self.beams), scope=self.scope, **settings)
+
+    def merged(self) -> GenerativeRecommender:
+        """The same with the adapter folded into the base, which decodes faster; see `Backbone.merged`."""
+        return replace(self, backbone=self.backbone.merged())
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent.
+
+        With an adapter, ``model/`` holds the adapter and says which base it is on (name, revision, hash, quantisation).
+        A base that was built here, such as ``tiny``, is saved with it; any other one is loaded from where it was.
+        """
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MANIFEST).unlink(missing_ok=True)
         self.backbone.save(folder / "model")
         self.trie.save(folder / "trie.npz")
         save_catalog(self.catalog, self.counts, folder / "catalog.parquet")
+        if self.card:
+            write_text(folder / CARD, self.card)
         prompts = self.prompts
         write_json(
             folder / MANIFEST,
             {
                 "format": FORMAT,
                 "kind": "generative",
-                "support": self.support,
-                "search": self.search,
-                "batch_users": self.batch_users,
-                "length_penalty": self.length_penalty,
-                "alpha": self.alpha,
+                **{name: getattr(self, name) for name in SETTINGS},
                 "prompt": prompts.settings,
                 "hashes": {"prompt": prompts.hash, "trie": self.trie.fingerprint()},
                 "origin": self.backbone.origin,
             },
         )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: Path | str,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        base: Path | str | None = None,
+        trust_remote_code: bool = False,
+    ) -> GenerativeRecommender:
+        """Load a recommender from a run folder, a folder of :meth:`save_pretrained`, or the Hugging Face hub.
+
+        Args:
+            folder_or_hub_id: A folder, or ``namespace/name``; a folder of that name comes first.
+            revision: Commit, branch or tag on the hub.
+            device: ``auto`` or a torch device.
+            dtype: ``auto`` or a torch dtype's name.
+            base: Folder of the base model under a saved adapter, where it is no longer at its old place.
+            trust_remote_code: Passed to transformers; executes code of the model's repository.
+
+        Raises:
+            UserError: Something is missing, or the tokenizer, the trie, the catalogue and the base model do not
+                belong together.
+        """
+        folder = _local_folder(folder_or_hub_id, revision)
+        facts = read_json(folder / MANIFEST)
+        if facts.get("format") != FORMAT:
+            raise UserError(
+                f"wanted {folder}/{MANIFEST} of format {FORMAT}, got {facts.get('format')}; save it again"
+            )
+        for name in FILES:
+            if not (folder / name).exists():
+                raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
+        frame = pl.read_parquet(folder / "catalog.parquet")
+        backbone = load_backbone(
+            str(folder / "model"), device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code
+        )
+        catalog, trie = Catalog.from_frame(frame), Trie.load(folder / "trie.npz")
+        backbone.model.requires_grad_(False)  # so the engine may keep what the prompts of all calls share
+        prompts = build_prompts(backbone.tokenizer, catalog, **facts["prompt"])
+        _check_parts(folder, facts["hashes"], prompts, trie)
+        return cls(
+            replace(backbone, origin=facts["origin"]),
+            catalog,
+            prompts,
+            trie,
+            frame["train_targets"].to_numpy().astype(np.int64),
+            **{name: facts[name] for name in SETTINGS if name in facts},
+            card=(folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "",
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        license: str | None = None,
+        message: str = "Upload a recommender",
+    ) -> str:
+        """Write the recommender and its model card into a repository of the Hugging Face hub.
+
+        Uploaded is what :meth:`save_pretrained` writes, without paths of this machine, and the card: the one that
+        ``trierec evaluate`` wrote, else a short one. Titles, item ids and how often each item was a training target
+        are part of the catalogue; histories, users and ``run.json`` are not uploaded. A base model that is a local
+        folder is not uploaded either: who loads the adapter gives it as ``base``.
+
+        Args:
+            repo_id: ``namespace/name``; made where it is absent.
+            private: Whether a new repository is private; None: as the namespace has it.
+            token: Of the hub; None: the one of ``hf auth login``.
+            license: Of the model, for the card, such as ``apache-2.0``; the choice is yours.
+            message: Of the commit.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            UserError: The hub cannot be reached, or refuses.
+        """
+        items = int(np.argmax(self.counts))
+        facts = CardFacts(
+            name=repo_id.rpartition("/")[2],
+            n_items=self.catalog.n_items,
+            example=self.catalog.title[items],
+            origin=self.backbone.anonymous().origin,
+            settings={name: getattr(self, name) for name in SETTINGS},
+        )
+        card = addressed(self.card or model_card(facts), repo_id, license)
+        with tempfile.TemporaryDirectory() as scratch:
+            shared = replace(self, backbone=self.backbone.anonymous(), card=card)
+            shared.save_pretrained(Path(scratch, "recommender"))
+            return upload(
+                Path(scratch, "recommender"), repo_id, private=private, token=token, message=message
+            )
 
 
 def save_catalog(catalog: Catalog, counts: NDArray[np.int64], path: Path) -> None:
@@ -161,68 +302,29 @@ def save_catalog(catalog: Catalog, counts: NDArray[np.int64], path: Path) -> Non
         catalog.to_frame(counts.astype(np.int32)).write_parquet(temporary)
 
 
-def load_recommender(
-    folder: Path | str, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-) -> GenerativeRecommender:
-    """Load a recommender from a run folder or from where :meth:`GenerativeRecommender.save` wrote it.
+def _local_folder(name: Path | str, revision: str | None) -> Path:
+    """The folder itself, or the downloaded one of a hub id."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(
+            f"wanted a run folder with a trained recommender, but {name} is no folder; train one first"
+        )
+    patterns = [MANIFEST, CARD, *(f for f in FILES if f != "model"), "model/*"]
+    return download(name, revision, patterns)
 
-    Raises:
-        UserError: Something is missing, or the tokenizer, the trie and the catalogue do not belong together.
-    """
-    folder = Path(folder)
-    facts = read_json(folder / MANIFEST) if folder.is_dir() else None
-    if facts is None:
-        raise UserError(
-            f"wanted a run folder with a trained recommender, but {folder} is no folder; train one first"
-        )
-    if facts.get("format") != FORMAT:
-        raise UserError(
-            f"wanted {folder}/{MANIFEST} of format {FORMAT}, got {facts.get('format')}; save it again"
-        )
-    for name in ("catalog.parquet", "trie.npz", "model"):
-        if not (folder / name).exists():
-            raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
-    frame = pl.read_parquet(folder / "catalog.parquet")
-    catalog = Catalog.from_frame(frame)
-    backbone = load_backbone(
-        str(folder / "model"), device=device, dtype=dtype, trust_remote_code=trust_remote_code
-    )
-    prompts = build_prompts(backbone.tokenizer, catalog, **facts["prompt"])
-    trie = Trie.load(folder / "trie.npz")
-    rebuilt = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
-    hashes = {"prompt": prompts.hash, "trie": trie.fingerprint()}
-    for part, wanted in facts["hashes"].items():
-        if hashes[part] != wanted:
+
+def _check_parts(folder: Path, hashes: dict[str, str], prompts: Prompts, trie: Trie) -> None:
+    """Refuse a tokenizer, catalogue or trie that is not the one the recommender was saved with."""
+    found = {"prompt": prompts.hash, "trie": trie.fingerprint()}
+    for part, wanted in hashes.items():
+        if found[part] != wanted:
             raise UserError(
-                f"the {part} of {folder} is not the one this model was trained with (hash {hashes[part][:12]}, wanted "
+                f"the {part} of {folder} is not the one this model was trained with (hash {found[part][:12]}, wanted "
                 f"{wanted[:12]}); restore its tokenizer, catalog.parquet and trie.npz, or train again"
             )
+    rebuilt = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     if rebuilt.fingerprint() != trie.fingerprint():
         raise UserError(
             f"the tokenizer in {folder}/model does not give the titles of trie.npz; restore the one it was saved with"
         )
-    counts = frame["train_targets"].to_numpy().astype(np.int64)
-    backbone = replace(backbone, origin=facts["origin"])
-    return GenerativeRecommender(
-        backbone,
-        catalog,
-        prompts,
-        trie,
-        counts,
-        **{name: facts[name] for name in ("support", "search", "batch_users", "length_penalty", "alpha")},
-    )
-
-
-def _join(parts: list[Ranking], order: NDArray[np.int64], k: int) -> Ranking:
-    """Rankings of length-sorted batches as one, in the order the users came in."""
-    n_users = len(order)
-    items, scores = np.full((n_users, k), -1, np.int32), np.full((n_users, k), -np.inf, np.float32)
-    certified = np.ones(n_users, dtype=bool)
-    counters: dict[str, int] = {}
-    done = 0
-    for part in parts:
-        rows = order[done : done + len(part.items)]
-        items[rows], scores[rows], certified[rows] = part.items, part.scores, part.certified
-        done += len(rows)
-        add_counters(counters, part.counters)
-    return Ranking(items, scores, certified, counters)

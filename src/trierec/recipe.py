@@ -25,9 +25,16 @@ class _Section(BaseModel):
 class DataSettings(_Section):
     """What is learned from."""
 
-    source: str = Field(description="ml-100k, ml-1m, msl:DIR or d3:DIR")
+    source: str = Field(
+        description="ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR"
+    )
     folder: Path | None = Field(None, description="prepared folder; default data/NAME, made when absent")
     max_history: int = Field(20, ge=1, description="titles of a history that a prompt may hold (papers: 10)")
+    split: Literal["leave-one-out", "time-windows", "time-growing"] = Field(
+        "leave-one-out", description="time-windows: BIGRec and MSL; time-growing: D3 and IGD; msl: and d3: have theirs"
+    )
+    k_core: int = Field(0, ge=0, description="users and items with fewer interactions are left out (papers: 5)")
+    clean: Literal["none", "html+space"] = "none"
 
 
 class TinyModel(_Section):
@@ -39,6 +46,17 @@ class TinyModel(_Section):
     heads: int = Field(4, ge=1)
     feed_forward: int = Field(416, ge=8)
     dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class LoraSettings(_Section):
+    """Low-rank adapters on the body's linear layers (arXiv:2106.09685); the head and embeddings never get one."""
+
+    rank: int = Field(0, ge=0, description="0: no adapter, every weight is trained (MSL 8, IGD 32)")
+    alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="or ends of layer names such as ['q_proj', 'v_proj']"
+    )
 
 
 class BackboneSettings(_Section):
@@ -53,7 +71,17 @@ class BackboneSettings(_Section):
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    quantisation: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="of the frozen base: LLM.int8(), or NF4 with double quantisation"
+    )
+    lora: LoraSettings = LoraSettings()
     tiny: TinyModel = TinyModel()
+
+    @model_validator(mode="after")
+    def _trainable(self) -> BackboneSettings:
+        if self.quantisation != "none" and not self.lora.rank:
+            raise ValueError("a quantised base is frozen: wanted lora.rank > 0 to train, got 0")
+        return self
 
 
 class AdaptiveSettings(_Section):
@@ -63,7 +91,13 @@ class AdaptiveSettings(_Section):
     initial: float = Field(1.5, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1)
     clamp: tuple[float, float] = (1.5, 5.0)
-    root: Literal["plus", "minus"] = "plus"
+    root: Literal["plus", "minus", "exact"] = Field(
+        "plus", description="the paper prints minus; exact: bisection of mean P_valid = eta"
+    )
+    rows: Literal["widest", "root", "all"] = Field(
+        "widest", description="tokens looked at; released code: root, paper: all"
+    )
+    scope: Literal["global", "token"] = Field("global", description="token: each token its own (Eq. 11)")
 
     @model_validator(mode="after")
     def _range(self) -> AdaptiveSettings:
@@ -77,9 +111,17 @@ class ObjectiveSettings(_Section):
 
     support: Literal["trie", "vocabulary"] = "trie"
     temperature: float | Literal["adaptive"] = 1.0
-    weight: Literal["uniform", "igd"] = "uniform"
-    beta: float = Field(0.1, ge=0, le=1, description="weight of a token without information gain (IGD)")
+    weight: Literal["uniform", "igd", "igd-linear", "position"] = "uniform"
+    beta: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="weight of a token without information gain (igd, igd-linear) or of a title's last (position)",
+    )
     normaliser: Literal["weights", "decisions", "sum"] = "weights"
+    expand_negatives: bool = Field(
+        False, description="MSL + alpha: the other valid tokens weigh as much as a vocabulary"
+    )
     adaptive: AdaptiveSettings = AdaptiveSettings()
 
     @model_validator(mode="after")
@@ -88,6 +130,8 @@ class ObjectiveSettings(_Section):
             raise ValueError(f"temperature must be > 0 or 'adaptive', got {self.temperature}")
         if self.temperature == "adaptive" and self.support != "trie":
             raise ValueError("temperature = 'adaptive' needs support = 'trie'")
+        if self.expand_negatives and self.support != "trie":
+            raise ValueError("expand_negatives = true needs support = 'trie'")
         return self
 
 
@@ -112,6 +156,10 @@ class TrainingSettings(_Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     log_every: int = Field(25, ge=1)
+    log_parts: bool = Field(
+        False,
+        description="log both parts of the language-modelling loss and their gradient norms (MSL, Fig. 3)",
+    )
     evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: never")
     patience: int = Field(
         0, ge=0, description="validations without improvement before the end; 0: no early stop"
@@ -127,7 +175,11 @@ class EvaluationSettings(_Section):
     """How a trained model is ranked and counted."""
 
     split: Literal["valid", "test"] = "test"
-    search: Literal["catalogue"] = Field("catalogue", description="beam and exact search come later")
+    search: Literal["beam", "exact", "catalogue"] = Field(
+        "catalogue",
+        description="catalogue: every title is scored; exact: only the best k, same result; beam: the papers'",
+    )
+    beams: int = Field(10, ge=1, description="of the beam search; at least k")
     support: Literal["trie", "vocabulary"] = "trie"
     exclude: Literal["none", "history", "seen"] = Field(
         "none", description="items never returned; seen: all earlier ones"
@@ -135,8 +187,25 @@ class EvaluationSettings(_Section):
     k: int = Field(10, ge=1)
     length_penalty: float = Field(0.0, description="BIGRec 1, D3 and ours 0")
     alpha: float = Field(0.0, ge=0, le=1, description="IGD-decoding; 0: off")
+    scope: Literal["node", "step"] = Field(
+        "node", description="IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
+    )
+    allow: Path | None = Field(
+        None, description="text file of raw item ids, one a line: only these are returned"
+    )
     users: int | None = Field(None, ge=1, description="only the first so many rows")
     batch_users: int = Field(16, ge=1)
+    merge_adapter: bool | None = Field(
+        None, description="fold the adapter into the base first; default: yes, but not into a 4bit base"
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> EvaluationSettings:
+        if self.search == "beam" and self.beams < self.k:
+            raise ValueError(f"beams must be at least k, got {self.beams} beams for k = {self.k}")
+        if self.scope == "step" and self.search != "beam":
+            raise ValueError("scope = 'step' needs search = 'beam': other searches have no steps")
+        return self
 
 
 class Recipe(_Section):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trierec.backbones import Backbone, load_backbone
+from trierec.card import CardFacts, model_card
+from trierec.catalog import Catalog
 from trierec.checkpoints import clear
 from trierec.dataset import Dataset, load_dataset, prepare
-from trierec.decisiveness import binary_weights, zero_gain
+from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
 from trierec.errors import UserError
 from trierec.evaluate import Evaluation, evaluate
-from trierec.examples import Examples, Windows, make_windows, target_counts
+from trierec.examples import Examples, Windows, along_titles, make_windows, target_counts
 from trierec.files import read_json, write_json, write_text
-from trierec.generative import GenerativeRecommender, load_recommender
+from trierec.generative import CARD, SETTINGS, GenerativeRecommender
 from trierec.losses import AdaptiveTemperature, Objective
 from trierec.progress import note
 from trierec.prompts import Prompts, build_prompts
 from trierec.recipe import EvaluationSettings, ObjectiveSettings, Recipe, dump_recipe, load_recipe
+from trierec.sources import settings_of
 from trierec.splits import Split
 from trierec.train import TrainConfig, TrainResult, train
 from trierec.trie import Trie
@@ -57,18 +60,25 @@ def open_data(recipe: Recipe) -> Dataset:
     folder = recipe.data.folder or Path("data") / recipe.data.source.replace(":", "-").replace(
         "/", "-"
     ).strip("-.")
+    choices = recipe.data.model_dump(include={"max_history", "clean", "k_core", "split"})
     if (folder / "dataset.json").is_file():
         dataset = load_dataset(folder)
-        wanted = (recipe.data.source, recipe.data.max_history)
-        found = (dataset.info["source"], dataset.info["settings"]["max_history"])
-        if found != wanted:
+        wanted = {"source": recipe.data.source} | settings_of(recipe.data.source, **choices)
+        found = {"k_core": 0} | dataset.info["settings"] | {"source": dataset.info["source"]}
+        if any(found[name] != wanted[name] for name in ("source", "max_history")):
             raise UserError(
-                f"{folder} was prepared from {found[0]} with histories of {found[1]}, the recipe wants "
-                f"{wanted[0]} and {wanted[1]}; give another data.folder or prepare it again"
+                f"{folder} was prepared from {found['source']} with histories of {found['max_history']}, the recipe "
+                f"wants {wanted['source']} and {wanted['max_history']}; give another data.folder or prepare it again"
+            )
+        other = [name for name in wanted if found[name] != wanted[name]]
+        if other:
+            raise UserError(
+                f"{folder} was prepared with {other[0]} = {found[other[0]]!r}, the recipe wants {wanted[other[0]]!r}; "
+                "give another data.folder or prepare it again"
             )
         return dataset
     note(f"preparing {recipe.data.source} in {folder}")
-    return prepare(recipe.data.source, folder, max_history=recipe.data.max_history)
+    return prepare(recipe.data.source, folder, **choices)
 
 
 def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
@@ -81,8 +91,15 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
         device=settings.device,
         dtype=settings.dtype,
         tiny=settings.tiny,
+        quantisation=settings.quantisation,
+        lora=settings.lora,
         trust_remote_code=settings.trust_remote_code,
     )
+    if not any(p.requires_grad for p in backbone.model.parameters()):
+        raise UserError(
+            f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
+            "backbone.name and set backbone.lora.rank > 0"
+        )
     prompts = build_prompts(
         backbone.tokenizer,
         dataset.catalog,
@@ -124,7 +141,7 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
     examples, objective, config = _examples(recipe, parts), _objective(recipe.objective), _config(recipe)
     validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
     if going_on is None:
-        for name in ("run.json", "recommender.json", "metrics.json"):
+        for name in ("run.json", "recommender.json", "metrics.json", CARD):
             (out / name).unlink(missing_ok=True)
         clear(out, False)
         write_text(out / "recipe.toml", dump_recipe(recipe))
@@ -161,9 +178,10 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
     }
     if going_on and going_on["status"] == "trained" and going_on["training"]["steps"] == result.steps_done:
         return result
-    (out / "metrics.json").unlink(missing_ok=True)  # it speaks of other weights
+    for name in ("metrics.json", CARD):  # they speak of other weights
+        (out / name).unlink(missing_ok=True)
     if result.stopped != "interrupted":
-        recommender.save(out)
+        recommender.save_pretrained(out)
     status = "interrupted" if result.stopped == "interrupted" else "trained"
     timing = {"seconds": round(result.seconds, 1), "wall_seconds": round(time.time() - started, 1)}
     write_json(out / "run.json", facts | {"status": status, "training": training, "timing": timing})
@@ -173,7 +191,7 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
 def evaluate_run(
     run: Path, changes: EvaluationSettings | None = None, *, name: str | None = None
 ) -> Evaluation:
-    """Evaluate a trained run; writes ``metrics.json`` and ``predictions.parquet`` into its folder.
+    """Evaluate a trained run; writes metrics, predictions and a model card (``README.md``) into its folder.
 
     Args:
         run: The run folder.
@@ -187,7 +205,7 @@ def evaluate_run(
         raise UserError(
             f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
         )
-    recommender = load_run(run, recipe)
+    recommender = load_run(run, recipe.model_copy(update={"evaluation": settings}))
     recommender = recommender.with_settings(**_search_settings(settings))
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
     evaluation = evaluate(
@@ -196,8 +214,11 @@ def evaluate_run(
         name=name or recipe.title or recipe.name,
         split_name=settings.split,
         k=settings.k,
+        depth=_depth(settings),
         exclude=settings.exclude,
-        facts=settings.model_dump(include={"search", "support", "length_penalty", "alpha"})
+        allow=None if settings.allow is None else allowed_items(settings.allow, recommender.catalog),
+        facts=settings.model_dump(include={*SETTINGS, "allow"} - {"batch_users"}, mode="json")
+        | _adapter(recommender.backbone)
         | {"seed": recipe.seed},
         train_targets=recommender.counts,
         seed=recipe.seed,
@@ -208,6 +229,10 @@ def evaluate_run(
         limit = recommender.prompts.max_tokens
         note(f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {limit} tokens")
     evaluation.save(run)
+    done = recipe.model_copy(update={"evaluation": settings})
+    write_text(
+        run / CARD, model_card(_card_facts(done, facts, dataset, recommender, evaluation), _shown(run))
+    )
     return evaluation
 
 
@@ -226,11 +251,40 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
 
 
 def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender:
-    """The recommender of a run, with the device, dtype and trust of its recipe."""
+    """The recommender of a run with the device, dtype and trust of its recipe, and its adapter merged or not."""
     settings = recipe.backbone
-    return load_recommender(
+    recommender = GenerativeRecommender.from_pretrained(
         run, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
     )
+    merge = recipe.evaluation.merge_adapter
+    if merge is None:
+        # Over a 4bit base it would take the memory that quantisation was to save. So it does over an 8bit one, but
+        # there layers round their inputs together, and the scores of a user depend on who shares the batch.
+        merge = recommender.backbone.origin.get("quantisation") != "4bit"
+    return recommender.merged() if merge and recommender.backbone.adapted else recommender
+
+
+def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
+    """Item indices of the raw ids in a text file, one a line; blank lines are left out.
+
+    Raises:
+        UserError: No such file, not UTF-8, no id, or an id that is not in the catalogue.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"wanted a UTF-8 file of item ids in {path}, got: {error}; one raw id a line"
+        ) from None
+    ids = [line.strip() for line in lines if line.strip()]
+    index = {raw: item for item, raw in enumerate(catalog.item_id)}
+    unknown = [raw for raw in ids if raw not in index]
+    if unknown or not ids:
+        got = f"{unknown[0]!r} ({len(unknown)} unknown ids)" if unknown else "none"
+        raise UserError(
+            f"wanted raw item ids of the catalogue in {path}, got {got}; see item_id in catalog.parquet"
+        )
+    return np.array([index[raw] for raw in ids], dtype=np.int32)
 
 
 def data_hash(dataset: Dataset) -> str:
@@ -255,10 +309,13 @@ def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
 
 
 def _examples(recipe: Recipe, parts: Parts) -> Examples:
-    """Training examples; edges are weighed as the objective says, zero-gain edges marked for the log."""
-    weight = None
-    if recipe.objective.weight == "igd":
-        weight = binary_weights(parts.trie, parts.counts, recipe.objective.beta)
+    """Training examples; title tokens are weighed as the objective says, zero-gain edges marked for the log."""
+    weight, kind, beta = None, recipe.objective.weight, recipe.objective.beta
+    if kind == "position":
+        weight = position_weights(parts.prompts.title_tokens.lengths, beta)
+    elif kind != "uniform":
+        by_gain = binary_weights if kind == "igd" else linear_weights
+        weight = along_titles(parts.trie, by_gain(parts.trie, parts.counts, beta))
     return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
 
 
@@ -266,10 +323,10 @@ def _objective(settings: ObjectiveSettings) -> Objective:
     temperature: float | AdaptiveTemperature
     if settings.temperature == "adaptive":
         ats = settings.adaptive
-        temperature = AdaptiveTemperature(ats.eta, ats.initial, ats.momentum, ats.clamp, root=ats.root)
+        temperature = AdaptiveTemperature(**ats.model_dump())
     else:
         temperature = settings.temperature
-    return Objective(settings.support, temperature, settings.normaliser)
+    return Objective(settings.support, temperature, settings.normaliser, settings.expand_negatives)
 
 
 def _config(recipe: Recipe) -> TrainConfig:
@@ -290,7 +347,12 @@ def _recommender(recipe: Recipe, dataset: Dataset, parts: Parts) -> GenerativeRe
 
 
 def _search_settings(settings: EvaluationSettings) -> dict[str, Any]:
-    return settings.model_dump(include={"support", "search", "batch_users", "length_penalty", "alpha"})
+    return settings.model_dump(include=set(SETTINGS))
+
+
+def _depth(settings: EvaluationSettings) -> int | None:
+    """How many titles an evaluation asks for: all of them where all are scored anyway."""
+    return {"catalogue": None, "exact": settings.k, "beam": settings.beams}[settings.search]
 
 
 def _validator(
@@ -305,7 +367,12 @@ def _validator(
 
     def validate(model: Any) -> dict[str, float]:
         result = evaluate(
-            recommender, split, name="validation", split_name="valid", exclude=recipe.evaluation.exclude
+            recommender,
+            split,
+            name="validation",
+            split_name="valid",
+            depth=_depth(recipe.evaluation),
+            exclude=recipe.evaluation.exclude,
         )
         return {name: value for name, value in result.metrics.items() if "@" in name}
 
@@ -337,7 +404,7 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
 
 def _settled(recipe: Recipe) -> dict[str, Any]:
     """What may not change when a run goes on; how often it reports and when it stops may."""
-    free = {"log_every", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"}
+    free = {"log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"}
     return recipe.model_dump(exclude={"training": free, "evaluation": True, "title": True})
 
 
@@ -359,10 +426,44 @@ def _facts(recipe: Recipe, dataset: Dataset, parts: Parts) -> dict[str, Any]:
             "counts": hashlib.sha256(parts.counts.astype("<i8").tobytes()).hexdigest(),
         },
         "origin": parts.backbone.origin,
-        "parameters": sum(p.numel() for p in parts.backbone.model.parameters()),
+        "parameters": parts.backbone.model.num_parameters(),
+        "trained_parameters": parts.backbone.model.num_parameters(only_trainable=True),
         "windows": len(parts.windows),
         "targets": int(parts.counts.sum()),
     }
+
+
+def _adapter(backbone: Backbone) -> dict[str, str]:
+    """How the adapter was evaluated, for ``metrics.json``; nothing where there is none."""
+    if "lora" not in backbone.origin:
+        return {}
+    return {"adapter": "separate" if backbone.adapted else "merged"}
+
+
+def _card_facts(
+    recipe: Recipe,
+    facts: dict[str, Any],
+    dataset: Dataset,
+    recommender: GenerativeRecommender,
+    evaluation: Evaluation,
+) -> CardFacts:
+    saved = replace(recommender.backbone, origin=facts["origin"])  # before its adapter was merged
+    return CardFacts(
+        name=recipe.title or recipe.name,
+        n_items=dataset.catalog.n_items,
+        example=dataset.catalog.title[int(np.argmax(recommender.counts))],
+        origin=saved.anonymous().origin,
+        settings=_search_settings(recipe.evaluation),
+        recipe=recipe,
+        data=dataset.info,
+        run=facts,
+        metrics=evaluation.metrics,
+    )
+
+
+def _shown(run: Path) -> str:
+    """A run folder as a reader of its card may give it: no path of this machine."""
+    return run.resolve().name if run.is_absolute() else run.as_posix()
 
 
 def versions() -> dict[str, str]:

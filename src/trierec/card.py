@@ -1,0 +1,294 @@
+"""The model card: a Markdown page about a recommender, with a header that the Hugging Face hub reads.
+
+It says what was learned from, how, how good it is, how to use it and whom to cite. It is made to be shared: paths
+of this machine are cut to their last part, and titles are escaped, so they stay text whatever they contain.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from trierec.recipe import Recipe, dump_recipe
+
+# Titles, authors and identifiers as on arXiv; the venues as the authors name them.
+MSL_BIBTEX = """@misc{wang2025msl,
+  title = {{MSL}: Not All Tokens Are What You Need for Tuning {LLM} as a Recommender},
+  author = {Bohao Wang and Feng Liu and Jiawei Chen and Xingyu Lou and Changwang Zhang and Jun Wang and Yuegang Sun
+            and Yan Feng and Chun Chen and Can Wang},
+  year = {2025},
+  eprint = {2504.04178},
+  archivePrefix = {arXiv},
+  primaryClass = {cs.IR},
+  note = {SIGIR 2025}
+}"""
+IGD_BIBTEX = """@misc{lin2025igd,
+  title = {{IGD}: Token Decisiveness Modeling via Information Gain in {LLMs} for Personalized Recommendation},
+  author = {Zijie Lin and Yang Zhang and Xiaoyan Zhao and Fengbin Zhu and Fuli Feng and Tat-Seng Chua},
+  year = {2025},
+  eprint = {2506.13229},
+  archivePrefix = {arXiv},
+  primaryClass = {cs.CL},
+  note = {NeurIPS 2025}
+}"""
+_LOAD = re.compile(r'trierec\.load\("[^"\n]*"\)')
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of; the last four are there when a recipe was trained and evaluated.
+
+    Attributes:
+        name: Heading.
+        n_items: Items of the catalogue.
+        example: A title of the catalogue, for the usage example.
+        origin: `Backbone.origin`, without paths.
+        settings: How the recommender searches: support, search, length penalty, ...
+        recipe: What was done.
+        data: ``dataset.json``.
+        run: ``run.json``.
+        metrics: ``metrics.json``.
+    """
+
+    name: str
+    n_items: int
+    example: str
+    origin: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    recipe: Recipe | None = None
+    data: Mapping[str, Any] | None = None
+    run: Mapping[str, Any] | None = None
+    metrics: Mapping[str, Any] | None = None
+
+
+def model_card(facts: CardFacts, where: str = ".") -> str:
+    """The card as Markdown with a YAML header.
+
+    Args:
+        facts: What it says.
+        where: Folder or hub id in the usage example.
+    """
+    parts = [
+        f"---\n{_header(facts)}---\n\n# {escape(facts.name)}",
+        f"A recommender that lets a language model write the title of the next item, along the prefix tree of "
+        f"{facts.n_items:,} items. Made with trierec.",
+        _usage(facts, where),
+        _data(facts),
+        _model(facts),
+        _results(facts),
+        _recipe(facts),
+        _limits(facts),
+        _citing(facts),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def addressed(card: str, repo_id: str, license: str | None = None) -> str:
+    """A card for another place: the usage example loads ``repo_id``, the header names the licence."""
+    card = _LOAD.sub(lambda _: f'trierec.load("{repo_id}")', card, count=1)
+    if license and card.startswith("---\n"):
+        card = f"---\nlicense: {json.dumps(license)}\n" + card.removeprefix("---\n")
+    return card
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>()#+|~$&!])", r"\\\1", " ".join(text.split()))
+
+
+def without_folders(text: str) -> str:
+    """The last part of an absolute path, also behind ``msl:`` or ``d3:``; any other text as it is."""
+    prefix, path = re.fullmatch(r"(\w{2,}:)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+    here = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    # Windows knows both separators.
+    return f"{prefix or ''}{PureWindowsPath(path).name}" if here or path.startswith(("~", "..")) else text
+
+
+def fenced(text: str, language: str) -> str:
+    """A code block whose fence is longer than any row of backticks in it."""
+    fence = "`" * max(3, *(len(row) + 1 for row in re.findall("`+", text)), 3)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _header(facts: CardFacts) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    origin, source = facts.origin, _source(facts)
+    results = None
+    if facts.metrics is not None and source is not None:
+        results = [
+            EvalResult(
+                task_type="recommendation",
+                task_name="Next-item recommendation",
+                dataset_type=source,
+                dataset_name=source,
+                dataset_split=facts.metrics["split"],
+                metric_type=metric.lower(),
+                metric_name=metric,
+                metric_value=round(facts.metrics[metric], 6),
+            )
+            for metric in facts.metrics["intervals"]
+        ]
+    on_hub = origin.get("repository") and "place" not in origin and "sha256_source" not in origin
+    data = ModelCardData(
+        library_name="trierec",
+        tags=["recommendation", "sequential-recommendation", "generative-recommendation", "trierec"],
+        base_model=origin["repository"] if on_hub else None,
+        base_model_relation=("adapter" if _adapter(origin) else "finetune") if on_hub else None,
+        datasets=None if source is None else [source],
+        model_name=facts.name,
+        eval_results=results,
+    )
+    return f"{data.to_yaml()}\n"
+
+
+def _adapter(origin: Mapping[str, Any]) -> bool:
+    return "lora" in origin and not origin.get("merged")
+
+
+def _usage(facts: CardFacts, where: str) -> str:
+    code = f"""import trierec
+
+recommender = trierec.load({json.dumps(where, ensure_ascii=False)})
+item = recommender.catalog.index({json.dumps(facts.example, ensure_ascii=False)})
+ranking = recommender.recommend([[item]], k=3, exclude="history")
+print([recommender.catalog.title[i] for i in ranking.items[0] if i >= 0])"""
+    package = "trierec[quant]" if facts.origin.get("quantisation", "none") != "none" else "trierec"
+    lines = [
+        "## Use",
+        f"With the Python package `{package}` installed; `item` is the position of a title in the catalogue, and a "
+        "history is a list of them, oldest first:",
+        fenced(code, "python"),
+    ]
+    if "place" in facts.origin and _adapter(facts.origin):
+        lines.append(
+            f"The base model `{facts.origin['name']}` is not part of this: give its folder, "
+            '`trierec.load(..., base="FOLDER")`.'
+        )
+    return "\n\n".join(lines)
+
+
+def _data(facts: CardFacts) -> str:
+    if facts.data is None:
+        return ""
+    info = facts.data
+    counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in info["counts"].items())
+    settings = info["settings"]
+    lines = [
+        f"- source: {escape(str(_source(facts)))}, {counts}",
+        f"- split: {escape(str(settings['split']))}, histories of at most {settings['max_history']} items",
+        *(f"- {escape(without_folders(note))}" for note in info["notes"]),
+    ]
+    if info["citation"]:
+        lines.append(f"- {escape(info['citation'])}")
+    return "## Data\n\n" + "\n".join(lines)
+
+
+def _model(facts: CardFacts) -> str:
+    origin = facts.origin
+    named = [str(origin["name"])]
+    if origin.get("repository") not in (None, origin["name"]):
+        named.append(str(origin["repository"]))
+    if origin.get("revision"):
+        named.append(f"revision {origin['revision']}")
+    lines = [f"- language model: {escape(', '.join(named))}"]
+    if origin.get("quantisation", "none") != "none":
+        lines.append(f"- base quantised to {origin['quantisation']} with bitsandbytes")
+    if "lora" in origin:
+        lora = origin["lora"]
+        targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
+        kind = "LoRA adapter" if _adapter(origin) else "merged LoRA adapter"
+        scale = f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}"
+        lines.append(f"- {kind} of {scale}, on {escape(targets)}")
+    if facts.recipe is not None:
+        lines.append(f"- prompt template: {facts.recipe.template}")
+    if facts.run is not None:
+        training, size = facts.run["training"], facts.run["parameters"]
+        trained = facts.run.get("trained_parameters", size)  # older runs trained all of them
+        lines.append(f"- {size:,} parameters, {trained:,} of them trained")
+        lines.append(f"- {training['steps']} steps, ended by: {training['stopped']}")
+        hashes = ", ".join(f"{name} {value[:16]}" for name, value in facts.run["hashes"].items())
+        lines.append(f"- hashes (sha256): {hashes}")
+        versions = (f"{name} {facts.run['versions'][name]}" for name in ("trierec", "torch", "transformers"))
+        lines.append(f"- made with {escape(', '.join(versions))}")
+    return "## Model\n\n" + "\n".join(lines)
+
+
+def _results(facts: CardFacts) -> str:
+    if facts.metrics is None:
+        return ""
+    metrics = facts.metrics
+    groups = [name for name in ("warm", "cold") if metrics.get(name, {}).get("n_users")]
+    heads = [f"{name} targets, {metrics[name]['n_users']} users" for name in groups]
+    rows = [
+        ["metric", "all users", "95 % interval", *heads],
+        ["---"] * (3 + len(heads)),
+    ]
+    for name, (low, high) in metrics["intervals"].items():
+        parts = [f"{metrics[part][name]:.4f}" if name in metrics[part] else "" for part in groups]
+        rows.append([name, f"{metrics[name]:.4f}", f"{low:.4f} to {high:.4f}", *parts])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"## Results\n\n{table}\n\n{_protocol(facts)}"
+
+
+def _protocol(facts: CardFacts) -> str:
+    metrics = facts.metrics or {}
+    excluded = {
+        "none": "nothing is excluded from a ranking",
+        "history": "items of the history are excluded",
+        "seen": "everything the user had before is excluded",
+    }[metrics["exclude"]]
+    keys = ("search", "beams", "support", "length_penalty", "alpha", "scope", "adapter", "allow", "seed")
+    said = [f"{key} = {without_folders(str(metrics[key]))}" for key in keys if metrics.get(key) is not None]
+    return (
+        f"{metrics['n_users']:,} rows of the {metrics['split']} split; {excluded}; items with equal titles count as "
+        f"one. Settings: {escape(', '.join(said))}. Intervals: bootstrap over users. Warm targets were a training "
+        "target before, cold ones never."
+    )
+
+
+def _recipe(facts: CardFacts) -> str:
+    if facts.recipe is None:
+        settings = ", ".join(f"{name} = {value}" for name, value in facts.settings.items())
+        return f"## Recipe\n\nNot known here. The recommender ranks with {escape(settings)}."
+    shared = _shared(facts.recipe.model_dump(mode="json"))
+    shared["data"]["folder"] = None
+    return f"## Recipe\n\n{fenced(dump_recipe(Recipe.model_validate(shared)), 'toml')}"
+
+
+def _limits(facts: CardFacts) -> str:
+    lines = [
+        f"- Only the {facts.n_items:,} items it was made with can be recommended; others need a new prefix tree, and "
+        "training to be ranked well.",
+        "- It repeats what users of one data set did, with its favourites and its gaps; it knows nothing else about a "
+        "user than the history.",
+        "- Scores are log-probabilities of titles under this model, not of anybody liking an item.",
+    ]
+    if facts.metrics is None:
+        lines.append("- No metrics are recorded.")
+    elif facts.run is not None:
+        lines.append(f"- The results are those of one training with seed {facts.run['seed']}.")
+    return "## Limits\n\n" + "\n".join(lines)
+
+
+def _citing(facts: CardFacts) -> str:
+    text = "Training and ranking follow, as far as the recipe says so, these two papers:"
+    return f"## Citing\n\n{text}\n\n{fenced(MSL_BIBTEX + chr(10) * 2 + IGD_BIBTEX, 'bibtex')}"
+
+
+def _source(facts: CardFacts) -> str | None:
+    """Name of the data set: the last part of a folder, without ``msl:`` or ``d3:``."""
+    if facts.data is None:
+        return None
+    return PureWindowsPath(str(facts.data["source"]).partition(":")[2] or str(facts.data["source"])).name
+
+
+def _shared(value: Any) -> Any:
+    """A recipe's values with paths cut to their last part."""
+    if isinstance(value, dict):
+        return {key: _shared(inner) for key, inner in value.items()}
+    return without_folders(value) if isinstance(value, str) else value

@@ -1,0 +1,142 @@
+"""The Hugging Face hub: read what is cached, ask whether it answers before asking it for anything, upload a folder.
+
+The hub's own client retries every request for almost a minute. Here a hub that cannot be reached is noticed
+within ten seconds and becomes one line; ``HF_HUB_OFFLINE=1`` and ``TRIEREC_OFFLINE=1`` are asked first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trierec.errors import UserError
+from trierec.fetch import offline
+
+HUB_SECONDS = "10"
+
+
+def silence() -> None:
+    """Progress is ours to show (a bar for one shard of weights is noise), and a hub's error becomes one line."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def from_hub(load: Callable[..., Any], name: str, revision: str | None, **options: Any) -> Any:
+    """``load(name)``, a language model or its tokenizer, from a folder, the local cache or the hub.
+
+    The hub is asked where it can be reached within ten seconds, and only for what is not in the cache.
+
+    Args:
+        load: Takes a name, ``revision`` and ``local_files_only``.
+        name: A hub id or a local folder.
+        revision: Commit, branch or tag; None for the default branch.
+        options: Passed on to ``load``.
+
+    Raises:
+        UserError: It cannot be had; the line says why.
+    """
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_SECONDS)
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", HUB_SECONDS)
+    silence()
+    try:
+        try:
+            return load(name, revision=revision, local_files_only=True, **options)
+        except (OSError, ValueError):
+            if Path(name).is_dir() or not hub_answers():
+                raise
+        return load(name, revision=revision, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"wanted the language model {name!r} (a hub id or a local folder), got: {first_line(error)}; check the "
+            "name and the network, or put the files in a local folder and give its path"
+        ) from error
+
+
+def hub_answers() -> bool:
+    """Whether the hub answers at all within ten seconds, whatever it says; False where the user works offline."""
+    if offline() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+        return False
+    answers: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(
+                os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=float(HUB_SECONDS)
+            )
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)
+        except OSError:
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(float(HUB_SECONDS))
+    return answers == [True]
+
+
+def download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """The files of a recommender's repository in the cache, brought up to date where the hub answers.
+
+    Args:
+        repo_id: ``namespace/name``.
+        revision: Commit, branch or tag; None for the default branch.
+        patterns: Names of the files that are wanted.
+
+    Raises:
+        UserError: It cannot be had; the line says why.
+    """
+    from huggingface_hub import snapshot_download
+
+    silence()
+    try:
+        found = snapshot_download(
+            repo_id, revision=revision, allow_patterns=patterns, local_files_only=not hub_answers()
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"wanted the recommender {repo_id!r} (a folder or a hub id), got: {first_line(error)}; check the name and "
+            "the network"
+        ) from error
+    return Path(found)
+
+
+def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | None, message: str) -> str:
+    """Make the model repository ``repo_id`` where it is absent, write a folder into it, and give its address.
+
+    Raises:
+        UserError: The hub cannot be reached, or refuses.
+    """
+    import huggingface_hub
+
+    silence()
+    if not hub_answers():
+        raise UserError(
+            f"wanted to write {repo_id!r} on the hub, which does not answer (or HF_HUB_OFFLINE or TRIEREC_OFFLINE is "
+            "set); use save_pretrained and upload the folder later"
+        )
+    api = huggingface_hub.HfApi(token=token)
+    # Among the bases of the hub's error is that of the transport library, whichever this version uses.
+    failures: Any = (OSError, ValueError, RuntimeError, *huggingface_hub.errors.HfHubHTTPError.__bases__)
+    try:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=str(repo_id), folder_path=str(folder), commit_message=message)
+    except failures as error:
+        raise UserError(
+            f"wanted to write {repo_id!r} on the hub, got: {first_line(error)}; check the name NAMESPACE/NAME, and log "
+            "in with hf auth login or give token"
+        ) from error
+    return str(address)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,549 @@
+"""Adapters and quantised bases: nothing changes at the start, one step does, saved is loaded, merged is unmerged."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import math
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import trierec
+from tests import worlds
+from tests.contract import HISTORIES, RecommenderContract
+from tests.models import tiny_model
+from trierec.adapters import add_lora, is_quantised, without_adapter
+from trierec.backbones import Backbone, hand_head_matches, load_backbone
+from trierec.decisiveness import zero_gain
+from trierec.errors import UserError
+from trierec.examples import Examples, make_windows, target_counts
+from trierec.fetch import cache_folder
+from trierec.files import read_json
+from trierec.generative import GenerativeRecommender
+from trierec.losses import Objective
+from trierec.prompts import build_prompts
+from trierec.recipe import LoraSettings, load_recipe, parse_recipe
+from trierec.runs import evaluate_run, load_run, train_run
+from trierec.train import TrainConfig, train
+from trierec.trie import Trie
+
+LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
+KINDS = ("qwen2", "llama", "gpt2")
+
+
+def recommender(backbone: Backbone, **settings: Any) -> GenerativeRecommender:
+    catalog = worlds.catalog()
+    prompts = build_prompts(backbone.tokenizer, catalog, max_history=5)
+    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+    return GenerativeRecommender(backbone, catalog, prompts, trie, np.arange(9), **settings)
+
+
+def scores(backbone: Backbone, **settings: Any) -> np.ndarray:
+    """Log-probabilities of all nine titles for four users, in the order of the catalogue."""
+    ranking = recommender(backbone, **settings).recommend(HISTORIES, k=None)
+    order = np.argsort(ranking.items, axis=1)
+    return np.take_along_axis(ranking.scores, order, axis=1)
+
+
+def one_step(backbone: Backbone, out: Path, steps: int = 1, **changes: Any) -> dict[str, Tensor]:
+    """Train for a step; the parameters before it."""
+    before = {name: p.detach().clone() for name, p in backbone.model.named_parameters()}
+    made = recommender(backbone)
+    rows = worlds.split([[0, 1], [2], [3]], [2, 5, 7])
+    windows = make_windows(rows, "every", made.prompts)
+    gain = zero_gain(made.trie, target_counts(windows, 9))
+    examples = Examples(windows, made.prompts, made.trie, None, gain)
+    config = TrainConfig(
+        **({"steps": steps, "learning_rate": 0.01, "batch_size": 4, "warmup_steps": 0} | changes)
+    )
+    train(backbone.model, examples, Objective(), config, out)
+    return before
+
+
+def by_hand(kind: str) -> Backbone:
+    """A model of some architecture that was loaded from nowhere."""
+    tokenizer = worlds.backbone().tokenizer
+    return Backbone(tiny_model(kind, vocabulary=len(tokenizer)), tokenizer, "by hand", {"name": "by hand"})
+
+
+def adapted(kind: str) -> tuple[Backbone, np.ndarray]:
+    base = by_hand(kind)
+    plain = scores(base)
+    return Backbone(add_lora(base.model, LORA, 0), base.tokenizer, base.name, base.origin), plain
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints of three architectures in folders."""
+    out = tmp_path_factory.mktemp("bases")
+    for kind in KINDS:
+        by_hand(kind).save(out / kind)
+    return {kind: out / kind for kind in KINDS}
+
+
+def needs_bitsandbytes() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install 'trierec[quant]')")
+
+
+# --- adapters over plain bases ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_begins_as_its_base_learns_and_survives_saving_and_merging(
+    kind: str, tmp_path: Path
+) -> None:
+    backbone, plain = adapted(kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the engine warns where it has to leave its fast path
+        assert np.array_equal(scores(backbone), plain)
+    assert hand_head_matches(backbone.model)
+    before = one_step(backbone, tmp_path / "run")
+    after = dict(backbone.model.named_parameters())
+    changed = {name for name, old in before.items() if not old.equal(after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert all(after[name].dtype == torch.float32 for name in changed)
+    trained = scores(backbone)
+    assert np.abs(trained - plain).max() > 1e-3
+    backbone.save(tmp_path / "saved")
+    loaded = load_backbone(str(tmp_path / "saved"), device="cpu")
+    assert loaded.adapted
+    assert scores(loaded) == pytest.approx(trained, abs=1e-5)
+    together = backbone.merged()
+    assert not together.adapted
+    assert scores(together) == pytest.approx(trained, abs=1e-4)
+    assert np.array_equal(scores(backbone), trained), "merging leaves the adapter as it was"
+    together.save(tmp_path / "merged")
+    assert scores(load_backbone(str(tmp_path / "merged"), device="cpu")) == pytest.approx(trained, abs=1e-4)
+
+
+def test_neither_head_nor_embeddings_are_adapted_and_targets_are_honoured() -> None:
+    everywhere = add_lora(tiny_model("llama"), LORA, 0)
+    names = {
+        name.split(".lora_A")[0].split(".")[-1]
+        for name, _ in everywhere.named_parameters()
+        if "lora_A" in name
+    }
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    two = add_lora(tiny_model("llama"), LORA.model_copy(update={"targets": ("q_proj", "v_proj")}), 0)
+    assert sum("lora_A" in name for name, _ in two.named_parameters()) == 2 * 2  # two layers
+    for target in ("lm_head", "embed_tokens", "c_attn"):
+        with pytest.raises(UserError, match=f"wanted ends of names of .*down_proj.*, got '{target}'"):
+            add_lora(tiny_model("llama"), LORA.model_copy(update={"targets": (target,)}), 0)
+    with pytest.raises(UserError, match="wanted a base model without adapter"):
+        add_lora(everywhere, LORA, 0)
+
+
+def test_a_new_adapter_is_what_the_seed_says_and_leaves_other_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    a, b, c = (
+        {n: p for n, p in add_lora(tiny_model(), LORA, seed).named_parameters() if "lora_A" in n}
+        for seed in (1, 1, 2)
+    )
+    assert all(a[name].equal(b[name]) for name in a)
+    assert not any(a[name].equal(c[name]) for name in a)
+    torch.set_rng_state(state)
+    expected = torch.rand(3)
+    torch.set_rng_state(state)
+    model = tiny_model(seed=5)
+    torch.set_rng_state(state)
+    add_lora(model, LORA, 7)
+    assert torch.rand(3).equal(expected)
+
+
+def test_the_base_comes_back_without_copying_its_weights() -> None:
+    model = tiny_model("llama")
+    weights = {name: p for name, p in model.named_parameters()}
+    base = without_adapter(add_lora(model, LORA, 0))
+    assert all(p is weights[name] for name, p in base.named_parameters())
+
+
+def test_a_bfloat16_base_keeps_a_float32_adapter(bases: dict[str, Path]) -> None:
+    backbone = load_backbone(str(bases["llama"]), device="cpu", dtype="bfloat16", lora=LORA)
+    kinds = {("lora_" in name): p.dtype for name, p in backbone.model.named_parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+
+
+# --- quantised bases --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_bits_one_step_saved_loaded_merged(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    needs_bitsandbytes()
+    load = {"device": "cpu", "dtype": "float32", "quantisation": "4bit"}
+    base = load_backbone(str(bases[kind]), **load)
+    assert base.quantised
+    assert hand_head_matches(base.model)
+    plain = scores(base)
+    assert np.abs(plain - scores(load_backbone(str(bases[kind]), device="cpu"))).max() > 1e-2
+    backbone = load_backbone(str(bases[kind]), **load, lora=LORA)
+    assert np.array_equal(scores(backbone), plain)
+    before = one_step(backbone, tmp_path / "run")
+    after = dict(backbone.model.named_parameters())
+    assert {"lora_" in name for name, old in before.items() if not old.equal(after[name])} == {True}
+    trained = scores(backbone)
+    assert np.abs(trained - plain).max() > 1e-3
+    backbone.save(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "base").exists(), "the base has a place of its own"
+    loaded = load_backbone(str(tmp_path / "saved"), device="cpu", dtype="float32")
+    assert loaded.quantised
+    assert scores(loaded) == pytest.approx(trained, abs=1e-5)
+    merged = loaded.merged()
+    assert not is_quantised(merged.model)
+    assert scores(merged) == pytest.approx(trained, abs=1e-4)
+    merged.save(tmp_path / "merged")
+    again = load_backbone(str(tmp_path / "merged"), device="cpu")
+    assert not again.quantised
+    assert scores(again) == pytest.approx(trained, abs=1e-4)
+
+
+def test_eight_bits_round_their_inputs_so_merging_is_close_but_not_equal(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    needs_bitsandbytes()
+    load = {"device": "cpu", "dtype": "float32", "quantisation": "8bit"}
+    backbone = load_backbone(str(bases["llama"]), **load, lora=LORA)
+    one_step(backbone, tmp_path / "run")
+    trained = scores(backbone)
+    backbone.save(tmp_path / "saved")
+    loaded = load_backbone(str(tmp_path / "saved"), device="cpu", dtype="float32")
+    assert scores(loaded) == pytest.approx(trained, abs=1e-5)
+    assert scores(loaded.merged()) == pytest.approx(trained, abs=0.5)
+
+
+def test_a_quantised_model_without_adapter_is_saved_and_loaded(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    needs_bitsandbytes()
+    base = load_backbone(str(bases["llama"]), device="cpu", dtype="float32", quantisation="4bit")
+    base.save(tmp_path / "packed")
+    loaded = load_backbone(str(tmp_path / "packed"), device="cpu", dtype="float32")
+    assert loaded.quantised
+    assert np.array_equal(scores(loaded), scores(base))
+    packed = scores(base)
+    assert scores(base.merged()) == pytest.approx(packed, abs=1e-4)
+    assert base.quantised
+    assert np.array_equal(scores(base), packed)
+
+
+def test_evaluation_leaves_a_quantised_base_as_it_is(bases: dict[str, Path]) -> None:
+    """bitsandbytes repacks 4-bit layers in bfloat16 at a forward in evaluation mode, on some CPUs."""
+    needs_bitsandbytes()
+    backbone = load_backbone(str(bases["llama"]), device="cpu", dtype="float32", quantisation="4bit")
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    scores(backbone)
+    after = backbone.model.state_dict()
+    assert all(tensor.equal(after[name]) for name, tensor in before.items())
+
+
+def test_missing_bitsandbytes_is_one_line(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "bitsandbytes":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(
+        UserError, match=r"'4bit' needs the bitsandbytes package; run: pip install 'trierec\[quant\]'"
+    ):
+        load_backbone(str(bases["llama"]), device="cpu", quantisation="4bit")
+    with pytest.raises(UserError, match="wanted quantisation none, 8bit or 4bit, got '2bit'"):
+        load_backbone(str(bases["llama"]), device="cpu", quantisation="2bit")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_adapter_ends_with_the_weights_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    def run(out: Path, resume: bool = False, **changes: Any) -> dict[str, Tensor]:
+        base = by_hand("llama")
+        lora = LORA.model_copy(update={"dropout": 0.2})
+        made = recommender(Backbone(add_lora(base.model, lora, 0), base.tokenizer, "x", {}))
+        windows = make_windows(worlds.split([[0, 1], [2], [3]], [2, 5, 7]), "every", made.prompts)
+        gain = zero_gain(made.trie, target_counts(windows, 9))
+        examples = Examples(windows, made.prompts, made.trie, None, gain)
+        config = TrainConfig(steps=4, learning_rate=0.01, batch_size=4, warmup_steps=1, **changes)
+        train(made.backbone.model, examples, Objective(), config, out, resume=resume)
+        return {name: p.detach() for name, p in made.backbone.model.named_parameters() if p.requires_grad}
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "halves", time_limit_s=1e-9)
+    with safe_open(tmp_path / "halves" / "checkpoint-1" / "weights.safetensors", "pt") as file:
+        assert set(file.keys()) == set(whole), "a checkpoint holds the adapter only"
+    halves = run(tmp_path / "halves", resume=True)
+    assert all(weight.equal(halves[name]) for name, weight in whole.items())
+
+
+# --- recommenders -----------------------------------------------------------------------------------------------------
+
+
+class TestARecommenderWithAnAdapter(RecommenderContract):
+    @staticmethod
+    def make() -> GenerativeRecommender:
+        backbone, _ = adapted("llama")
+        with torch.no_grad():
+            for name, parameter in backbone.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        return recommender(backbone, batch_users=3)
+
+
+@pytest.fixture(scope="module")
+def saved(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two trained recommenders with an adapter: over a base that only exists here, and over a folder."""
+    out = tmp_path_factory.mktemp("recommenders")
+    backbones = {
+        "own": adapted("qwen2")[0],
+        "folder": load_backbone(str(bases["llama"]), device="cpu", dtype="float32", lora=LORA),
+    }
+    made = {}
+    for name, backbone in backbones.items():
+        one_step(backbone, out / f"{name}-training")
+        made[name] = recommender(backbone)
+        made[name].save_pretrained(out / name)
+    return {"out": out, **made}
+
+
+def test_moved_and_loaded_in_a_fresh_process_they_rank_the_same(
+    saved: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(saved["out"], tmp_path / "elsewhere")
+    code = (
+        "import json, torch, trierec; torch.set_num_threads(1)\n"
+        f"found = [trierec.load(name).recommend({HISTORIES}, k=5) for name in ('own', 'folder')]\n"
+        "print(json.dumps([[r.items.tolist(), r.scores.tolist()] for r in found]))"
+    )
+    call = [sys.executable, "-c", code]
+    done = subprocess.run(call, capture_output=True, text=True, check=True, cwd=tmp_path / "elsewhere")
+    assert done.stderr == "", "the libraries below have nothing to say to a user"
+    for name, (items, found) in zip(("own", "folder"), json.loads(done.stdout), strict=True):
+        wanted = saved[name].recommend(HISTORIES, k=5)
+        assert items == wanted.items.tolist()
+        assert np.array(found) == pytest.approx(wanted.scores, abs=1e-6)
+
+
+def test_an_adapter_folder_is_an_ordinary_one_that_names_its_base(
+    saved: dict[str, Any], bases: dict[str, Path]
+) -> None:
+    model = saved["out"] / "folder" / "model"
+    config = read_json(model / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(bases["llama"])
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert not (model / "base").exists()
+    origin = read_json(saved["out"] / "folder" / "recommender.json")["origin"]
+    assert origin["place"] == str(bases["llama"].resolve())
+    assert set(origin["sha256"]) == {"model.safetensors"}
+    assert origin["lora"]["rank"] == 4
+    assert (saved["out"] / "own" / "model" / "base" / "model.safetensors").is_file()
+
+
+def test_saved_again_it_is_the_same(saved: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("own", "folder"):
+        loaded = trierec.load(saved["out"] / name, device="cpu")
+        loaded.save_pretrained(tmp_path / name)
+        again = trierec.load(tmp_path / name, device="cpu")
+        wanted = saved[name].recommend(HISTORIES, k=9).scores
+        assert again.recommend(HISTORIES, k=9).scores == pytest.approx(wanted, abs=1e-6)
+        merged = loaded.merged()
+        merged.save_pretrained(tmp_path / f"{name}-merged")
+        whole = trierec.load(tmp_path / f"{name}-merged", device="cpu")
+        assert not whole.backbone.adapted
+        assert whole.recommend(HISTORIES, k=9).scores == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_base_that_moved_is_given_and_another_one_is_refused(
+    bases: dict[str, Path], saved: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    backbone = load_backbone(str(base), device="cpu", dtype="float32", lora=LORA)
+    recommender(backbone).save_pretrained(tmp_path / "run")
+    wanted = recommender(backbone).recommend([[0]], k=9).scores
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        UserError, match="wanted '.*base', the base model of the adapter in .*; give its folder as base"
+    ):
+        trierec.load(tmp_path / "run")
+    found = trierec.load(tmp_path / "run", device="cpu", base=tmp_path / "elsewhere")
+    assert np.array_equal(found.recommend([[0]], k=9).scores, wanted)
+    with pytest.raises(UserError, match="is not the one it was trained on .* has another sha256"):
+        trierec.load(tmp_path / "run", device="cpu", base=bases["gpt2"])
+    own = tmp_path / "own"
+    shutil.copytree(saved["out"] / "own", own)
+    other = by_hand("qwen2")
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1)
+    other.model.save_pretrained(own / "model" / "base")
+    with pytest.raises(UserError, match="is not the one it was trained on .* has another sha256"):
+        trierec.load(own, device="cpu")
+
+
+def test_an_adapter_that_does_not_fit_or_is_not_whole_is_one_line(
+    saved: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(saved["out"] / "folder", folder)
+    facts = read_json(folder / "model" / "base.json")
+    facts["origin"]["sha256"] = {}
+    (folder / "model" / "base.json").write_text(json.dumps(facts), encoding="utf-8")
+    wide = tmp_path / "wide"
+    Backbone(
+        tiny_model("llama", vocabulary=300, num_key_value_heads=2), by_hand("llama").tokenizer, "w", {}
+    ).save(wide)
+    with pytest.raises(UserError, match="does not fit its base model .*; give the one it was trained on"):
+        trierec.load(folder, device="cpu", base=wide)
+    (folder / "model" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="wanted adapter_model.safetensors in .*, which is missing"):
+        trierec.load(folder, device="cpu")
+    with pytest.raises(UserError, match="wanted quantisation 'none', which the adapter in .* got '4bit'"):
+        load_backbone(str(saved["out"] / "own" / "model"), device="cpu", quantisation="4bit")
+
+
+def test_another_tokenizer_or_trie_version_is_one_line(saved: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(saved["out"] / "own", folder)
+    worlds.backbone(worlds.TITLES[:3]).tokenizer.save_pretrained(folder / "model")
+    with pytest.raises(UserError, match="the prompt of .* is not the one this model was trained with"):
+        trierec.load(folder, device="cpu")
+    folder = tmp_path / "trie"
+    shutil.copytree(saved["out"] / "own", folder)
+    with np.load(folder / "trie.npz") as arrays:
+        parts = dict(arrays)
+    name = next(key for key in parts if "format" in key or "version" in key)
+    np.savez(folder / "trie.npz", **(parts | {name: parts[name] + 1}))
+    with pytest.raises(UserError, match=r"wanted a trie of format 1 in .*, got format 2; build it again"):
+        trierec.load(folder, device="cpu")
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def recipe(raw: Path, name: str, **sections: dict) -> Any:
+    tiny = {"vocabulary": 300, "width": 64, "layers": 2, "heads": 2, "feed_forward": 64}
+    values = {
+        "name": name,
+        "data": {"source": f"msl:{raw}", "folder": str(raw.parent / "prepared"), "max_history": 4},
+        "backbone": {"tiny": tiny, "dtype": "float32", "lora": {"rank": 4}},
+        "training": {
+            "supervision": "every",
+            "steps": 3,
+            "batch_size": 4,
+            "learning_rate": 1e-2,
+            "evaluate_every": 2,
+        },
+        "evaluation": {"users": 5},
+    }
+    for section, changes in sections.items():
+        values[section] = values.get(section, {}) | changes
+    return parse_recipe(values, "test")
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return worlds.write_msl_folder(tmp_path_factory.mktemp("raw") / "office", n_users=6)
+
+
+@pytest.mark.parametrize("quantisation", ["none", "4bit"])
+def test_a_recipe_trains_saves_and_evaluates_an_adapter(quantisation: str, raw: Path, tmp_path: Path) -> None:
+    if quantisation != "none":
+        needs_bitsandbytes()
+    backbone = recipe(raw, "x").backbone.model_dump() | {"quantisation": quantisation}
+    made, run = recipe(raw, "lora", backbone=backbone), tmp_path / "run"
+    train_run(made, run)
+    facts = read_json(run / "run.json")
+    assert 0 < facts["trained_parameters"] < facts["parameters"] / 4
+    assert facts["origin"]["lora"]["rank"] == 4
+    assert facts["origin"].get("quantisation", "none") == quantisation
+    metrics = {}
+    for merge in (None, True, False):
+        settings = made.evaluation.model_copy(update={"merge_adapter": merge})
+        evaluation = evaluate_run(run, settings)
+        metrics[merge] = evaluation.metrics["adapter"]
+        if merge is None:
+            first = evaluation.scores
+        assert evaluation.scores == pytest.approx(first, abs=1e-4)
+    default = "merged" if quantisation == "none" else "separate"
+    assert metrics == {None: default, True: "merged", False: "separate"}
+    assert load_run(run, made).backbone.adapted == (quantisation == "4bit")
+
+
+@pytest.mark.parametrize("name", ["msl-llama3-8b", "msl-llama3-8b-lml", "igd-llama3-8b", "igd-qwen2.5-1.5b"])
+def test_recipes_of_the_papers_run_with_a_small_model(
+    name: str, raw: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    paper = load_recipe(f"papers/{name}")
+    if paper.backbone.quantisation != "none":
+        needs_bitsandbytes()
+    rows = paper.training.sample or 49_133
+    epochs = 10 if name.startswith("msl") else 3
+    assert paper.training.steps == math.ceil(rows * epochs / paper.training.batch_size)
+    changes = {
+        "data": {"source": f"msl:{raw}", "folder": raw.parent / "prepared", "max_history": 4},
+        "backbone": {"name": bases["llama"], "dtype": "float32", "max_tokens": 1500},
+        "training": {"steps": 1, "batch_size": 2, "accumulation": 1, "evaluate_every": 0, "patience": 0},
+        "evaluation": {"users": 2},
+    }
+    text = [f"{section}.{key}={value}" for section, keys in changes.items() for key, value in keys.items()]
+    small = load_recipe(f"papers/{name}", text)
+    train_run(small, tmp_path / "run")
+    origin = read_json(tmp_path / "run" / "recommender.json")["origin"]
+    assert origin.get("quantisation", "none") == paper.backbone.quantisation
+    assert ("lora" in origin) == (paper.backbone.lora.rank > 0)
+    assert evaluate_run(tmp_path / "run").metrics["n_users"] == 2
+
+
+def test_what_a_recipe_may_not_ask_for(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="a quantised base is frozen: wanted lora.rank > 0 to train, got 0"
+    ) as error:
+        recipe(raw, "x", backbone={"quantisation": "8bit", "lora": {"rank": 0}})
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="did you mean 'backbone.quantisation'"):
+        recipe(raw, "x", backbone={"quantization": "8bit"})
+    with pytest.raises(UserError, match="backbone.lora.targets"):
+        recipe(raw, "x", backbone={"lora": {"rank": 4, "targets": "q_proj"}})
+    backbone, _ = adapted("qwen2")
+    backbone.save(tmp_path / "adapter")
+    frozen = {"name": str(tmp_path / "adapter"), "template": "plain", "lora": {"rank": 0}}
+    with pytest.raises(
+        UserError, match="wanted a model with something to train, got .*adapter', which is frozen"
+    ):
+        train_run(recipe(raw, "x", backbone=frozen), tmp_path / "run")
+
+
+# --- a pre-trained model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantisation", ["none", "4bit"])
+def test_one_step_of_smollm2_saved_loaded_merged(quantisation: str, tmp_path: Path) -> None:
+    if quantisation != "none":
+        needs_bitsandbytes()
+    if not (cache_folder() / "models" / "smollm2-135m-q4").is_dir():
+        pytest.skip("the weights of smollm2-135m-q4 are not in the cache; load that backbone once")
+    lora = LoraSettings(rank=8, alpha=16, dropout=0.05, targets=("q_proj", "v_proj"))  # MSL's
+    load = {"device": "cpu", "dtype": "float32", "quantisation": quantisation}
+    backbone = load_backbone("smollm2-135m-q4", **load, lora=lora)
+    plain = scores(backbone)
+    one_step(backbone, tmp_path / "training", batch_size=2, learning_rate=1e-3)
+    trained = scores(backbone)
+    assert np.abs(trained - plain).max() > 1e-2
+    recommender(backbone).save_pretrained(tmp_path / "run")
+    assert not (tmp_path / "run" / "model" / "base").exists()
+    loaded = trierec.load(tmp_path / "run", device="cpu", dtype="float32")
+    assert loaded.backbone.quantised == (quantisation == "4bit")
+    assert scores(loaded.backbone) == pytest.approx(trained, abs=1e-4)
+    assert scores(loaded.merged().backbone) == pytest.approx(trained, abs=1e-4)
