@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import zipfile
@@ -140,4 +141,57 @@ def write_d3_original(folder: Path) -> Path:
             for user, history, target, time in rows
         ]
         write_csv(folder / part / f"{name}.csv", header, cells)
+    return folder
+
+
+def write_100k(folder: Path) -> Path:
+    """An unpacked ml-100k of seven ratings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "u.data").write_bytes(u_data())
+    (folder / "u.item").write_bytes(u_item())
+    return folder
+
+
+def write_1m(folder: Path, encoding: str = "latin-1") -> Path:
+    """The same ratings in the shape of ml-1m (latin-1) or ml-10m (UTF-8)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ("::".join(map(str, row)) + "\n" for row in RATINGS)
+    (folder / "ratings.dat").write_text("".join(lines), encoding="utf-8")
+    films = "".join(f"{number}::{title}::Drama|War\n" for number, title in FILMS.items())
+    (folder / "movies.dat").write_bytes(films.encode(encoding))
+    return folder
+
+
+def write_latest(folder: Path) -> Path:
+    """The same ratings in the shape of ml-20m and later ones."""
+    write_csv(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"], RATINGS)
+    films = [(number, title, "Drama|War") for number, title in FILMS.items()]
+    write_csv(folder / "movies.csv", ["movieId", "title", "genres"], films)
+    return folder
+
+
+def write_recbole(folder: Path, name: str = "ml-100k") -> Path:
+    """The same ratings as RecBole's atomic files; times are floats."""
+    folder.mkdir(parents=True, exist_ok=True)
+    inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    inter += "".join(f"{user}\t{item}\t{rating}\t{time}.0\n" for user, item, rating, time in RATINGS)
+    item = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+    item += "".join(f"{number}\t{title}\t1994\tDrama War\n" for number, title in CLEAN_FILMS.items())
+    (folder / f"{name}.inter").write_text(inter, encoding="utf-8")
+    (folder / f"{name}.item").write_text(item, encoding="utf-8")
+    return folder
+
+
+def write_tables(folder: Path, form: str = "csv", rows: Sequence[Sequence[object]] = RATINGS) -> Path:
+    """The same ratings as two tables: csv, csv.gz, tsv or parquet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    events = pl.DataFrame(list(rows), schema=["user_id", "item_id", "stars", "timestamp"], orient="row")
+    items = pl.DataFrame({"item": list(CLEAN_FILMS), "title": list(CLEAN_FILMS.values()), "year": 1994})
+    for name, table in (("events", events), ("items", items)):
+        path = folder / f"{name}.{form}"
+        if form == "parquet":
+            table.write_parquet(path)
+        else:
+            text = table.write_csv(separator="\t" if form == "tsv" else ",").encode()
+            path.write_bytes(gzip.compress(text) if form == "csv.gz" else text)
     return folder

@@ -13,10 +13,10 @@ PACKAGE = Path(trierec.__file__).parent
 # Data flows from left to right; a room imports only rooms before it.
 ORDER = """
     errors files progress recipe
-    fetch interactions splits catalog dataset
+    fetch hub tables interactions readers splits published catalog lint sources dataset
     prompts trie decisiveness
-    examples losses backbones forward checkpoints train
-    ranking engine search generative
+    examples losses adapters backbones forward checkpoints train
+    ranking filters treecache engine growth search card generative
     metrics evaluate analysis figures report terminal
     runs compare demo cli
 """.split()  # noqa: SIM905

@@ -55,7 +55,24 @@ def test_ids_and_titles_must_agree_in_number() -> None:
 def test_titles_are_left_as_they_are_unless_asked() -> None:
     odd = (" a&amp;b\n", "None", "")
     assert clean_titles(odd) == odd
-    with pytest.raises(UserError, match=r"html.space. is not there yet"):
-        clean_titles(odd, "html+space")
-    with pytest.raises(UserError, match="wanted clean to be 'none', got 'all'"):
+    with pytest.raises(
+        UserError, match=r"wanted clean to be 'none' or 'html\+space', got 'all'; choose one of them"
+    ):
         clean_titles(odd, "all")
+
+
+@pytest.mark.parametrize(
+    ("title", "cleaned"),
+    [
+        (" a&amp;b\n", "a&b"),
+        ("Ink  &\t\n well", "Ink & well"),
+        ("&quot;Heat&quot; &#40;1995&#x29;", '"Heat" (1995)'),
+        ("AT&amp;amp;T", "AT&amp;T"),  # escaped twice, unescaped once
+        ("a&nbsp;b\u2003c", "a b c"),
+        ("fish & chips &unknown; <b>", "fish & chips &unknown; <b>"),
+        ("None", "None"),
+        ("&nbsp;", ""),
+    ],
+)
+def test_cleaning_unescapes_html_once_and_collapses_white_space(title: str, cleaned: str) -> None:
+    assert clean_titles([title], "html+space") == (cleaned,)

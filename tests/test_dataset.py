@@ -9,19 +9,37 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import trierec
-from trierec import fetch
+from trierec import cli, fetch
 from trierec.dataset import Dataset, load_dataset, prepare
 from trierec.errors import UserError
+from trierec.interactions import Interactions
+from trierec.readers import csv_folder
+from trierec.recipe import Recipe
+from trierec.splits import WAYS, time_growing, time_windows
 
 from .conftest import shared
-from .data_fixtures import write_d3, write_d3_original, write_msl
+from .data_fixtures import (
+    CLEAN_FILMS,
+    write_1m,
+    write_100k,
+    write_d3,
+    write_d3_original,
+    write_latest,
+    write_msl,
+    write_recbole,
+    write_tables,
+)
 from .test_fetch import ZIP, cache  # noqa: F401  (a fixture)
 
 FILES = ["catalog.parquet", "dataset.json", "test.parquet", "train.parquet", "valid.parquet"]
@@ -67,7 +85,7 @@ def test_dataset_json_says_what_was_done(tmp_path: Path) -> None:
     info = json.loads((tmp_path / "out" / "dataset.json").read_text(encoding="utf-8"))
     assert info["format"] == 1
     assert info["source"] == f"msl:{raw}"
-    assert info["settings"] == {"split": "published", "max_history": 20, "clean": "none"}
+    assert info["settings"] == {"split": "published", "max_history": 20, "clean": "none", "k_core": 0}
     assert (info["noun"], info["verb"]) == ("office products", "used")
     assert info["counts"] == {
         "users": 3,
@@ -123,7 +141,7 @@ def test_users_without_a_test_row_are_counted(
     rows = b"user\titem\ttimestamp\trating\n1\t2\t5\t1\n1\t7\t6\t1\n2\t2\t5\t1\n2\t7\t6\t1\n2\t9\t7\t1\n3\t9\t7\t1\n"
     (cache / fetch.INTERACTIONS).write_bytes(rows)
     (cache / fetch.TITLES).write_bytes(b"item\ttitle\n2\ta\n7\tb\n9\tc\n")
-    monkeypatch.setattr("trierec.interactions.fetch", lambda _: cache)
+    monkeypatch.setattr("trierec.readers.fetch", lambda _: cache)
     dataset = prepare("ml-100k", tmp_path / "out")
     assert dataset.info["repairs"] == {"users_without_test_row": 2}
     assert dataset.info["counts"]["users"] == 3
@@ -161,6 +179,260 @@ def test_noun_and_verb_of_d3_may_follow_the_file(tmp_path: Path) -> None:
     assert sorted(info["raw_sha256"])[0] == "info/Video_Games_5_2012-10-2018-11.txt"
 
 
+# --- raw sources ------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "movielens": [write_100k, write_1m, write_latest],
+    "recbole": [write_recbole],
+    "csv": [write_tables, lambda folder: write_tables(folder, "parquet")],
+}
+
+
+def test_every_shape_of_the_same_ratings_is_prepared_to_the_same_bytes(
+    cache: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (cache / "ml-100k.zip").write_bytes(ZIP)
+    prepare("ml-100k", tmp_path / "out")
+    wanted = contents(tmp_path / "out")
+    del wanted["dataset.json"]
+    for kind, shapes in SHAPES.items():
+        for number, write in enumerate(shapes):
+            raw = write(tmp_path / f"{kind}-{number}" / "ml-raw")
+            info = prepare(f"{kind}:{raw}", tmp_path / "again").info
+            got = contents(tmp_path / "again")
+            del got["dataset.json"]
+            assert got == wanted, raw
+            assert (info["noun"], info["verb"]) == ("movies", "watched")
+            assert info["repairs"] == {"rows_out_of_time_order": 2}
+            assert sorted(info["raw_sha256"]) == sorted(path.name for path in raw.iterdir())
+            assert info["citation"] == (fetch.CITATION if kind == "movielens" else None)
+
+
+def many_rows(n_users: int = 30, n_rows: int = 12, seed: int = 0) -> list[tuple[int, int, int, int]]:
+    """Ratings of the four films at random times, some of them twice."""
+    rng = np.random.default_rng(seed)
+    return [
+        (user, int(rng.choice(list(CLEAN_FILMS))), 5, int(rng.integers(0, 500)))
+        for user in range(n_users)
+        for _ in range(n_rows)
+    ]
+
+
+@pytest.mark.parametrize("split", WAYS)
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 1000), random=st.randoms(use_true_random=False))
+def test_the_order_of_the_rows_of_a_file_changes_nothing(split: str, seed: int, random: Random) -> None:
+    rows = many_rows(n_users=8, seed=seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = []
+        for form in ("csv", "parquet"):
+            source = f"csv:{write_tables(folder / form, form, rows)}"
+            prepare(source, folder / "out", max_history=4, k_core=2, split=split)
+            found.append(contents(folder / "out"))
+            del found[-1]["dataset.json"]
+            random.shuffle(rows)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("split", "way"), [("time-windows", time_windows), ("time-growing", time_growing)])
+def test_a_split_by_time_is_written_as_it_is_defined(tmp_path: Path, split: str, way) -> None:
+    raw = csv_folder(write_tables(tmp_path / "raw", rows=many_rows()))
+    dataset = prepare(f"csv:{tmp_path / 'raw'}", tmp_path / "out", max_history=3, k_core=5, split=split)
+    assert dataset.info["settings"] == {"split": split, "max_history": 3, "clean": "none", "k_core": 5}
+    interactions = Interactions.from_events(raw.events, raw.title, 5)
+    for name, wanted in zip(("train", "valid", "test"), way(interactions, 3), strict=True):
+        got = getattr(dataset, name)
+        assert got.to_frame().equals(wanted.to_frame())
+        assert got.n_rows == dataset.info["counts"][f"{name}_rows"]
+    assert dataset.info["counts"]["interactions"] == len(interactions.item)
+    assert dataset.info["repairs"]["duplicate_rows"] == 360 - len(set(map(repr, many_rows())))
+    assert dataset.info["notes"] == list(interactions.notes)
+
+
+def test_the_last_of_few_users_is_counted_where_it_gives_no_row(tmp_path: Path) -> None:
+    rows = [*many_rows(4, 4), (9, 2, 5, 7)]
+    source = f"csv:{write_tables(tmp_path / 'raw', rows=rows)}"
+    assert prepare(source, tmp_path / "out").info["repairs"]["users_without_test_row"] == 1
+    assert prepare(source, tmp_path / "out", split="time-growing").info["repairs"]["users_without_row"] == 1
+
+
+def test_titles_are_cleaned_before_groups_are_made(tmp_path: Path) -> None:
+    raw = write_msl(tmp_path / "raw")
+    titles = {"1": "Pen &amp; ink", "2": "Pen  & ink", "3": "Tape", "4": " ", "10": "Tape"}
+    (raw / "id2name4Rec.json").write_text(json.dumps(titles), encoding="utf-8")
+    dataset = prepare(f"msl:{raw}", tmp_path / "out", clean="html+space")
+    assert dataset.catalog.title == ("Pen & ink", "Pen & ink", "Tape", "", "Tape")
+    assert dataset.catalog.group.tolist() == [0, 0, 2, 3, 2]
+    assert dataset.info["settings"]["clean"] == "html+space"
+    assert dataset.info["repairs"] == {"titles_cleaned": 3, "titles_merged": 1}
+
+
+def test_a_raw_title_of_which_cleaning_leaves_nothing_is_an_error(tmp_path: Path) -> None:
+    raw = write_tables(tmp_path / "raw")
+    text = (raw / "items.csv").read_text(encoding="utf-8").replace("unknown", "&nbsp;")
+    (raw / "items.csv").write_text(text, encoding="utf-8")
+    assert prepare(f"csv:{raw}", tmp_path / "out").catalog.title[2] == "&nbsp;"
+    with pytest.raises(
+        UserError,
+        match="wanted a title for each item, clean = 'html.space' leaves nothing of 1, first '9'; repair",
+    ):
+        prepare(f"csv:{raw}", tmp_path / "out", clean="html+space")
+
+
+def test_an_item_without_title_may_be_outside_the_k_core(tmp_path: Path) -> None:
+    rows = [*many_rows(), (0, 77, 5, 600)]
+    source = f"csv:{write_tables(tmp_path / 'raw', rows=rows)}"
+    with pytest.raises(UserError, match="wanted a title for each item, 1 have none, first '77'; add them"):
+        prepare(source, tmp_path / "out")
+    assert prepare(source, tmp_path / "out", k_core=2).catalog.n_items == 4
+
+
+def test_the_lint_is_kept(tmp_path: Path) -> None:
+    lint = prepare(f"msl:{write_msl(tmp_path / 'raw')}", tmp_path / "out").info["lint"]
+    assert load_dataset(tmp_path / "out").info["lint"] == lint
+    assert {"name": "empty_titles", "count": 1, "of": 5, "example": "item 4 has no title"} in lint
+    names = [finding["name"] for finding in lint]
+    assert names == [
+        "cold_valid_targets",
+        "cold_test_targets",
+        "targets_in_history_train",
+        "targets_in_history_valid",
+        "targets_in_history_test",
+        "train_targets_after_first_test",
+        "duplicate_rows",
+        "test_histories_of_one_item",
+        "empty_titles",
+    ]
+    raw = prepare(f"csv:{write_tables(tmp_path / 'tables')}", tmp_path / "out").info["lint"]
+    assert [finding["name"] for finding in raw] == [*names, "repeated_interactions"]
+
+
+def test_the_command_shows_counts_repairs_and_findings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = write_tables(tmp_path / "raw", rows=many_rows())
+    words = ["prepare", f"csv:{raw}", "--out", str(tmp_path / "out"), "--split", "time-windows"]
+    words += ["--k-core", "2", "--clean", "html+space", "--max-history", "3"]
+    monkeypatch.setattr("sys.argv", ["trierec", *words])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    output = capsys.readouterr()
+    assert (stop.value.code, output.err) == (0, "")
+    for line in (
+        r"repaired: rows out of time order +1\d\d\n",
+        r"lint: targets in history test +\d+ of \d+; user \d+ is to get '.*', which is in the history\n",
+        r"lint: repeated interactions +\d+ of \d+; user \d+ has '.*' \d+ times\n",
+        r"notes +2-core: 3\d\d of 3\d\d interactions are in it\n",
+    ):
+        assert re.search(line, output.out), (line, output.out)
+    assert "cold" not in output.out  # what does not occur is not shown
+    settings = {"split": "time-windows", "max_history": 3, "clean": "html+space", "k_core": 2}
+    assert load_dataset(tmp_path / "out").info["settings"] == settings
+
+
+# --- larger than the memory -------------------------------------------------------------------------------------------
+
+
+def test_rows_written_in_parts_are_the_rows_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = f"csv:{write_tables(tmp_path / 'raw', rows=many_rows())}"
+    at_once = prepare(source, tmp_path / "one", max_history=4)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("trierec.dataset._ROWS_TOGETHER", {False: 7, True: 3})
+    monkeypatch.setattr("trierec.dataset._MANY_ROWS", 1)
+    in_parts = prepare(source, tmp_path / "two", max_history=4)
+    for name in ("train", "valid", "test"):
+        assert getattr(in_parts, name).to_frame().equals(getattr(at_once, name).to_frame())
+    notes = capsys.readouterr().err.splitlines()
+    n_rows = sum(count for name, count in at_once.info["counts"].items() if name.endswith("_rows"))
+    assert notes[0] == f"looking for leaks, cold targets and repeats in {n_rows} rows"
+    assert notes[1] == f"writing: {n_rows} rows"
+    assert re.fullmatch(rf"writing: {n_rows}/{n_rows} rows in \d+ s", notes[2])
+
+
+PARTS = """
+import sys
+from pathlib import Path
+from trierec import dataset
+dataset._ROWS_TOGETHER, dataset._ROWS_IN_GROUP = {False: 50, True: 50}, 100
+dataset.prepare("csv:" + sys.argv[1], Path(sys.argv[2]), max_history=5)
+"""
+
+
+def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
+    raw = write_tables(tmp_path / "raw", rows=many_rows(100))
+    for threads in ("1", "3"):
+        environment = os.environ | {
+            "PYTHONPATH": str(Path(trierec.__file__).parents[1]),
+            "POLARS_MAX_THREADS": threads,
+        }
+        command = [sys.executable, "-c", PARTS, str(raw), str(tmp_path / threads)]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_a_split_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = pl.read_parquet
+    monkeypatch.setattr(pl, "read_parquet", lambda path: read.append(path.name) or real(path))
+    raw = write_msl(tmp_path / "raw")
+    dataset = prepare(f"msl:{raw}", tmp_path / "out")
+    assert read == []
+    assert dataset.valid is dataset.valid
+    assert read == ["valid.parquet"]
+    load_dataset(tmp_path / "out")
+    assert read == ["valid.parquet", "catalog.parquet"]
+    prepare(f"msl:{raw}", tmp_path / "out", max_history=1)
+    with pytest.raises(UserError, match=r"train.parquet is not the file that was prepared"):
+        _ = dataset.train  # the folder was prepared anew since
+
+
+# --- what a recipe wants ----------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_gets_the_data_it_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trierec.recipe import parse_recipe
+    from trierec.runs import open_data
+
+    raw = write_tables(tmp_path / "raw", rows=many_rows())
+
+    def recipe(**changes: object) -> Recipe:
+        data = {"source": f"csv:{raw}", "folder": tmp_path / "out", **changes}
+        return parse_recipe({"name": "x", "data": data}, "f")
+
+    wanted = {"split": "time-growing", "k_core": 3, "clean": "html+space", "max_history": 5}
+    assert open_data(recipe(**wanted)).info["settings"] == wanted
+    assert open_data(recipe(**wanted)).info["settings"] == wanted
+    for name, value in [("split", "time-windows"), ("k_core", 0), ("clean", "none")]:
+        with pytest.raises(
+            UserError,
+            match=rf"was prepared with {name} = .*, the recipe wants '?{value}'?; give another data.folder",
+        ):
+            open_data(recipe(**wanted | {name: value}))
+    with pytest.raises(
+        UserError, match="data.split: Input should be 'leave-one-out', 'time-windows' or 'time-growing'"
+    ):
+        recipe(split="random")
+
+
+def test_a_recipe_reads_a_folder_of_before_there_was_a_choice(tmp_path: Path) -> None:
+    from trierec.recipe import parse_recipe
+    from trierec.runs import open_data
+
+    source = f"msl:{write_msl(tmp_path / 'raw')}"
+    info = prepare(source, tmp_path / "out").info
+    del info["settings"]["k_core"], info["lint"]
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(info), encoding="utf-8")
+    data = {"source": source, "folder": tmp_path / "out"}
+    assert open_data(parse_recipe({"name": "x", "data": data}, "f")).test.n_rows == 2
+    with pytest.raises(UserError, match="wanted no split and no k_core for msl:"):
+        open_data(parse_recipe({"name": "x", "data": data | {"k_core": 5}}, "f"))
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
@@ -168,14 +440,16 @@ def test_noun_and_verb_of_d3_may_follow_the_file(tmp_path: Path) -> None:
     ("source", "message"),
     [
         (
-            "movielens:x",
-            "wanted one of ml-100k, ml-1m, msl:DIR or d3:DIR, got 'movielens:x'; movielens: is not yet supported",
+            "amazon:Books",
+            "wanted one of ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR, "
+            "got 'amazon:Books'; amazon: is not yet supported",
         ),
-        ("recbole:x", "recbole: is not yet supported"),
-        ("csv:x", "csv: is not yet supported"),
-        ("amazon:Books", "amazon: is not yet supported"),
         ("steam:", "steam: is not yet supported"),
-        ("ml-10m", "wanted one of ml-100k, ml-1m, msl:DIR or d3:DIR as the source, got 'ml-10m'"),
+        ("ml-10m", "wanted one of ml-100k, .* or csv:DIR as the source, got 'ml-10m'; choose one of them"),
+        ("movielens:nowhere", "wanted the folder nowhere, which does not exist"),
+        ("recbole:nowhere", "wanted the folder nowhere, which does not exist"),
+        ("csv:nowhere", "wanted the folder nowhere, which does not exist"),
+        ("csv:", "wanted a folder after csv:, got nothing; write for example csv:data/games"),
         ("ml-100k:x", "wanted one of .*, got 'ml-100k:x'"),
         ("", "wanted one of .*, got ''"),
         (r"C:\data", "wanted one of .*, got"),
@@ -195,8 +469,22 @@ def test_settings_are_checked(tmp_path: Path) -> None:
     raw = write_msl(tmp_path / "raw")
     with pytest.raises(UserError, match="wanted max_history of at least 1, got 0"):
         prepare(f"msl:{raw}", tmp_path / "out", max_history=0)
-    with pytest.raises(UserError, match="wanted clean to be 'none', got 'x'"):
+    with pytest.raises(UserError, match="wanted clean to be 'none' or 'html.space', got 'x'"):
         prepare(f"msl:{raw}", tmp_path / "out", clean="x")
+    with pytest.raises(
+        UserError, match="wanted k_core of at least 0, got -1; choose for example 5, or 0 for none"
+    ):
+        prepare("ml-100k", tmp_path / "out", k_core=-1)
+    with pytest.raises(
+        UserError, match="wanted split to be one of leave-one-out, time-windows, time-growing, got 'random'"
+    ):
+        prepare("ml-100k", tmp_path / "out", split="random")
+    for kind, change in [("msl", {"k_core": 5}), ("msl", {"split": "time-windows"}), ("d3", {"k_core": 2})]:
+        with pytest.raises(
+            UserError,
+            match=rf"wanted no split and no k_core for {kind}:, which its authors have split, got .*; leave",
+        ):
+            prepare(f"{kind}:{raw}", tmp_path / "out", **change)  # type: ignore[arg-type]
 
 
 def test_only_a_prepared_folder_is_replaced(tmp_path: Path) -> None:
@@ -303,7 +591,7 @@ if moment == "write":
             Path(path).write_bytes(b"PAR1")
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, path, **options)
-    real, pl.DataFrame.write_parquet = pl.DataFrame.write_parquet, half
+    real, pl.LazyFrame.sink_parquet = pl.LazyFrame.sink_parquet, half
 else:
     os.replace = killing(os.replace, moment == "before")
 prepare("msl:" + raw, out, max_history=2)
@@ -364,7 +652,7 @@ def test_an_interrupted_replacement_is_restored_by_the_next_try(tmp_path: Path) 
     out.rename(tmp_path / ".tmp-out.old")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            pl.DataFrame, "write_parquet", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
+            pl.LazyFrame, "sink_parquet", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
         )
         with pytest.raises(UserError, match=r"cannot write .*: disk full; choose another folder"):
             prepare(f"msl:{raw}", out)
@@ -397,6 +685,10 @@ def test_amazon_books(tmp_path: Path) -> None:
     assert dataset.catalog.item_id[5745] == "5746"
     assert dataset.catalog.title[5745] == ""
     assert dataset.info["repairs"] == {"empty_titles": 1}
+    found = {finding["name"]: finding["count"] for finding in dataset.info["lint"]}
+    assert found["targets_in_history_test"] == 13
+    assert found["train_targets_after_first_test"] == 0
+    assert found["cold_test_targets"] == np.isin(dataset.test.target, dataset.train.target, invert=True).sum()
     assert dataset.info["notes"][0].startswith("no valid.csv: the last 3,896 of the 35,060 training rows")
     assert np.setdiff1d(dataset.test.target, dataset.train.target).size > 200
     assert (np.diff(dataset.train.timestamp) >= 0).all()
@@ -445,6 +737,27 @@ def test_ml_100k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
     count = np.bincount(dataset.test.seen.values, minlength=1682)
     assert (count + np.bincount(dataset.test.target, minlength=1682)).sum() == 100000
+
+
+def test_the_unpacked_ml_100k_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached("ml-100k")
+    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    folder = fetch.cache_folder() / "ml-100k"
+    rows = pl.read_csv(folder / fetch.INTERACTIONS, separator="\t").select(
+        "user", "item", "rating", "timestamp"
+    )
+    films = (folder / fetch.TITLES).read_text(encoding="utf-8").split("\n")[1:-1]
+    (tmp_path / "raw").mkdir()
+    rows.sample(fraction=1, shuffle=True, seed=0).write_csv(
+        tmp_path / "raw" / "u.data", separator="\t", include_header=False
+    )
+    lines = (film.replace("\t", "|") + "|01-Jan-1995||http://x|0|1\n" for film in films)
+    (tmp_path / "raw" / "u.item").write_bytes("".join(lines).encode("latin-1"))
+    prepare("ml-100k", tmp_path / "one")
+    prepare(f"movielens:{tmp_path / 'raw'}", tmp_path / "two")
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    del one["dataset.json"], two["dataset.json"]
+    assert one == two
 
 
 def test_ml_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Items with the same title cannot be told apart by a model that writes titles: th
 from __future__ import annotations
 
 import difflib
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from trierec.errors import UserError
 
-CLEAN = ("none",)
+CLEAN = ("none", "html+space")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +107,24 @@ class Catalog:
 
 
 def clean_titles(titles: Sequence[str], clean: str = "none") -> tuple[str, ...]:
-    """Titles after cleaning; ``"none"`` leaves each as it is, HTML entities and white space included.
+    r"""Titles after cleaning.
+
+    Args:
+        titles: As they are in the source.
+        clean: ``"none"`` leaves each as it is; ``"html+space"`` replaces HTML entities by their characters, runs
+            of white space by one space, and strips. What was escaped twice is unescaped once: ``&amp;amp;``
+            becomes ``&amp;``, since the second may be meant.
 
     Raises:
         UserError: If ``clean`` is not one of :data:`CLEAN`.
+
+    >>> clean_titles(["Ink &amp;  well\n", "AT&amp;amp;T"], "html+space")
+    ('Ink & well', 'AT&amp;T')
     """
-    if clean == "html+space":
-        raise UserError('clean = "html+space" is not there yet; use clean = "none"')
     if clean not in CLEAN:
         raise UserError(
             f"wanted clean to be {' or '.join(map(repr, CLEAN))}, got {clean!r}; choose one of them"
         )
-    return tuple(titles)
+    if clean == "none":
+        return tuple(titles)
+    return tuple(" ".join(html.unescape(title).split()) for title in titles)

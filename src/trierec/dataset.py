@@ -2,56 +2,44 @@
 
 A prepared folder holds ``catalog.parquet``, ``train.parquet``, ``valid.parquet``, ``test.parquet`` and
 ``dataset.json``. It is written beside its place and renamed when it is whole; the same input gives the same
-bytes.
+bytes. Rows are written and read a part at a time, so that a data set may be larger than the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from polars.io.plugins import register_io_source
 
-from trierec.catalog import Catalog, clean_titles
+from trierec.catalog import Catalog
 from trierec.errors import UserError
-from trierec.fetch import CITATION, RELEASES
 from trierec.files import atomic_folder, read_json, sha256_file, write_json
-from trierec.interactions import movielens
-from trierec.splits import NAMES, Published, Split, leave_one_out, read_d3, read_msl
+from trierec.lint import Rows, lint
+from trierec.progress import note, progress
+from trierec.sources import read_source, settings_of
+from trierec.splits import NAMES, Split
 
 FORMAT = 1
 FILES = ("catalog.parquet", *(f"{name}.parquet" for name in NAMES))
-SOURCES = "ml-100k, ml-1m, msl:DIR or d3:DIR"
 _KEYS = ("source", "settings", "noun", "verb", "counts", "repairs", "notes", "sha256")
-_LATER = ("movielens", "recbole", "csv", "amazon", "steam")
+_MANY_ROWS = 1 << 20  # from here on it takes long enough to say what is being done
 _ROWS_IN_GROUP = 1 << 18  # fixed, so that the bytes of a file do not depend on the number of threads
-
-# What the items are and what users did with them, by a word in the name of the folder or of a file: the words
-# of the papers ("musics" is D3's).
-_MSL_WORDS = {
-    "toy": ("toys", "played"),
-    "book": ("books", "read"),
-    "cloth": ("clothing", "worn"),
-    "office": ("office products", "used"),
-}
-_D3_WORDS = {
-    "toy": ("toys and games", "enjoyed"),
-    "steam": ("games", "enjoyed"),
-    "game": ("video games", "enjoyed"),
-    "book": ("books", "enjoyed"),
-    "cd": ("musics", "enjoyed"),
-    "music": ("musics", "enjoyed"),
-}
-_UNKNOWN_WORDS = ("items", "bought")
+_ROWS_TOGETHER = {
+    False: 1 << 20,
+    True: 1 << 18,
+}  # spelled out at a time, without and with all a user had before
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A prepared data set.
+    """A prepared data set; the splits of one that lies in a folder are read when they are first asked for.
 
     Attributes:
         folder: Where it lies.
@@ -59,7 +47,7 @@ class Dataset:
         train: Training rows.
         valid: Validation rows.
         test: Test rows.
-        info: What ``dataset.json`` says: source, settings, noun, verb, counts, repairs, notes, sha256, ...
+        info: What ``dataset.json`` says: source, settings, noun, verb, counts, repairs, lint, notes, sha256, ...
     """
 
     folder: Path
@@ -68,6 +56,23 @@ class Dataset:
     valid: Split
     test: Split
     info: dict[str, Any]
+
+    @classmethod
+    def in_folder(cls, folder: Path, catalog: Catalog, info: dict[str, Any]) -> Dataset:
+        """The data set in a prepared folder, without its splits until one is asked for."""
+        dataset = cls.__new__(cls)
+        vars(dataset).update(folder=folder, catalog=catalog, info=info)
+        return dataset
+
+    if not TYPE_CHECKING:  # which knows the fields, and should not take every name for one
+
+        def __getattr__(self, name: str) -> Split:
+            """Read a split that is not there yet."""
+            if name not in NAMES:
+                raise AttributeError(f"a Dataset has no attribute {name!r}")
+            table = _read_table(self.folder, f"{name}.parquet", self.info["sha256"])
+            vars(self)[name] = split = Split.from_frame(table)
+            return split
 
     @property
     def train_targets(self) -> NDArray[np.int64]:
@@ -93,85 +98,81 @@ class Dataset:
         return self.train_targets + np.bincount(before, minlength=self.catalog.n_items)
 
     def __repr__(self) -> str:
-        rows = "/".join(str(split.n_rows) for split in (self.train, self.valid, self.test))
+        counts = self.info.get("counts", {})
+        rows = "/".join(str(counts.get(f"{name}_rows", "?")) for name in NAMES)
         return f"Dataset({self.folder}, {self.catalog.n_items} items, {rows} rows)"
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """What a source gives, before it is written."""
-
-    item_id: tuple[str, ...]
-    title: tuple[str, ...]
-    splits: dict[str, Split]
-    users: int
-    interactions: int
-    noun: str
-    verb: str
-    split: str
-    repairs: dict[str, int]
-    notes: tuple[str, ...]
-    citation: str | None
-    raw_sha256: dict[str, str]
-
-
-def prepare(source: str, out: Path, *, max_history: int = 20, clean: str = "none") -> Dataset:
+def prepare(
+    source: str,
+    out: Path,
+    *,
+    max_history: int = 20,
+    clean: str = "none",
+    k_core: int = 0,
+    split: str = "leave-one-out",
+) -> Dataset:
     """Read a source and write a prepared folder.
 
     Args:
-        source: ``ml-100k``, ``ml-1m``, ``msl:DIR`` or ``d3:DIR``.
+        source: ``ml-100k``, ``ml-1m``, ``movielens:DIR``, ``recbole:DIR``, ``csv:DIR``, ``msl:DIR`` or ``d3:DIR``.
         out: Folder to write; may be absent, empty or an older prepared folder, which is replaced as a whole.
-        max_history: Histories are cut to the last so many items.
-        clean: How titles are cleaned; ``"none"`` leaves them as they are.
+        max_history: Histories are cut to the last so many items; with ``"time-windows"`` also the length of a
+            window.
+        clean: How titles are cleaned; see :func:`trierec.catalog.clean_titles`.
+        k_core: Users and items with fewer interactions are left out, again and again until none is left; 0 or 1
+            keeps all. Not for published splits.
+        split: ``"leave-one-out"``, ``"time-windows"`` or ``"time-growing"``; see the functions of that name in
+            :mod:`trierec.splits`. Published splits stay as they are.
 
     Returns:
-        The data set, read back from ``out``.
+        The data set in ``out``.
 
     Raises:
         UserError: Unknown source, bad setting, broken raw files, ``out`` holds something else.
     """
     out = Path(out)
-    if max_history < 1:
-        raise UserError(f"wanted max_history of at least 1, got {max_history}; choose for example 20")
-    clean_titles((), clean)
-    read = _reader(source, max_history)
+    settings = settings_of(source, max_history=max_history, clean=clean, k_core=k_core, split=split)
     _check_place(out)
-    parts = read()
-    catalog = Catalog.from_titles(parts.item_id, clean_titles(parts.title, clean))
-    splits = {name: _cut(parts.splits[name], max_history) for name in NAMES}
-    empty = [name for name, split in splits.items() if not split.n_rows]
+    read = read_source(source, settings)
+    catalog = Catalog.from_titles(read.item_id, read.title)
+    empty = [name for name in NAMES if not read.splits[name].n_rows]
     if empty:
         raise UserError(
             f"wanted rows for train, valid and test from {source}, found none for {empty[0]}; use more data"
         )
     counts = {
-        "users": parts.users,
+        "users": read.users,
         "items": catalog.n_items,
         "titles": catalog.n_titles,
-        "interactions": parts.interactions,
-        **{f"{name}_rows": splits[name].n_rows for name in NAMES},
+        "interactions": read.n_interactions,
+        **{f"{name}_rows": read.splits[name].n_rows for name in NAMES},
     }
+    n_rows = sum(rows.n_rows for rows in read.splits.values())
+    if n_rows >= _MANY_ROWS:
+        note(f"looking for leaks, cold targets and repeats in {n_rows:,} rows")
     info = {
         "format": FORMAT,
         "source": source,
-        "settings": {"split": parts.split, "max_history": max_history, "clean": clean},
-        "noun": parts.noun,
-        "verb": parts.verb,
+        "settings": settings,
+        "noun": read.noun,
+        "verb": read.verb,
         "counts": counts,
-        "repairs": parts.repairs,
-        "notes": list(parts.notes),
-        "citation": parts.citation,
-        "raw_sha256": parts.raw_sha256,
+        "repairs": read.repairs,
+        "lint": [asdict(finding) for finding in lint(read.splits, catalog, read.interactions)],
+        "notes": list(read.notes),
+        "citation": read.citation,
+        "raw_sha256": read.raw_sha256,
     }
     try:
-        _write(out, catalog, splits, info)
+        info = _write(out, catalog, read.splits, info)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"cannot write {out}: {error}; choose another folder") from None
-    return load_dataset(out)
+    return Dataset.in_folder(out, catalog, info)
 
 
 def load_dataset(folder: Path) -> Dataset:
-    """Read a prepared folder.
+    """Read a prepared folder; its splits are read when they are first asked for.
 
     Raises:
         UserError: If it is absent, of another format, or a file is missing or not the one that was written.
@@ -191,92 +192,28 @@ def load_dataset(folder: Path) -> Dataset:
     absent = [name for name in _KEYS if name not in info]
     if absent:
         raise UserError(f"wanted {absent[0]!r} in {folder / 'dataset.json'}, it is missing; prepare it again")
-    hashes = info["sha256"]
-    tables = {}
     for name in FILES:
-        if not (folder / name).is_file():
-            raise UserError(f"wanted {name} in the prepared folder {folder}, it is missing; prepare it again")
-        if not isinstance(hashes, dict) or hashes.get(name) != sha256_file(folder / name):
-            raise UserError(
-                f"{folder / name} is not the file that was prepared (its sha256 differs); prepare it again"
-            )
-        tables[name] = pl.read_parquet(folder / name)
-    catalog, *splits = (tables[name] for name in FILES)
-    train, valid, test = (Split.from_frame(split) for split in splits)
-    return Dataset(folder, Catalog.from_frame(catalog), train, valid, test, info)
+        _check_table(folder, name, info["sha256"])
+    catalog = Catalog.from_frame(pl.read_parquet(folder / FILES[0]))
+    return Dataset.in_folder(folder, catalog, info)
 
 
-# --- sources ------------------------------------------------------------------------------------------------
+# --- reading and writing ------------------------------------------------------------------------------------
 
 
-def _reader(source: str, max_history: int) -> Callable[[], _Parts]:
-    """What reads ``source``; a Windows path has a second colon, so only the first one counts."""
-    kind, colon, place = source.partition(":")
-    if source in RELEASES:
-        return lambda: _movielens(source, max_history)
-    if kind in ("msl", "d3") and colon:
-        if not place:
-            raise UserError(
-                f"wanted a folder after {kind}:, got nothing; write for example {kind}:data/games"
-            )
-        return lambda: _published(kind, Path(place))
-    if kind in _LATER and colon:
-        raise UserError(f"wanted one of {SOURCES}, got {source!r}; {kind}: is not yet supported")
-    raise UserError(f"wanted one of {SOURCES} as the source, got {source!r}; choose one of them")
+def _read_table(folder: Path, name: str, hashes: Any) -> pl.DataFrame:
+    """A table of a prepared folder, checked again: the folder may have been prepared anew since it was opened."""
+    _check_table(folder, name, hashes)
+    return pl.read_parquet(folder / name)
 
 
-def _movielens(name: str, max_history: int) -> _Parts:
-    interactions = movielens(name)
-    count = np.bincount(interactions.user)
-    repairs = dict(interactions.repairs)
-    if (count < 3).any():
-        repairs["users_without_test_row"] = int((count < 3).sum())
-    return _Parts(
-        item_id=interactions.item_id,
-        title=interactions.title,
-        splits=dict(zip(NAMES, leave_one_out(interactions, max_history), strict=True)),
-        users=len(interactions.user_id),
-        interactions=len(interactions.item),
-        noun="movies",
-        verb="watched",
-        split="leave-one-out",
-        repairs=repairs,
-        notes=("every rating is an interaction, whatever its value",),
-        citation=CITATION,
-        raw_sha256=RELEASES[name].sha256,
-    )
-
-
-def _published(kind: str, folder: Path) -> _Parts:
-    published = read_msl(folder) if kind == "msl" else read_d3(folder)
-    noun, verb = _words(kind, folder, published)
-    return _Parts(
-        item_id=tuple(str(item) for item in published.titles.item_id),
-        title=published.titles.title,
-        splits=published.splits,
-        users=published.users,
-        interactions=published.interactions,
-        noun=noun,
-        verb=verb,
-        split="published",
-        repairs=published.repairs,
-        notes=published.notes,
-        citation=None,
-        raw_sha256={str(file.relative_to(folder).as_posix()): sha256_file(file) for file in published.files},
-    )
-
-
-def _words(kind: str, folder: Path, published: Published) -> tuple[str, str]:
-    """Noun and verb for prompts, by the name of the folder or else of its files."""
-    words = _MSL_WORDS if kind == "msl" else _D3_WORDS
-    for name in (folder.resolve().name.lower(), *(file.name.lower() for file in published.files)):
-        for word, found in words.items():
-            if word in name:
-                return found
-    return _UNKNOWN_WORDS
-
-
-# --- writing ------------------------------------------------------------------------------------------------
+def _check_table(folder: Path, name: str, hashes: Any) -> None:
+    if not (folder / name).is_file():
+        raise UserError(f"wanted {name} in the prepared folder {folder}, it is missing; prepare it again")
+    if not isinstance(hashes, dict) or hashes.get(name) != sha256_file(folder / name):
+        raise UserError(
+            f"{folder / name} is not the file that was prepared (its sha256 differs); prepare it again"
+        )
 
 
 def _check_place(out: Path) -> None:
@@ -291,15 +228,38 @@ def _check_place(out: Path) -> None:
         )
 
 
-def _cut(split: Split, max_history: int) -> Split:
-    return Split(split.user_id, split.history.last(max_history), split.target, split.timestamp, split.seen)
-
-
-def _write(out: Path, catalog: Catalog, splits: dict[str, Split], info: dict[str, Any]) -> None:
+def _write(out: Path, catalog: Catalog, splits: Mapping[str, Rows], info: dict[str, Any]) -> dict[str, Any]:
+    """Write all five files; gives back what ``dataset.json`` says."""
     targets = np.bincount(splits["train"].target, minlength=catalog.n_items).astype(np.int32)
-    tables = [catalog.to_frame(targets), *(splits[name].to_frame() for name in NAMES)]
     with atomic_folder(out) as folder:
-        for name, table in zip(FILES, tables, strict=True):
-            table.rechunk().write_parquet(folder / name, compression="zstd", row_group_size=_ROWS_IN_GROUP)
-        hashes = {name: sha256_file(folder / name) for name in FILES}
-        write_json(folder / "dataset.json", info | {"sha256": hashes})
+        table = catalog.to_frame(targets)
+        table.rechunk().write_parquet(folder / FILES[0], compression="zstd", row_group_size=_ROWS_IN_GROUP)
+        with _progress(sum(rows.n_rows for rows in splits.values())) as advance:
+            for name in NAMES:
+                _write_rows(folder / f"{name}.parquet", splits[name], advance)
+        info = info | {"sha256": {name: sha256_file(folder / name) for name in FILES}}
+        write_json(folder / "dataset.json", info)
+    return info
+
+
+def _progress(n_rows: int) -> contextlib.AbstractContextManager[Callable[..., None]]:
+    """Progress of writing where it takes long enough to be shown."""
+    if n_rows >= _MANY_ROWS:
+        return progress("writing", n_rows, "rows")
+    return contextlib.nullcontext(lambda _: None)
+
+
+def _write_rows(path: Path, rows: Rows, advance: Callable[[int], None]) -> None:
+    """Write a split a part at a time; parts are made when the writer asks for them."""
+    schema = rows.frame(0, 0).schema
+    together = _ROWS_TOGETHER["seen" in schema]
+
+    def parts(*_: object) -> Iterator[pl.DataFrame]:
+        for start in range(0, rows.n_rows, together):
+            frame = rows.frame(start, min(start + together, rows.n_rows)).rechunk()
+            yield frame
+            advance(len(frame))
+
+    register_io_source(parts, schema=schema).sink_parquet(
+        path, compression="zstd", row_group_size=_ROWS_IN_GROUP
+    )

@@ -28,7 +28,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -261,9 +261,14 @@ def _open_zip(source: Path | bytes, names: tuple[str, str], read: Callable[[byte
 
 
 def read_100k_originals(ratings: bytes, films: bytes) -> Tables:
-    """Tables of GroupLens' ``u.data`` (tabs) and ``u.item`` (bars, latin-1)."""
+    """Tables of GroupLens' ``u.data`` (tabs) and ``u.item``."""
+    return _ratings(ratings), u_item(films)
+
+
+def u_item(films: bytes) -> pl.DataFrame:
+    """Titles of a ``u.item`` (bars, latin-1)."""
     rows = (line.split("|") for line in films.decode("latin-1").split("\n") if line.strip())
-    return _ratings(ratings), _titles((int(row[0]), row[1]) for row in rows)
+    return film_titles((row[0], row[1]) for row in rows)
 
 
 def read_100k_wheel(ratings: bytes, films: bytes) -> Tables:
@@ -271,15 +276,22 @@ def read_100k_wheel(ratings: bytes, films: bytes) -> Tables:
     names = {"user_id": "user", "movie_id": "item", "rating": "rating", "timestamp": "timestamp"}
     interactions = pl.read_parquet(io.BytesIO(ratings), columns=list(names)).rename(names).cast(pl.Int64)
     titles = pl.read_parquet(io.BytesIO(films), columns=["movie_id", "movie_title"])
-    return interactions, _titles(titles.iter_rows())
+    return interactions, film_titles(titles.iter_rows())
 
 
 def read_1m_originals(ratings: bytes, films: bytes) -> Tables:
-    """Tables of GroupLens' ``ratings.dat`` and ``movies.dat`` (double colons, latin-1)."""
-    rows = (line.split("::", 1) for line in films.decode("latin-1").split("\n") if line.strip())
-    return _ratings(ratings.replace(b"::", b"\t")), _titles(
-        (int(row[0]), row[1].rsplit("::", 1)[0]) for row in rows
-    )
+    """Tables of GroupLens' ``ratings.dat`` (double colons) and ``movies.dat``."""
+    return _ratings(ratings.replace(b"::", b"\t")), movies_dat(films)
+
+
+def movies_dat(films: bytes) -> pl.DataFrame:
+    """Titles of a ``movies.dat``: double colons, UTF-8 (10M) or, where it is not, latin-1 (1M)."""
+    try:
+        text = films.decode("utf-8")
+    except UnicodeDecodeError:
+        text = films.decode("latin-1")
+    rows = (line.split("::", 1) for line in text.split("\n") if line.strip())
+    return film_titles((row[0], row[1].rsplit("::", 1)[0]) for row in rows)
 
 
 def read_1m_wheel(ratings: bytes, films: bytes) -> Tables:
@@ -295,7 +307,7 @@ def read_1m_wheel(ratings: bytes, films: bytes) -> Tables:
     rows = pl.read_csv(ratings, separator="\t", quote_char=None, new_columns=columns, infer_schema=False)
     rows = rows.with_columns(pl.col("user").str.strip_prefix("1m_")).join(number_of, on="item", how="left")
     interactions = rows.select("user", "rating", "timestamp", item="number").cast(pl.Int64)
-    return interactions, _titles(zip(numbers, names, strict=True))
+    return interactions, film_titles(zip(numbers, names, strict=True))
 
 
 def canonical(tables: Tables) -> dict[str, bytes]:
@@ -312,8 +324,13 @@ def _ratings(table: bytes) -> pl.DataFrame:
     return pl.read_csv(table, separator="\t", has_header=False, schema=_RATINGS)
 
 
-def _titles(rows: Iterator[tuple[int, str]]) -> pl.DataFrame:
-    clean = [(number, " ".join(unicodedata.normalize("NFC", title).split())) for number, title in rows]
+def film_titles(rows: Iterable[tuple[int | str, str]]) -> pl.DataFrame:
+    """Numbers and titles of films, as columns item and title: Unicode NFC, runs of white space made one space.
+
+    Raises:
+        ValueError: If a number is none.
+    """
+    clean = [(int(number), " ".join(unicodedata.normalize("NFC", title).split())) for number, title in rows]
     return pl.DataFrame(clean, schema={"item": pl.Int64, "title": pl.String}, orient="row")
 
 

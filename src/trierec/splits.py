@@ -1,37 +1,24 @@
-"""Histories and targets: leave-one-out from interactions, and the published splits of MSL and D3 as they are.
+"""Histories and targets: leave-one-out, sliding windows and growing histories of interactions.
 
-Shape suffixes: R rows, I items.
+A split of many rows is first only the places of its targets among the interactions (:class:`Places`); histories
+are spelled out a part at a time. Shape suffixes: R rows, I items, U users.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trierec.errors import UserError
-from trierec.interactions import (
-    ROW,
-    Int32,
-    Int64,
-    Interactions,
-    Titles,
-    find_file,
-    id_lists,
-    integers,
-    item_indices,
-    json_titles,
-    ordered_ids,
-    read_rows,
-    tab_titles,
-)
+from trierec.interactions import Int32, Int64, Interactions
 
 NAMES = ("train", "valid", "test")
+WAYS = ("leave-one-out", "time-windows", "time-growing")
+_TOGETHER = 1 << 14  # rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +47,14 @@ class Ragged:
     def windows(cls, values: Int32, start: Int64, length: Int64) -> Ragged:
         """Row i is ``values[start[i]:start[i] + length[i]]``; windows may overlap."""
         offsets = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
-        return cls(values[np.repeat(start - offsets[:-1], length) + np.arange(offsets[-1])], offsets)
+        gathered = np.empty(offsets[-1], dtype=np.int32)
+        for low in range(0, len(length), _TOGETHER):  # the places to gather from take twice the memory
+            high = min(low + _TOGETHER, len(length))
+            begin, end = offsets[low], offsets[high]
+            place = np.repeat(start[low:high] - offsets[low:high], length[low:high])
+            place += np.arange(begin, end)
+            gathered[begin:end] = values[place]
+        return cls(gathered, offsets)
 
     @classmethod
     def from_series(cls, lists: pl.Series) -> Ragged:
@@ -70,21 +64,25 @@ class Ragged:
 
     def to_series(self) -> pl.Series:
         """The same rows as a polars column of type List(Int32)."""
-        row = np.repeat(np.arange(len(self)), self.lengths)
+        full = np.flatnonzero(self.lengths)
+        row = np.repeat(np.arange(len(full), dtype=np.int32), self.lengths[full])
         pairs = pl.DataFrame({"row": row, "values": self.values}).with_columns(pl.col("row").set_sorted())
-        rows = pl.DataFrame({"row": np.arange(len(self))}).with_columns(pl.col("row").set_sorted())
-        lists = rows.join(
-            pairs.group_by("row", maintain_order=True).agg("values"),
-            on="row",
-            how="left",
-            maintain_order="left",
-        )
-        return lists["values"].fill_null(pl.lit([], dtype=pl.List(pl.Int32)))
+        lists = pairs.group_by("row", maintain_order=True).agg("values")["values"]
+        if len(full) == len(self):
+            return lists
+        place = np.full(len(self), len(full))
+        place[full] = np.arange(len(full))
+        return lists.append(pl.Series([[]], dtype=pl.List(pl.Int32))).gather(place)
 
     @property
     def lengths(self) -> Int64:
         """Length of each row, int64 (R,)."""
         return np.diff(self.offsets)
+
+    def part(self, start: int, stop: int) -> Ragged:
+        """The rows from ``start`` to before ``stop``; a view."""
+        offsets = self.offsets[start : stop + 1]
+        return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
 
     def take(self, rows: Int64) -> Ragged:
         """The rows with these numbers, in this order."""
@@ -136,24 +134,32 @@ class Split:
 
     def to_frame(self) -> pl.DataFrame:
         """Columns user_id, history, target, timestamp and, when known, seen."""
-        columns = {
-            "user_id": pl.Series(self.user_id.tolist(), dtype=pl.String),
-            "history": self.history.to_series(),
-            "target": pl.Series(self.target, dtype=pl.Int32),
-            "timestamp": pl.Series(self.timestamp, dtype=pl.Int64),
-        }
-        return pl.DataFrame(columns | ({} if self.seen is None else {"seen": self.seen.to_series()}))
+        return _frame(pl.Series(self.user_id.tolist(), dtype=pl.String), self)
 
     @classmethod
     def from_frame(cls, frame: pl.DataFrame) -> Split:
         """The split that :meth:`to_frame` wrote."""
         return cls(
-            user_id=np.array(frame["user_id"].to_list(), dtype=object),
+            user_id=_shared(frame["user_id"]),
             history=Ragged.from_series(frame["history"]),
             target=frame["target"].to_numpy(writable=True),
             timestamp=frame["timestamp"].to_numpy(writable=True),
             seen=Ragged.from_series(frame["seen"]) if "seen" in frame.columns else None,
         )
+
+    def part(self, start: int, stop: int) -> Split:
+        """The rows from ``start`` to before ``stop``; views."""
+        return Split(
+            user_id=self.user_id[start:stop],
+            history=self.history.part(start, stop),
+            target=self.target[start:stop],
+            timestamp=self.timestamp[start:stop],
+            seen=None if self.seen is None else self.seen.part(start, stop),
+        )
+
+    def frame(self, start: int, stop: int) -> pl.DataFrame:
+        """The rows from ``start`` to before ``stop``, as :meth:`to_frame` gives them."""
+        return self.part(start, stop).to_frame()
 
     def take(self, rows: Int64) -> Split:
         """The rows with these numbers, in this order."""
@@ -175,10 +181,88 @@ class Split:
         )
 
 
-# --- leave-one-out ------------------------------------------------------------------------------------------
+def _frame(user_id: pl.Series, rows: Split) -> pl.DataFrame:
+    columns = {
+        "user_id": user_id,
+        "history": rows.history.to_series(),
+        "target": pl.Series(rows.target, dtype=pl.Int32),
+        "timestamp": pl.Series(rows.timestamp, dtype=pl.Int64),
+    }
+    return pl.DataFrame(columns | ({} if rows.seen is None else {"seen": rows.seen.to_series()}))
 
 
-def leave_one_out(interactions: Interactions, max_history: int = 20) -> tuple[Split, Split, Split]:
+def _shared(column: pl.Series) -> NDArray[Any]:
+    """A column of strings as objects, each different string once in memory."""
+    known = column.drop_nulls().unique()
+    code = column.cast(pl.Enum(known)).to_physical().cast(pl.Int64).fill_null(len(known))
+    ids = np.array([*known.to_list(), None], dtype=object)
+    shared: NDArray[Any] = ids[code.to_numpy()]
+    return shared
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """A split whose rows are not spelled out yet.
+
+    Attributes:
+        interactions: Where the rows come from, sorted.
+        place: Place of each row's target among the interactions, (R,).
+        max_history: A history is the last so many items before the target.
+        with_seen: Whether the rows also have ``seen``, all earlier items of the user.
+        first: Place of the first interaction of each user, int64 (U,).
+        user_id: Raw id of each user, objects (U,).
+    """
+
+    interactions: Interactions
+    place: Int32 | Int64 = field(repr=False)
+    max_history: int
+    with_seen: bool
+    first: Int64 = field(repr=False)
+    user_id: NDArray[Any] = field(repr=False)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.place)
+
+    @property
+    def target(self) -> Int32:
+        """Item index, int32 (R,)."""
+        return self.interactions.item[self.place]
+
+    @property
+    def timestamp(self) -> Int64:
+        """Time of the target in Unix seconds, int64 (R,)."""
+        return self.interactions.timestamp[self.place]
+
+    def part(self, start: int, stop: int) -> Split:
+        """The rows from ``start`` to before ``stop``, spelled out."""
+        place = self.place[start:stop].astype(np.int64)
+        user, item = self.interactions.user[place], self.interactions.item
+        earlier = place - self.first[user]
+        length = np.minimum(earlier, self.max_history)
+        return Split(
+            user_id=self.user_id[user],
+            history=Ragged.windows(item, place - length, length),
+            target=item[place],
+            timestamp=self.interactions.timestamp[place],
+            seen=Ragged.windows(item, place - earlier, earlier) if self.with_seen else None,
+        )
+
+    def frame(self, start: int, stop: int) -> pl.DataFrame:
+        """The same rows as :meth:`Split.to_frame` gives them."""
+        user = self.interactions.user[self.place[start:stop]]
+        return _frame(pl.Series(self.user_id, dtype=pl.String).gather(user), self.part(start, stop))
+
+    def whole(self) -> Split:
+        """All rows, spelled out."""
+        return self.part(0, self.n_rows)
+
+
+Splits = tuple[Split, Split, Split]
+
+
+def leave_one_out(interactions: Interactions, max_history: int = 20) -> Splits:
     """Train, validation and test rows: a user's last item is for the test, the one before it for validation.
 
     Users are walked in (timestamp, raw item id) order. Training rows have every item from the second to the
@@ -191,192 +275,84 @@ def leave_one_out(interactions: Interactions, max_history: int = 20) -> tuple[Sp
     Returns:
         Three splits. Those of validation and test also have ``seen``, all earlier items of the user.
     """
-    raw_order = {item: place for place, item in enumerate(ordered_ids(interactions.item_id))}
-    place = np.array([raw_order[item] for item in interactions.item_id], dtype=np.int64)
-    order = np.lexsort((place[interactions.item], interactions.timestamp, interactions.user))
-    user, item = interactions.user[order], interactions.item[order]
-    timestamp = interactions.timestamp[order]
-    count = np.bincount(user, minlength=len(interactions.user_id))
-    first = np.cumsum(count) - count
+    return _spelled_out(places(interactions, "leave-one-out", max_history))
+
+
+def time_windows(interactions: Interactions, max_history: int = 20) -> Splits:
+    """Sliding windows, split 8:1:1 by the time of the target over all users.
+
+    A user with n interactions (numbered from 0) gives a row for each target i = min(H, n - 1) .. n - 1, whose
+    history is the H items before it: n - H full windows, or one row with everything before the last item where
+    n <= H; a user with one interaction gives none. Rows are sorted by the target's time; rows of the same time
+    keep the order (user, time, item). The first floor(0.8 R) are for training, those up to floor(0.9 R) for
+    validation, the rest for the test.
+
+    Args:
+        interactions: Who met what when.
+        max_history: H, the length of a window without its target (papers: 10).
+
+    Returns:
+        Three splits, without ``seen``: over all rows it would grow with the square of what a user did.
+
+    Source: the data of BIGRec and MSL (arXiv:2504.04178). *Differs from the authors' code*: items of a user
+    with equal times are ordered by raw id, not by their place in the file.
+    """
+    return _spelled_out(places(interactions, "time-windows", max_history))
+
+
+def time_growing(interactions: Interactions, max_history: int = 20) -> Splits:
+    """Growing histories, split 8:1:1 by the time of the target over all users.
+
+    Like :func:`time_windows`, but every item of a user from the second on is the target of a row, and its
+    history the last ``max_history`` items before it: n - 1 rows for n interactions.
+
+    Args:
+        interactions: Who met what when.
+        max_history: Longest history (papers: 10).
+
+    Returns:
+        Three splits, without ``seen``.
+
+    Source: the data of D3 and IGD.
+    """
+    return _spelled_out(places(interactions, "time-growing", max_history))
+
+
+def places(interactions: Interactions, way: str, max_history: int = 20) -> tuple[Places, Places, Places]:
+    """Train, validation and test rows by the places of their targets.
+
+    Args:
+        interactions: Who met what when.
+        way: One of :data:`WAYS`; see the function of that name.
+        max_history: A history is the last so many items before the target.
+    """
+    interactions = interactions.in_order()
+    first, user = interactions.first, interactions.user
+    count = np.diff(first, append=len(user))
     position = np.arange(len(user)) - first[user]
-    left = count[user] - 1 - position  # how many of the user's items come after this one
-    judged = count[user] >= 3
-    user_id = np.array(interactions.user_id, dtype=object)
-
-    def rows(chosen: NDArray[np.bool_], with_seen: bool) -> Split:
-        end = np.flatnonzero(chosen)
-        begin = first[user[end]]
-        seen = Ragged.windows(item, begin, end - begin) if with_seen else None
-        length = np.minimum(end - begin, max_history)
-        history = Ragged.windows(item, end - length, length)
-        return Split(user_id[user[end]], history, item[end], timestamp[end], seen)
-
-    train = (position >= 1) & (~judged | (left >= 2))
-    return rows(train, False), rows(judged & (left == 1), True), rows(judged & (left == 0), True)
-
-
-# --- published splits ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Published:
-    """A data set that its authors split; rows and titles are as in the files.
-
-    Attributes:
-        titles: The items.
-        splits: ``train``, ``valid`` and ``test``.
-        users: Number of users.
-        interactions: Number of interactions behind the rows.
-        repairs: What was left out or put right, and how often.
-        notes: What a reader of the numbers should know.
-        files: The files that were read.
-    """
-
-    titles: Titles
-    splits: dict[str, Split]
-    users: int
-    interactions: int
-    repairs: dict[str, int]
-    notes: tuple[str, ...]
-    files: tuple[Path, ...]
-
-
-def read_msl(folder: Path) -> Published:
-    """The files of MSL: ``id2name4Rec.json``, ``train.csv``, ``test.csv`` and, where it is, ``valid.csv``.
-
-    The last id of ``item_ids`` is the target, those before it the history. Without ``valid.csv`` the last
-    ninth of the training rows in file order, rounded, is the validation split: train to valid is 8 to 1.
-
-    Raises:
-        UserError: Missing file or column, broken cell, unknown id, no usable row.
-    """
-    titles = json_titles(find_file(folder, "id2name4Rec.json"))
-    files = {name: find_file(folder, f"{name}.csv") for name in ("train", "test")}
-    if any((folder / name).is_file() for name in ("valid.csv", "valid.csv.gz")):
-        files["valid"] = find_file(folder, "valid.csv")
-    repairs: dict[str, int] = dict(titles.repairs)
-    splits = {name: _msl_rows(path, titles, repairs) for name, path in files.items()}
-    users, interactions = _msl_counts([splits[name] for name in NAMES if name in splits])
-    notes = []
-    if "valid" not in files:
-        all_rows = splits["train"].n_rows
-        n_valid = round(all_rows / 9)
-        train, valid = np.split(np.arange(all_rows), [all_rows - n_valid])
-        splits["train"], splits["valid"] = splits["train"].take(train), splits["train"].take(valid)
-        notes.append(
-            f"no valid.csv: the last {n_valid:,} of the {all_rows:,} training rows in file order are the "
-            "validation split; choose settings with them, then train on both"
-        )
-    return Published(
-        titles, splits, users, interactions, repairs, tuple(notes), (titles.path, *files.values())
-    )
-
-
-def _msl_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
-    rows = read_rows(path, ["user_id", "item_ids", "timestamp"], repairs)
-    ids, starts = id_lists(rows, "item_ids", path)
-    length = np.diff(starts)
-    if not length.all():
-        raise UserError(
-            f"{path}, row {rows[ROW][int(length.argmin())]}: wanted a target at the end of item_ids, got []; "
-            "fill it in or drop the row"
-        )
-    items = item_indices(ids, titles.item_id, np.repeat(rows[ROW].to_numpy(), length), path, titles.path)
-    split = Split(
-        user_id=np.array(rows["user_id"].to_list(), dtype=object),
-        history=Ragged.windows(items, starts[:-1], length - 1),
-        target=items[starts[1:] - 1],
-        timestamp=integers(rows, "timestamp", path),
-    )
-    return _with_history(split, path, repairs)
-
-
-def _msl_counts(splits: list[Split]) -> tuple[int, int]:
-    """Users and interactions: a user's first row has a history and a target, each further row a target."""
-    user_id = np.concatenate([split.user_id for split in splits]).astype(str)
-    length = np.concatenate([split.history.lengths for split in splits])
-    users, first = np.unique(user_id, return_index=True)
-    return len(users), int(length[first].sum() + len(user_id))
-
-
-def read_d3(folder: Path) -> Published:
-    """The files of D3: an info file (title, TAB, id) and a CSV for each of train, valid and test.
-
-    Both layouts are read: ``info.txt`` beside ``train.csv``, and the original ``info/NAME.txt`` beside
-    ``train/NAME.csv``. Only ``history_item_id`` and ``item_id`` are needed; ``user_id`` and ``timestamp`` are
-    taken where they are.
-
-    Raises:
-        UserError: Missing file or column, more than one candidate, broken cell, unknown id, no usable row.
-    """
-    files = {name: _d3_file(folder, name) for name in NAMES}
-    titles = tab_titles(_d3_info(folder, files["train"].name.split(".")[0]))
-    repairs: dict[str, int] = dict(titles.repairs)
-    splits = {name: _d3_rows(path, titles, repairs) for name, path in files.items()}
-    notes = []
-    rows = sum(split.n_rows for split in splits.values())
-    known = [user for split in splits.values() for user in split.user_id.tolist()]
-    if None not in known:
-        users = len(set(known))
+    if way == "leave-one-out":
+        left = count[user] - 1 - position  # how many of the user's items come after this one
+        judged = count[user] >= 3
+        train = (position >= 1) & (~judged | (left >= 2))
+        parts = [np.flatnonzero(rows) for rows in (train, judged & (left == 1), judged & (left == 0))]
     else:
-        users = sum(int((split.history.lengths == 1).sum()) for split in splits.values())
-        notes.append("not every row names its user: users are counted by the rows whose history is one item")
-    for name, split in splits.items():
-        if (split.timestamp < 0).all():
-            notes.append(f"{files[name].name} has no timestamps; its rows keep the order of the file")
-    # Every prefix of a user's sequence is a row, so only the first item of a user is not the target of a row.
-    return Published(
-        titles, splits, users, rows + users, repairs, tuple(notes), (titles.path, *files.values())
+        shortest = np.minimum(count - 1, max_history) if way == "time-windows" else np.ones_like(count)
+        place = np.flatnonzero(position >= np.maximum(shortest, 1)[user])
+        place = place[np.argsort(interactions.timestamp[place], kind="stable")]
+        parts = np.split(place, [8 * len(place) // 10, 9 * len(place) // 10])
+    user_id = np.array(interactions.user_id, dtype=object)
+    train, valid, test = (
+        Places(interactions, _narrow(part), max_history, way == WAYS[0] and name != "train", first, user_id)
+        for name, part in zip(NAMES, parts, strict=True)
     )
+    return train, valid, test
 
 
-def _d3_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
-    rows = read_rows(path, ["history_item_id", "item_id"], repairs, optional=["user_id", "timestamp"])
-    ids, starts = id_lists(rows, "history_item_id", path)
-    number = rows[ROW].to_numpy()
-    history = item_indices(ids, titles.item_id, np.repeat(number, np.diff(starts)), path, titles.path)
-    target = item_indices(integers(rows, "item_id", path), titles.item_id, number, path, titles.path)
-    users = rows["user_id"].to_list() if "user_id" in rows.columns else [None] * len(rows)
-    times = (
-        integers(rows, "timestamp", path)
-        if "timestamp" in rows.columns
-        else np.full(len(rows), -1, dtype=np.int64)
-    )
-    return _with_history(
-        Split(np.array(users, dtype=object), Ragged(history, starts), target, times), path, repairs
-    )
+def _spelled_out(parts: tuple[Places, Places, Places]) -> Splits:
+    train, valid, test = (part.whole() for part in parts)
+    return train, valid, test
 
 
-def _d3_file(folder: Path, name: str) -> Path:
-    inner = sorted(path for path in (folder / name).glob("*") if path.name.endswith((".csv", ".csv.gz")))
-    if not inner:
-        return find_file(folder, f"{name}.csv")
-    if len(inner) > 1:
-        found = ", ".join(path.name for path in inner)
-        raise UserError(
-            f"wanted one CSV file in {folder / name}, found {found}; keep one data set in a folder"
-        )
-    return inner[0]
-
-
-def _d3_info(folder: Path, stem: str) -> Path:
-    found = sorted(path for place in (folder, folder / "info") for path in place.glob("*.txt"))
-    by_name = [path for path in found if path.stem in ("info", stem)]
-    if len(by_name) == 1 or len(found) == 1:
-        return (by_name or found)[0]
-    names = ", ".join(path.name for path in found) or "none"
-    raise UserError(
-        f"wanted an info file (title, TAB, id) in {folder}, found {names}; "
-        f"name it info.txt or info/{stem}.txt"
-    )
-
-
-def _with_history(split: Split, path: Path, repairs: dict[str, int]) -> Split:
-    """Leave out rows without any history, and count them."""
-    chosen = split.history.lengths > 0
-    if chosen.all():
-        return split
-    repairs["rows_without_history"] = repairs.get("rows_without_history", 0) + int((~chosen).sum())
-    if not chosen.any():
-        raise UserError(f"wanted rows with a history in {path}, found none; check the file")
-    return split.take(np.flatnonzero(chosen))
+def _narrow(place: Int64) -> Int32 | Int64:
+    """The same numbers in half the memory, where they fit."""
+    return place.astype(np.int32) if place.max(initial=0) < 2**31 else place

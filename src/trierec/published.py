@@ -1,0 +1,321 @@
+"""The published splits of MSL and D3, taken as they are: titles, histories and targets of their authors' files."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from trierec.errors import UserError
+from trierec.splits import NAMES, Ragged, Split
+from trierec.tables import ROW, find_file, integers, read_rows, read_text, refuse, shown
+
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+_LIST = r"^\s*\[\s*(?:-?[0-9]+\s*(?:,\s*-?[0-9]+\s*)*,?\s*)?\]\s*$"
+
+
+@dataclass(frozen=True, eq=False)
+class Published:
+    """A data set that its authors split; rows and titles are as in the files.
+
+    Attributes:
+        titles: The items.
+        splits: ``train``, ``valid`` and ``test``.
+        users: Number of users.
+        interactions: Number of interactions behind the rows.
+        repairs: What was left out or put right, and how often.
+        notes: What a reader of the numbers should know.
+        files: The files that were read.
+    """
+
+    titles: Titles
+    splits: dict[str, Split]
+    users: int
+    interactions: int
+    repairs: dict[str, int]
+    notes: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def read_msl(folder: Path) -> Published:
+    """The files of MSL: ``id2name4Rec.json``, ``train.csv``, ``test.csv`` and, where it is, ``valid.csv``.
+
+    The last id of ``item_ids`` is the target, those before it the history. Without ``valid.csv`` the last
+    ninth of the training rows in file order, rounded, is the validation split: train to valid is 8 to 1.
+
+    Raises:
+        UserError: Missing file or column, broken cell, unknown id, no usable row.
+    """
+    titles = json_titles(find_file(folder, "id2name4Rec.json"))
+    files = {name: find_file(folder, f"{name}.csv") for name in ("train", "test")}
+    if any((folder / name).is_file() for name in ("valid.csv", "valid.csv.gz")):
+        files["valid"] = find_file(folder, "valid.csv")
+    repairs: dict[str, int] = dict(titles.repairs)
+    splits = {name: _msl_rows(path, titles, repairs) for name, path in files.items()}
+    users, interactions = _msl_counts([splits[name] for name in NAMES if name in splits])
+    notes = []
+    if "valid" not in files:
+        all_rows = splits["train"].n_rows
+        n_valid = round(all_rows / 9)
+        train, valid = np.split(np.arange(all_rows), [all_rows - n_valid])
+        splits["train"], splits["valid"] = splits["train"].take(train), splits["train"].take(valid)
+        notes.append(
+            f"no valid.csv: the last {n_valid:,} of the {all_rows:,} training rows in file order are the "
+            "validation split; choose settings with them, then train on both"
+        )
+    return Published(
+        titles, splits, users, interactions, repairs, tuple(notes), (titles.path, *files.values())
+    )
+
+
+def _msl_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
+    rows = read_rows(path, ["user_id", "item_ids", "timestamp"], repairs)
+    ids, starts = id_lists(rows, "item_ids", path)
+    length = np.diff(starts)
+    if not length.all():
+        raise UserError(
+            f"{path}, row {rows[ROW][int(length.argmin())]}: wanted a target at the end of item_ids, got []; "
+            "fill it in or drop the row"
+        )
+    items = item_indices(ids, titles.item_id, np.repeat(rows[ROW].to_numpy(), length), path, titles.path)
+    split = Split(
+        user_id=np.array(rows["user_id"].to_list(), dtype=object),
+        history=Ragged.windows(items, starts[:-1], length - 1),
+        target=items[starts[1:] - 1],
+        timestamp=integers(rows, "timestamp", path),
+    )
+    return _with_history(split, path, repairs)
+
+
+def _msl_counts(splits: list[Split]) -> tuple[int, int]:
+    """Users and interactions: a user's first row has a history and a target, each further row a target."""
+    user_id = np.concatenate([split.user_id for split in splits]).astype(str)
+    length = np.concatenate([split.history.lengths for split in splits])
+    users, first = np.unique(user_id, return_index=True)
+    return len(users), int(length[first].sum() + len(user_id))
+
+
+def read_d3(folder: Path) -> Published:
+    """The files of D3: an info file (title, TAB, id) and a CSV for each of train, valid and test.
+
+    Both layouts are read: ``info.txt`` beside ``train.csv``, and the original ``info/NAME.txt`` beside
+    ``train/NAME.csv``. Only ``history_item_id`` and ``item_id`` are needed; ``user_id`` and ``timestamp`` are
+    taken where they are.
+
+    Raises:
+        UserError: Missing file or column, more than one candidate, broken cell, unknown id, no usable row.
+    """
+    files = {name: _d3_file(folder, name) for name in NAMES}
+    titles = tab_titles(_d3_info(folder, files["train"].name.split(".")[0]))
+    repairs: dict[str, int] = dict(titles.repairs)
+    splits = {name: _d3_rows(path, titles, repairs) for name, path in files.items()}
+    notes = []
+    rows = sum(split.n_rows for split in splits.values())
+    known = [user for split in splits.values() for user in split.user_id.tolist()]
+    if None not in known:
+        users = len(set(known))
+    else:
+        users = sum(int((split.history.lengths == 1).sum()) for split in splits.values())
+        notes.append("not every row names its user: users are counted by the rows whose history is one item")
+    for name, split in splits.items():
+        if (split.timestamp < 0).all():
+            notes.append(f"{files[name].name} has no timestamps; its rows keep the order of the file")
+    # Every prefix of a user's sequence is a row, so only the first item of a user is not the target of a row.
+    return Published(
+        titles, splits, users, rows + users, repairs, tuple(notes), (titles.path, *files.values())
+    )
+
+
+def _d3_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
+    rows = read_rows(path, ["history_item_id", "item_id"], repairs, optional=["user_id", "timestamp"])
+    ids, starts = id_lists(rows, "history_item_id", path)
+    number = rows[ROW].to_numpy()
+    history = item_indices(ids, titles.item_id, np.repeat(number, np.diff(starts)), path, titles.path)
+    target = item_indices(integers(rows, "item_id", path), titles.item_id, number, path, titles.path)
+    users = rows["user_id"].to_list() if "user_id" in rows.columns else [None] * len(rows)
+    times = (
+        integers(rows, "timestamp", path)
+        if "timestamp" in rows.columns
+        else np.full(len(rows), -1, dtype=np.int64)
+    )
+    return _with_history(
+        Split(np.array(users, dtype=object), Ragged(history, starts), target, times), path, repairs
+    )
+
+
+def _d3_file(folder: Path, name: str) -> Path:
+    inner = sorted(path for path in (folder / name).glob("*") if path.name.endswith((".csv", ".csv.gz")))
+    if not inner:
+        return find_file(folder, f"{name}.csv")
+    if len(inner) > 1:
+        found = ", ".join(path.name for path in inner)
+        raise UserError(
+            f"wanted one CSV file in {folder / name}, found {found}; keep one data set in a folder"
+        )
+    return inner[0]
+
+
+def _d3_info(folder: Path, stem: str) -> Path:
+    found = sorted(path for place in (folder, folder / "info") for path in place.glob("*.txt"))
+    by_name = [path for path in found if path.stem in ("info", stem)]
+    if len(by_name) == 1 or len(found) == 1:
+        return (by_name or found)[0]
+    names = ", ".join(path.name for path in found) or "none"
+    raise UserError(
+        f"wanted an info file (title, TAB, id) in {folder}, found {names}; "
+        f"name it info.txt or info/{stem}.txt"
+    )
+
+
+def _with_history(split: Split, path: Path, repairs: dict[str, int]) -> Split:
+    """Leave out rows without any history, and count them."""
+    chosen = split.history.lengths > 0
+    if chosen.all():
+        return split
+    repairs["rows_without_history"] = repairs.get("rows_without_history", 0) + int((~chosen).sum())
+    if not chosen.any():
+        raise UserError(f"wanted rows with a history in {path}, found none; check the file")
+    return split.take(np.flatnonzero(chosen))
+
+
+# --- cells -------------------------------------------------------------------------------------------------
+
+
+def id_lists(rows: pl.DataFrame, column: str, path: Path) -> tuple[Int64, Int64]:
+    """A column of lists such as ``[3, 14]``: all ids in one array (E,), and where each row starts, (R+1,)."""
+    refuse(rows, ~rows[column].str.contains(_LIST), column, path, "a list of ids such as [3, 14]")
+    lists = rows[column].str.extract_all(r"-?[0-9]+")
+    starts = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
+    values = lists.explode().drop_nulls().cast(pl.Int64, strict=False)
+    if values.null_count():
+        row = np.searchsorted(starts, values.is_null().arg_true()[0], side="right") - 1
+        raise UserError(
+            f"{path}, row {rows[ROW][int(row)]}: wanted ids of at most 18 digits in column {column}, "
+            "got a longer one; repair the list"
+        )
+    return values.to_numpy(), starts
+
+
+def item_indices(ids: Int64, known: Int64, row: Int64, path: Path, titles: Path) -> Int32:
+    """Indices of raw ids.
+
+    Args:
+        ids: Raw ids, (E,).
+        known: Raw id of each item, ascending, (I,).
+        row: Number of the row that each id stands in, (E,); for the message.
+        path: File of the ids; for the message.
+        titles: File that names the items; for the message.
+
+    Raises:
+        UserError: If an id is not among the known ones.
+    """
+    index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    unknown = np.flatnonzero(known[index] != ids)
+    if len(unknown):
+        first = unknown[0]
+        raise UserError(
+            f"{path}, row {row[first]}: wanted item ids that {titles.name} names, got {ids[first]} "
+            f"({len(unknown)} such ids in the file); add its title or drop the row"
+        )
+    return index.astype(np.int32)
+
+
+# --- titles ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Titles:
+    """The items that a published data set names, in the order of their ids.
+
+    Attributes:
+        path: The file.
+        item_id: Raw ids, int64 (I,), ascending.
+        title: Their titles, as they stand in the file.
+        repairs: ``empty_titles`` (kept as they are) and ``missing_titles`` (null or NaN, made empty).
+    """
+
+    path: Path
+    item_id: Int64
+    title: tuple[str, ...]
+    repairs: dict[str, int]
+
+
+def json_titles(path: Path) -> Titles:
+    """Titles of an ``id2name4Rec.json`` of MSL: an object from id to title.
+
+    Raises:
+        UserError: Not UTF-8 JSON, not an object, an id that is no integer or occurs twice, a title that is no
+            text.
+    """
+    try:
+        pairs = json.loads(read_text(path), object_pairs_hook=list)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"wanted JSON in {path}, got {error}; download it again") from None
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise UserError(
+            f'wanted an object such as {{"1": "a title"}} in {path}, got something else; check the file'
+        )
+    return _titles(path, [(key, value, f"id {key!r}") for key, value in pairs])
+
+
+def tab_titles(path: Path) -> Titles:
+    """Titles of a D3 info file: a title, a TAB and its id on each line.
+
+    A title may contain TABs itself; the id is behind the last one.
+
+    Raises:
+        UserError: Not UTF-8, a line without TAB, an id that is no integer or occurs twice.
+    """
+    lines = read_text(path).split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        title, tab, key = line.rpartition("\t")
+        if tab:
+            rows.append((key.strip(), title, f"line {number}"))
+        elif line.strip():
+            raise UserError(
+                f"{path}, line {number}: wanted a title, a TAB and an id, got {shown(line)}; repair the line"
+            )
+    return _titles(path, rows)
+
+
+def _titles(path: Path, rows: list[tuple[str, Any, str]]) -> Titles:
+    """Check ids and titles; ``rows`` are (id, title, where it stands)."""
+    if not rows:
+        raise UserError(f"wanted titles in {path}, found none; download it again")
+    title_of: dict[int, str] = {}
+    repairs: dict[str, int] = {}
+    for key, title, where in rows:
+        if not re.fullmatch(r"[0-9]{1,18}", key):
+            raise UserError(
+                f"{path}, {where}: wanted an id that is a whole number, got {shown(key)}; repair it"
+            )
+        if int(key) in title_of:
+            raise UserError(
+                f"{path}, {where}: wanted each id once, got {int(key)} again; drop one of the two"
+            )
+        if title is None or (isinstance(title, float) and math.isnan(title)):
+            repairs["missing_titles"] = repairs.get("missing_titles", 0) + 1
+            title = ""
+        elif not isinstance(title, str) or not _is_text(title):
+            raise UserError(
+                f"{path}, {where}: wanted a title that is text, got {shown(title)}; put it in quotes"
+            )
+        elif not title:
+            repairs["empty_titles"] = repairs.get("empty_titles", 0) + 1
+        title_of[int(key)] = title
+    known = sorted(title_of)
+    return Titles(path, np.array(known, dtype=np.int64), tuple(title_of[key] for key in known), repairs)
+
+
+def _is_text(title: str) -> bool:
+    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in title)

@@ -1,0 +1,223 @@
+"""A source and settings to titles and rows: which reader, which split, which words for prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trierec.catalog import clean_titles
+from trierec.errors import UserError
+from trierec.fetch import CITATION, RELEASES
+from trierec.files import sha256_file
+from trierec.interactions import Interactions
+from trierec.published import Published, read_d3, read_msl
+from trierec.readers import Raw, csv_folder, movielens, movielens_folder, recbole
+from trierec.splits import NAMES, WAYS, Places, Ragged, Split, places
+
+SOURCES = "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR"
+_PUBLISHED: dict[str, Callable[[Path], Published]] = {"msl": read_msl, "d3": read_d3}
+_RAW: dict[str, Callable[[Path], Raw]] = {
+    "movielens": movielens_folder,
+    "recbole": recbole,
+    "csv": csv_folder,
+}
+_LATER = ("amazon", "steam")
+
+# What the items are and what users did with them, by a word in the name of the folder or of a file: the words
+# of the papers ("musics" is D3's).
+_MSL_WORDS = {
+    "toy": ("toys", "played"),
+    "book": ("books", "read"),
+    "cloth": ("clothing", "worn"),
+    "office": ("office products", "used"),
+}
+_D3_WORDS = {
+    "toy": ("toys and games", "enjoyed"),
+    "steam": ("games", "enjoyed"),
+    "game": ("video games", "enjoyed"),
+    "book": ("books", "enjoyed"),
+    "cd": ("musics", "enjoyed"),
+    "music": ("musics", "enjoyed"),
+}
+_FILMS = ("movies", "watched")
+_OTHER_WORDS = {"ml-": _FILMS, "movie": _FILMS, "film": _FILMS, **_MSL_WORDS, "game": ("games", "played")}
+_UNKNOWN_WORDS = ("items", "bought")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a source becomes before it is written.
+
+    Attributes:
+        item_id: Raw id of each item.
+        title: Title of each item, cleaned.
+        splits: ``train``, ``valid`` and ``test``.
+        interactions: What the rows were made from; None for a published split.
+        users: Number of users.
+        n_interactions: Number of interactions behind the rows.
+        noun: What the items are, for prompts.
+        verb: What users did with them, for prompts.
+        repairs: What was left out or put right, and how often.
+        notes: What a reader of the numbers should know.
+        citation: Whom to cite, if the source says.
+        raw_sha256: Hash of each file that was read.
+    """
+
+    item_id: tuple[str, ...]
+    title: tuple[str, ...]
+    splits: Mapping[str, Split | Places]
+    interactions: Interactions | None
+    users: int
+    n_interactions: int
+    noun: str
+    verb: str
+    repairs: dict[str, int]
+    notes: tuple[str, ...]
+    citation: str | None
+    raw_sha256: dict[str, str]
+
+
+def settings_of(source: str, *, max_history: int, clean: str, k_core: int, split: str) -> dict[str, Any]:
+    """The settings as ``dataset.json`` holds them, checked before anything is read.
+
+    Args:
+        source: A source string.
+        max_history: Histories are cut to the last so many items; at least 1.
+        clean: One of :data:`trierec.catalog.CLEAN`.
+        k_core: 0 or 1 for none.
+        split: One of :data:`trierec.splits.WAYS`; a published split stays as it is.
+
+    Raises:
+        UserError: Unknown source, a setting out of range, or one that a published split cannot follow.
+    """
+    if max_history < 1:
+        raise UserError(f"wanted max_history of at least 1, got {max_history}; choose for example 20")
+    if k_core < 0:
+        raise UserError(f"wanted k_core of at least 0, got {k_core}; choose for example 5, or 0 for none")
+    if split not in WAYS:
+        raise UserError(f"wanted split to be one of {', '.join(WAYS)}, got {split!r}; choose one of them")
+    clean_titles((), clean)
+    kind, _ = _parsed(source)
+    if kind in _PUBLISHED:
+        if split != WAYS[0] or k_core:
+            raise UserError(
+                f"wanted no split and no k_core for {kind}:, which its authors have split, got split {split} and "
+                f"k_core {k_core}; leave them out"
+            )
+        split = "published"
+    return {"split": split, "max_history": max_history, "clean": clean, "k_core": k_core if k_core > 1 else 0}
+
+
+def read_source(source: str, settings: Mapping[str, Any]) -> Prepared:
+    """Read a source and make titles and rows of it.
+
+    Args:
+        source: A source string.
+        settings: What :func:`settings_of` gave.
+
+    Raises:
+        UserError: Broken files, an empty k-core, an item without a title.
+    """
+    kind, place = _parsed(source)
+    if kind in _PUBLISHED:
+        return _published(kind, Path(place), settings)
+    return _raw(kind, Path(place), settings)
+
+
+def _parsed(source: str) -> tuple[str, str]:
+    """Kind and folder of a source; a Windows path has a second colon, so only the first one counts."""
+    if source in RELEASES:
+        return source, ""
+    kind, colon, place = source.partition(":")
+    if colon and kind in _LATER:
+        raise UserError(f"wanted one of {SOURCES}, got {source!r}; {kind}: is not yet supported")
+    if not colon or kind not in {**_PUBLISHED, **_RAW}:
+        raise UserError(f"wanted one of {SOURCES} as the source, got {source!r}; choose one of them")
+    if not place:
+        raise UserError(f"wanted a folder after {kind}:, got nothing; write for example {kind}:data/games")
+    return kind, place
+
+
+def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
+    raw = movielens(kind) if kind in RELEASES else _RAW[kind](folder)
+    interactions = Interactions.from_events(raw.events, raw.title, settings["k_core"])
+    repairs = raw.repairs | interactions.repairs
+    title = _cleaned(interactions.title, settings["clean"], repairs)
+    emptied = [item for item, text in zip(interactions.item_id, title, strict=True) if not text]
+    if emptied:
+        raise UserError(
+            f"wanted a title for each item, clean = {settings['clean']!r} leaves nothing of {len(emptied)}, "
+            f"first {emptied[0]!r}; repair them"
+        )
+    needed, missed = (
+        (3, "users_without_test_row") if settings["split"] == WAYS[0] else (2, "users_without_row")
+    )
+    short = int((np.bincount(interactions.user) < needed).sum())
+    films = kind in RELEASES or kind == "movielens"
+    noun, verb = _FILMS if films else _words(_OTHER_WORDS, folder, raw.files)
+    parts = places(interactions, settings["split"], settings["max_history"])
+    return Prepared(
+        item_id=interactions.item_id,
+        title=title,
+        splits=dict(zip(NAMES, parts, strict=True)),
+        interactions=interactions,
+        users=len(interactions.user_id),
+        n_interactions=len(interactions.item),
+        noun=noun,
+        verb=verb,
+        repairs=repairs | ({missed: short} if short else {}),
+        notes=("every rating is an interaction, whatever its value",) * films + interactions.notes,
+        citation=CITATION if films else None,
+        raw_sha256=dict(RELEASES[kind].sha256) if kind in RELEASES else _hashes(folder, raw.files),
+    )
+
+
+def _published(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
+    published = _PUBLISHED[kind](folder)
+    noun, verb = _words(_MSL_WORDS if kind == "msl" else _D3_WORDS, folder, published.files)
+    repairs = dict(published.repairs)
+    return Prepared(
+        item_id=tuple(str(item) for item in published.titles.item_id),
+        title=_cleaned(published.titles.title, settings["clean"], repairs),
+        splits={name: _cut(published.splits[name], settings["max_history"]) for name in NAMES},
+        interactions=None,
+        users=published.users,
+        n_interactions=published.interactions,
+        noun=noun,
+        verb=verb,
+        repairs=repairs,
+        notes=published.notes,
+        citation=None,
+        raw_sha256=_hashes(folder, published.files),
+    )
+
+
+def _cleaned(titles: tuple[str, ...], clean: str, repairs: dict[str, int]) -> tuple[str, ...]:
+    """Cleaned titles; counts how many changed, and how many fewer different ones there are."""
+    cleaned = clean_titles(titles, clean)
+    changed = sum(new != old for new, old in zip(cleaned, titles, strict=True))
+    merged = len(set(titles)) - len(set(cleaned))
+    repairs.update({k: n for k, n in (("titles_cleaned", changed), ("titles_merged", merged)) if n})
+    return cleaned
+
+
+def _cut(split: Split, max_history: int) -> Split:
+    history: Ragged = split.history.last(max_history)
+    return Split(split.user_id, history, split.target, split.timestamp, split.seen)
+
+
+def _words(words: Mapping[str, tuple[str, str]], folder: Path, files: tuple[Path, ...]) -> tuple[str, str]:
+    """Noun and verb for prompts, by the name of the folder or else of its files."""
+    for name in (folder.resolve().name.lower(), *(file.name.lower() for file in files)):
+        for word, found in words.items():
+            if word in name:
+                return found
+    return _UNKNOWN_WORDS
+
+
+def _hashes(folder: Path, files: tuple[Path, ...]) -> dict[str, str]:
+    return {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
