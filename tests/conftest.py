@@ -1,11 +1,18 @@
-"""A six-item catalogue drawn as a tree, a tiny random language model, and where real data is."""
+"""A six-item catalogue drawn as a tree, where real data is, and a record of the errors that tests provoke."""
 
 from __future__ import annotations
 
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+from trierec.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -36,3 +43,61 @@ def shared(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data set {name} is not beside the project (wanted {folder})")
     return folder
+
+
+@dataclass
+class Run:
+    """What this run of the tests has seen.
+
+    Attributes:
+        raised: For each (module, line) that made a UserError, what it said.
+        files: Test files with a test that runs, or that was left out as slow.
+        is_part: Tests were left out that are not slow.
+    """
+
+    raised: dict[tuple[str, int], set[str]] = field(default_factory=lambda: defaultdict(set))
+    files: set[Path] = field(default_factory=set)
+    is_part: bool = False
+
+    def is_whole(self, session: pytest.Session) -> bool:
+        """Whether every test of every file, slow ones apart, has run in this process and none failed."""
+        config = session.config
+        chosen = self.is_part or any("::" in argument for argument in config.args)
+        return (
+            not chosen
+            and not hasattr(config, "workerinput")  # pytest-xdist: this process runs a share of the tests
+            and not session.testsfailed
+            and self.files == set(Path(__file__).parent.glob("test_*.py"))
+        )
+
+
+RUN = pytest.StashKey[Run]()
+LAST = "test_every_error_is_provoked_by_a_test"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Record every UserError of the session with the line that made it."""
+    run = config.stash[RUN] = Run()
+
+    def record(error: UserError, *args: Any) -> None:
+        maker = sys._getframe(1)
+        run.raised[maker.f_globals.get("__name__", ""), maker.f_lineno].add(str(args[0]) if args else "")
+        ValueError.__init__(error, *args)
+
+    plain = UserError.__init__
+    UserError.__init__ = record  # type: ignore[method-assign]
+    config.add_cleanup(lambda: setattr(UserError, "__init__", plain))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the test that reads the record at the end."""
+    items.sort(key=lambda item: item.name == LAST)
+    config.stash[RUN].files |= {item.path for item in items}
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Slow tests may be left out of a whole run, others not."""
+    for item in items:
+        run = item.config.stash[RUN]
+        run.files.add(item.path)
+        run.is_part |= item.get_closest_marker("slow") is None

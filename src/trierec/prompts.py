@@ -3,7 +3,8 @@
 A template decides three texts: what stands before the history, how titles stand in the history, and the
 string whose tokens are a title. Prompt and title are tokenised apart and their ids are concatenated, so no
 seam is ever searched for. Titles are untrusted text: they are tokenised with ``split_special_tokens=True``,
-so that a title which contains the terminator's spelling is just a title.
+and what a tokenizer takes for a special token all the same (unigram models do) is spelt out in characters, so
+that a title which contains the terminator's spelling is just a title.
 
 Templates (facts of the papers' prompts in ``docs/papers.md``; the sentences of ``msl`` are ours)::
 
@@ -66,6 +67,7 @@ class Prompts:
         hash: Hex SHA-256 of everything above and of the tokenizer.
         settings: The keyword arguments of :func:`build_prompts` that make this object again.
         dropped: Titles that were dropped because of ``max_tokens`` so far.
+        special: Ids that text never becomes: the special tokens without the one for unknown text.
     """
 
     tokenizer: Any = field(repr=False)
@@ -81,6 +83,7 @@ class Prompts:
     hash: str
     settings: dict[str, Any] = field(repr=False)
     dropped: Dropped = field(default_factory=Dropped, repr=False)
+    special: frozenset[int] = field(default=frozenset(), repr=False)
 
     @property
     def n_dropped(self) -> int:
@@ -112,7 +115,7 @@ class Prompts:
         if self.template == "plain":
             return [*self.bos, *itertools.chain.from_iterable(self.title_tokens[i].tolist() for i in items)]
         titles = ", ".join(_IN_HISTORY[self.template].format(self.title[i]) for i in items)
-        text = _plain_ids(self.tokenizer, self.lead + titles + _AFTER[self.template])
+        [text] = _plain_ids(self.tokenizer, [self.lead + titles + _AFTER[self.template]], self.special)
         return [*self.bos, *self.before, *text, *self.after]
 
 
@@ -153,7 +156,8 @@ def build_prompts(
         raise UserError(
             "chat = true needs an instruction template (msl or d3) and a tokenizer with a chat template"
         )
-    title_tokens = _title_tokens(tokenizer, catalog.title, template)
+    special = _special(tokenizer)
+    title_tokens = _title_tokens(tokenizer, catalog.title, template, special)
     lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
     before, after = _chat_sides(tokenizer) if chat else ((), ())
     bos = _bos(tokenizer, template, chat)
@@ -191,6 +195,7 @@ def build_prompts(
         max_tokens=max_tokens,
         hash=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         settings=settings | {"chat": chat},
+        special=special,
     )
 
 
@@ -202,16 +207,32 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps([backend, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()
 
 
-def _plain_ids(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids
+def _special(tokenizer: Any) -> frozenset[int]:
+    """Ids of the special tokens, without the one that stands for unknown text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).items()
+    return frozenset(i for i, token in added if token.special and i != tokenizer.unk_token_id)
 
 
-def _title_tokens(tokenizer: Any, titles: Sequence[str], template: str) -> Ragged:
-    strings = [_TITLE[template].format(title) for title in titles]
-    rows: list[list[int]] = tokenizer(strings, add_special_tokens=False, split_special_tokens=True)[
-        "input_ids"
+def _plain_ids(tokenizer: Any, texts: list[str], special: frozenset[int]) -> list[list[int]]:
+    """Ids of untrusted texts: the spelling of a special token is characters like any other."""
+    rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # Where special tokens are pieces of the model itself (unigram), it finds them in text, split or not.
+    return [
+        ids if special.isdisjoint(ids) else [part for i in ids for part in _spelt(tokenizer, i, special)]
+        for ids in rows
     ]
+
+
+def _spelt(tokenizer: Any, token: int, special: frozenset[int]) -> list[int]:
+    """A special token as the ids of its characters, another token as it is."""
+    if token not in special:
+        return [token]
+    characters: list[int] = tokenizer.convert_tokens_to_ids(list(tokenizer.convert_ids_to_tokens(token)))
+    return characters
+
+
+def _title_tokens(tokenizer: Any, titles: Sequence[str], template: str, special: frozenset[int]) -> Ragged:
+    rows = _plain_ids(tokenizer, [_TITLE[template].format(title) for title in titles], special)
     end = int(tokenizer.eos_token_id)
     for title, ids in zip(titles, rows, strict=True):
         if end in ids:
