@@ -74,7 +74,16 @@ def test_a_run_folder_has_what_it_promises(runs: tuple[Path, Path]) -> None:
 def test_beams_and_filters_in_an_evaluation(runs: tuple[Path, Path], tmp_path: Path) -> None:
     settings = open_run(runs[0])[0].evaluation
     exact = evaluate_run(runs[0])
-    beam = evaluate_run(runs[0], settings.model_copy(update={"search": "beam", "beams": 12}))
+    beam = evaluate_run(
+        runs[0], settings.model_copy(update={"search": "beam", "beams": 12, "against_exact": True})
+    )
+    against = beam.metrics["against_exact"]
+    assert against["users_with_all"] >= beam.certified.sum()
+    assert against["missed_share"] == pytest.approx(
+        np.mean([np.isin(e, b, invert=True).mean() for e, b in zip(exact.items, beam.items, strict=True)]),
+        abs=1e-6,
+    )
+    assert against["metrics"]["HR@10"] == pytest.approx(exact.metrics["HR@10"])
     assert (beam.metrics["search"], beam.metrics["beams"]) == ("beam", 12)
     certified = beam.certified
     assert certified.any()

@@ -25,15 +25,16 @@ class _Section(BaseModel):
 class DataSettings(_Section):
     """What is learned from."""
 
-    source: str = Field(
-        description="ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR"
-    )
+    source: str = Field(description="ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR")
     folder: Path | None = Field(None, description="prepared folder; default data/NAME, made when absent")
     max_history: int = Field(20, ge=1, description="titles of a history that a prompt may hold (papers: 10)")
     split: Literal["leave-one-out", "time-windows", "time-growing"] = Field(
-        "leave-one-out", description="time-windows: BIGRec and MSL; time-growing: D3 and IGD; msl: and d3: have theirs"
+        "leave-one-out",
+        description="time-windows: BIGRec and MSL; time-growing: D3 and IGD; msl: and d3: have theirs",
     )
-    k_core: int = Field(0, ge=0, description="users and items with fewer interactions are left out (papers: 5)")
+    k_core: int = Field(
+        0, ge=0, description="users and items with fewer interactions are left out (papers: 5)"
+    )
     clean: Literal["none", "html+space"] = "none"
 
 
@@ -193,6 +194,7 @@ class EvaluationSettings(_Section):
     allow: Path | None = Field(
         None, description="text file of raw item ids, one a line: only these are returned"
     )
+    against_exact: bool = Field(False, description="also say how often the search gave the exact best k")
     users: int | None = Field(None, ge=1, description="only the first so many rows")
     batch_users: int = Field(16, ge=1)
     merge_adapter: bool | None = Field(

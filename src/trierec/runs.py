@@ -7,6 +7,7 @@ recommender; ``predictions.parquet`` and ``metrics.json`` how good it is. Each f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import platform
@@ -28,7 +29,7 @@ from trierec.checkpoints import clear
 from trierec.dataset import Dataset, load_dataset, prepare
 from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
 from trierec.errors import UserError
-from trierec.evaluate import Evaluation, evaluate
+from trierec.evaluate import SHOWN, Evaluation, evaluate
 from trierec.examples import Examples, Windows, along_titles, make_windows, target_counts
 from trierec.files import read_json, write_json, write_text
 from trierec.generative import CARD, SETTINGS, GenerativeRecommender
@@ -208,13 +209,12 @@ def evaluate_run(
     recommender = load_run(run, recipe.model_copy(update={"evaluation": settings}))
     recommender = recommender.with_settings(**_search_settings(settings))
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
-    evaluation = evaluate(
-        recommender,
-        split,
+    judge = functools.partial(
+        evaluate,
+        split=split,
         name=name or recipe.title or recipe.name,
         split_name=settings.split,
         k=settings.k,
-        depth=_depth(settings),
         exclude=settings.exclude,
         allow=None if settings.allow is None else allowed_items(settings.allow, recommender.catalog),
         facts=settings.model_dump(include={*SETTINGS, "allow"} - {"batch_users"}, mode="json")
@@ -223,6 +223,10 @@ def evaluate_run(
         train_targets=recommender.counts,
         seed=recipe.seed,
     )
+    evaluation = judge(recommender, depth=_depth(settings))
+    if settings.against_exact:
+        exact = judge(recommender.with_settings(search="exact"), depth=settings.k)
+        evaluation.metrics["against_exact"] = _against(evaluation, exact)
     dropped = recommender.prompts.dropped
     evaluation.metrics["titles_dropped_from_prompts"] = dropped.titles
     if dropped.titles:
@@ -353,6 +357,17 @@ def _search_settings(settings: EvaluationSettings) -> dict[str, Any]:
 def _depth(settings: EvaluationSettings) -> int | None:
     """How many titles an evaluation asks for: all of them where all are scored anyway."""
     return {"catalogue": None, "exact": settings.k, "beam": settings.beams}[settings.search]
+
+
+def _against(evaluation: Evaluation, exact: Evaluation) -> dict[str, Any]:
+    """How often a search gave the exact best k, and which share of them it missed."""
+    missed = (exact.items[:, :, None] != evaluation.items[:, None, :]).all(2) & (exact.items >= 0)
+    return {
+        "users_with_all": int((~missed.any(1)).sum()),
+        "missed_share": round(float(missed.sum() / max(int((exact.items >= 0).sum()), 1)), 6),
+        "metrics": {name: exact.metrics[name] for name in SHOWN},
+        "counters": exact.metrics["counters"],
+    }
 
 
 def _validator(

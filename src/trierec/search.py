@@ -13,7 +13,7 @@ Dimension key: B users, N trie nodes, G groups (leaves), I items, K returned ite
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -38,6 +38,9 @@ from trierec.ranking import (
 from trierec.treecache import Counters, TokenLists
 from trierec.trie import Trie
 
+WIDTH = (
+    2  # times k: prefixes of a user in one round; no expansion was wasted up to 3, a round less costs more
+)
 MAX_EXPANSIONS = 2000  # prefixes of a user, in vocabulary support
 
 Scope = Literal["node", "step"]
@@ -591,14 +594,14 @@ class BestFirst:
             self.first.start(user)
 
     def request(self) -> tuple[Ints, Ints]:
-        """The open prefixes whose bounds are among the best k of open prefixes and finished titles; at least one."""
+        """The open prefixes whose bounds are among the best 2 k of open prefixes and finished titles; at least one."""
         bound = _bounds(self.open.total, self.open.node, self.trie, self.penalty)
         everything = np.concatenate([bound, self.done.total])
         user = np.concatenate([self.open.user, self.done.user])
         order, rank = _best_of_each(user, everything, np.arange(len(user)))
         is_open = order < len(bound)
         # Ranks among the open alone say which is a user's best; it is asked for whatever lies above it.
-        chosen = is_open & ((rank < self.k) | (_place_among(user[order], is_open) == 0))
+        chosen = is_open & ((rank < WIDTH * self.k) | (_place_among(user[order], is_open) == 0))
         asked = np.zeros(len(bound), dtype=bool)
         asked[order[chosen]] = True
         place = np.argsort(self.open.user[asked], kind="stable")
@@ -634,6 +637,8 @@ class BestFirst:
     def _take_in(self, found: _Hypotheses) -> None:
         """Sort new prefixes into finished titles and open ones; those whose edges are known go on at once."""
         while len(found.node):
+            if self.growth.engine.support == "trie":  # forced tokens cost nothing and score nothing
+                found = replace(found, node=self.trie.next_decision[found.node].astype(np.int64))
             leaf = self.trie.is_leaf[found.node]
             together = self.done.then(_divided(found.take(leaf), self.trie, self.penalty))
             # Ties at the last place stay in: which of them is returned is decided by item index, at the end.

@@ -158,6 +158,17 @@ class Trie:
         return np.repeat(np.arange(len(self.level_ptr) - 1, dtype=np.int32), np.diff(self.level_ptr))
 
     @cached_property
+    def next_decision(self) -> NDArray[np.int32]:
+        """The first decision or leaf that forced tokens lead to from each node, the node itself included; int32 (N,)."""
+        next_N = np.arange(self.n_nodes, dtype=np.int32)
+        single = self.n_children == 1
+        for d in reversed(range(len(self.level_ptr) - 2)):
+            level = np.arange(self.level_ptr[d], self.level_ptr[d + 1])
+            forced = level[single[level]]
+            next_N[forced] = next_N[self.child_ptr[forced]]
+        return next_N
+
+    @cached_property
     def forced_depth(self) -> NDArray[np.int32]:
         """Number of forced tokens from the last decision to each node: 0 right behind a decision; int32 (N,)."""
         run_N = np.zeros(self.n_nodes, dtype=np.int32)

@@ -1,0 +1,104 @@
+"""Does exact search give the full ranking's best titles, for how much work, and how often do beams miss one?
+
+    python benchmarks/exact.py RUN [--users N] [--k K]
+
+RUN is a trained run. For every test user `exact_search` is compared with `rank_catalogue` score for score (1e-4) in the
+run's support; then come beams of 10 and 20: how many users they serve with all true best K, and which share of the
+titles they miss. `expansion_share` is the mean number of expanded prefixes over the nodes with a decision. The last
+line of stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trierec.dataset import load_dataset
+from trierec.generative import GenerativeRecommender
+from trierec.progress import progress
+from trierec.ranking import add_counters
+from trierec.runs import open_run
+from trierec.search import beam_search, exact_search, rank_catalogue
+
+BLOCK = 64
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--users", type=int, default=1 << 30)
+    parser.add_argument("--k", type=int, default=10)
+    options = parser.parse_args()
+    _, facts = open_run(options.run)
+    recommender = GenerativeRecommender.from_pretrained(options.run)
+    test, k = load_dataset(Path(facts["data"]["folder"])).test, options.k
+    engine, n_users = recommender.engine, min(options.users, test.n_rows)
+    searches: dict[str, Any] = {
+        "catalogue": lambda texts: rank_catalogue(engine, texts, k),
+        "exact": lambda texts: exact_search(engine, texts, k),
+        "beam_10": lambda texts: beam_search(engine, texts, k, max(10, k)),
+        "beam_20": lambda texts: beam_search(engine, texts, k, max(20, k)),
+    }
+    counters: dict[str, dict[str, int]] = {name: {} for name in searches}
+    seconds = dict.fromkeys(searches, 0.0)
+    sums: dict[str, list[float]] = {"all": [], "missed": [], "certified": []}
+    tallies = {name: {key: list(value) for key, value in sums.items()} for name in ("beam_10", "beam_20")}
+    gap, unequal, uncertified = 0.0, 0, 0
+    with progress("exact search", n_users, "users") as advance:
+        for start in range(0, n_users, BLOCK):
+            rows = range(start, min(start + BLOCK, n_users))
+            texts = [recommender.prompts.encode(test.history[r]) for r in rows]
+            found = {}
+            for name, search in searches.items():
+                begun = time.perf_counter()
+                found[name] = search(texts)
+                seconds[name] += time.perf_counter() - begun
+                add_counters(counters[name], found[name].counters)
+            difference = np.abs(found["exact"].scores - found["catalogue"].scores).max(1)
+            gap, unequal = max(gap, float(difference.max())), unequal + int((difference > 1e-4).sum())
+            uncertified += int((~found["exact"].certified).sum())
+            true = found["catalogue"].items
+            for name, tally in tallies.items():
+                missed = (true[:, :, None] != found[name].items[:, None, :]).all(2)
+                tally["all"] += (~missed.any(1)).tolist()
+                tally["missed"] += missed.mean(1).tolist()
+                tally["certified"] += found[name].certified.tolist()
+            advance(len(rows))
+    n_branching = int(recommender.trie.branching.sum())
+    expansions = counters["exact"]["expansions"] / n_users
+    result = {
+        "run": options.run.name,
+        "source": facts["data"]["source"],
+        "support": recommender.support,
+        "users": n_users,
+        "equal": unequal == 0,
+        "largest_gap": gap,
+        "uncertified": uncertified,
+        "branching": n_branching,
+        "expansions": round(expansions, 2),
+        "expansion_share": round(expansions / n_branching, 4),
+        "token_forwards": {name: round(c["token_forwards"] / n_users, 1) for name, c in counters.items()},
+        "tree_tokens": {name: round(c["tree_tokens"] / n_users, 1) for name, c in counters.items()},
+        "seconds_per_user": {name: round(s / n_users, 5) for name, s in seconds.items()},
+        **{
+            name: {
+                "users_with_all": round(float(np.mean(tally["all"])), 4),
+                "missed_share": round(float(np.mean(tally["missed"])), 4),
+                "certified": round(float(np.mean(tally["certified"])), 4),
+            }
+            for name, tally in tallies.items()
+        },
+    }
+    print(f"equal: {result['equal']}, largest gap {gap:.2g}", file=sys.stderr)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
