@@ -159,7 +159,7 @@ class Trie:
 
     @cached_property
     def next_decision(self) -> NDArray[np.int32]:
-        """The first decision or leaf that forced tokens lead to from each node, the node itself included; int32 (N,)."""
+        """The first decision or leaf that forced tokens lead to from each node, itself included; int32 (N,)."""
         next_N = np.arange(self.n_nodes, dtype=np.int32)
         single = self.n_children == 1
         for d in reversed(range(len(self.level_ptr) - 2)):
