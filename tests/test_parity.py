@@ -1,8 +1,9 @@
 """Beam search against `transformers.generate` on real catalogues.
 
 Fast tier: a two-layer model with random weights, 24 users, every combination of support, length penalty and beams in
-turn. Slow tier: the 135M model, a user for each combination (`generate` takes up to two minutes for one). Where the margin between a kept and a dropped score is below the tolerance, rounding may
-decide; such users are counted, and there may be few.
+turn. Slow tier: the 135M model, a user for each combination (`generate` takes up to two minutes for one). Where
+the margin between a kept and a dropped score is below the tolerance, rounding may decide; such users are counted,
+and there may be few.
 """
 
 from __future__ import annotations
