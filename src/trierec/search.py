@@ -170,7 +170,7 @@ def beam_search(
     counters = Counters()
     search = Beams(engine.trie, rule, filters, beams, length_penalty)
     _drive(Growth(engine, prompts, counters), search)
-    items, scores = _returned(engine.trie, search.done, k, filters, counts)
+    items, scores = _returned(engine.trie, search.results, k, filters, counts)
     certified = search.discards.certify(scores[:, k - 1])
     if alpha and scope == "step":
         certified[:] = False  # a title's score depends on the beams beside it
@@ -241,7 +241,7 @@ def exact_search(
         first = Beams(trie, rule, filters, k, length_penalty)
     search = BestFirst(growth, rule, filters, k, length_penalty, max_expansions, first)
     _drive(growth, search)
-    items, scores = _returned(trie, search.done, k, filters, counts)
+    items, scores = _returned(trie, search.results, k, filters, counts)
     return Ranking(items, scores, search.proven, counters.as_dict())
 
 
@@ -413,10 +413,15 @@ class _Hypotheses:
         """Those of a mask or an index."""
         return _Hypotheses(self.user[chosen], self.node[chosen], self.total[chosen])
 
+    @classmethod
+    def joined(cls, parts: Sequence[_Hypotheses]) -> _Hypotheses:
+        """Several, one after the other."""
+        user, node = (np.concatenate([getattr(p, name) for p in parts]) for name in ("user", "node"))
+        return cls(user, node, np.concatenate([p.total for p in parts]))
+
     def then(self, other: _Hypotheses) -> _Hypotheses:
         """These and those."""
-        pairs = ((self.user, other.user), (self.node, other.node), (self.total, other.total))
-        return _Hypotheses(*(np.concatenate(pair) for pair in pairs))  # type: ignore[arg-type]
+        return self.joined([self, other])
 
     def continued(self, edges: Edges, rule: Rule, filters: Sequence[TitleFilter | None]) -> _Hypotheses:
         """All continuations that lead to a permitted title."""
@@ -495,21 +500,18 @@ class Beams:
 
     Attributes:
         live: Prefixes that go on, by user.
-        done: Finished titles with their final scores.
+        done: Finished titles of users who go on, with their final scores.
+        results: Those of users who are done.
         discards: What was dropped.
     """
 
     def __init__(
         self, trie: Trie, rule: Rule, filters: Sequence[TitleFilter | None], beams: int, length_penalty: float
     ) -> None:
-        self.trie, self.rule, self.filters, self.beams, self.penalty = (
-            trie,
-            rule,
-            filters,
-            beams,
-            length_penalty,
-        )
+        self.trie, self.rule, self.filters = trie, rule, filters
+        self.beams, self.penalty = beams, length_penalty
         self.live, self.done = _Hypotheses.none(), _Hypotheses.none()
+        self.results: list[_Hypotheses] = []
         self.discards = Discards(trie, length_penalty, filters)
 
     def start(self, user: Ints) -> None:
@@ -535,7 +537,11 @@ class Beams:
         stopped = self._stopped()[self.live.user]
         self.discards.add(self.live.take(stopped))
         self.live = self.live.take(~stopped)
-        return np.setdiff1d(before, self.live.user)
+        through = np.setdiff1d(before, self.live.user)
+        ours = np.isin(self.done.user, through)
+        self.results.append(self.done.take(ours))
+        self.done = self.done.take(~ours)
+        return through
 
     def _finish(self, ended: _Hypotheses) -> None:
         """Merge titles that ended into the best finished ones."""
@@ -564,7 +570,8 @@ class BestFirst:
 
     Attributes:
         open: Prefixes that were not expanded, with the sums of their edge scores.
-        done: The best finished titles with their final scores.
+        done: The best finished titles of users who go on, with their final scores.
+        results: Those of users who are done.
         proven: (B,) whether nothing that was left open can matter.
     """
 
@@ -581,6 +588,7 @@ class BestFirst:
         self.growth, self.trie, self.rule, self.filters = growth, growth.trie, rule, filters
         self.k, self.penalty, self.limit, self.first = k, length_penalty, max_expansions, first
         self.open, self.done = _Hypotheses.none(), _Hypotheses.none()
+        self.results: list[_Hypotheses] = []
         self.proven = np.ones(len(filters), dtype=bool)
         self.threshold = np.full(len(filters), -np.inf, dtype=np.float32)
         self.expanded = np.zeros(len(filters), dtype=np.int64)
@@ -621,8 +629,7 @@ class BestFirst:
         self._take_in(asked.continued(edges.take(mine, n_first), self.rule, self.filters))
         if self.first is not None and n_first:
             through = self.first.update(edges.take(~mine, 0))
-            kth = _kth(self.first.done, self.k, len(self.filters))
-            self.threshold[through] = kth[through]
+            self.threshold[through] = _kth(self.first.results.pop(), self.k, len(self.filters))[through]
             self.open = self.open.then(_Hypotheses.roots(through))
             touched = np.union1d(touched, through)
         kth = np.maximum(_kth(self.done, self.k, len(self.filters)), self.threshold)
@@ -632,7 +639,11 @@ class BestFirst:
             over = self.expanded[self.open.user] >= self.limit
             self.proven[self.open.user[over]] = False
             self.open = self.open.take(~over)
-        return np.setdiff1d(touched, self.open.user)
+        through = np.setdiff1d(touched, self.open.user)
+        ours = np.isin(self.done.user, through)
+        self.results.append(self.done.take(ours))
+        self.done = self.done.take(~ours)
+        return through
 
     def _take_in(self, found: _Hypotheses) -> None:
         """Sort new prefixes into finished titles and open ones; those whose edges are known go on at once."""
@@ -678,12 +689,13 @@ def _divided(found: _Hypotheses, trie: Trie, length_penalty: float) -> _Hypothes
 
 def _returned(
     trie: Trie,
-    done: _Hypotheses,
+    results: Sequence[_Hypotheses],
     k: int,
     filters: Sequence[TitleFilter | None],
     counts: NDArray[np.int64] | None,
 ) -> tuple[NDArray[np.int32], Floats]:
     """Items (B, K) and scores (B, K): each leaf's representative, best first, ties by item index."""
+    done = _Hypotheses.joined([_Hypotheses.none(), *results])
     items = np.full((len(filters), k), -1, dtype=np.int32)
     scores = np.full((len(filters), k), -np.inf, dtype=np.float32)
     item = np.array(
@@ -728,7 +740,8 @@ def _filters(trie: Trie, n_users: int, exclude: Filters, allow: Filters) -> list
 def _permitted(filters: Sequence[TitleFilter | None], user: Ints, node: Ints) -> NDArray[np.bool_]:
     """(E,) whether a permitted title lies under each node."""
     permitted = np.ones(len(user), dtype=bool)
-    for b, own in enumerate(filters):
+    for b in np.unique(user).tolist():
+        own = filters[b]
         if own is not None:
             rows = user == b
             permitted[rows] = own.count(node[rows]) > 0

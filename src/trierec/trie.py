@@ -140,7 +140,8 @@ class Trie:
     @cached_property
     def n_children(self) -> NDArray[np.int64]:
         """Number of children of each node, int64 (N,)."""
-        return np.diff(self.child_ptr).astype(np.int64)
+        n_children: NDArray[np.int64] = np.subtract(self.child_ptr[1:], self.child_ptr[:-1], dtype=np.int64)
+        return n_children
 
     @cached_property
     def branching(self) -> NDArray[np.bool_]:
