@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from trierec.ranking import Items, checked_items
 from trierec.trie import Trie
 
-
 LONG = 32  # an allow-list of more than one item in so many is long
 
 
