@@ -13,6 +13,7 @@ from tests.conftest import SIX
 from tests.models import tiny_model
 from tests.reference import search as reference
 from tests.strategies import catalogues
+from tests.test_beam import random_titles
 from trierec.engine import TrieEngine
 from trierec.errors import UserError
 from trierec.filters import TitleFilter
@@ -83,3 +84,17 @@ def test_a_filter_counts_what_lies_under_a_node(data: st.DataObject, titles: lis
     ]
     assert found.count(np.arange(trie.n_nodes)).tolist() == [len(s) for s in under]
     assert [set(found.items(n).tolist()) for n in range(trie.n_nodes)] == under
+
+
+@pytest.mark.parametrize("n_allowed", [0, 3, 150])
+def test_short_and_long_allow_lists_count_alike(n_allowed: int) -> None:
+    rng = np.random.default_rng(n_allowed)
+    trie = Trie.from_sequences(random_titles(1, n=200))
+    allow, exclude = rng.choice(200, size=n_allowed, replace=False), rng.choice(200, size=40)
+    found = TitleFilter.of(trie, exclude, allow)
+    assert found is not None
+    free = np.isin(np.arange(200), allow) & ~np.isin(np.arange(200), exclude)
+    assert found.count(np.arange(trie.n_nodes)).tolist() == trie.subtree_count(free).tolist()
+    for node in range(0, trie.n_nodes, 7):
+        under = trie.item_order[trie.item_lo[node] : trie.item_hi[node]]
+        assert sorted(found.items(node).tolist()) == sorted(under[free[under]].tolist())
