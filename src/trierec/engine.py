@@ -57,8 +57,12 @@ class Children:
         size = trie.n_children[node]
         row = np.repeat(np.arange(len(node)), size)
         child = np.arange(len(row)) + np.repeat(first - (np.cumsum(size) - size), size)
-        token, column = np.unique(trie.token[child].astype(np.int64), return_inverse=True)
-        return cls(child, row, token, column.astype(np.int64))
+        edge_token = trie.token[child]
+        # A table of tokens, because sorting the edges of many users' roots takes longer.
+        known = np.zeros(int(edge_token.max(initial=-1)) + 1, dtype=bool)
+        known[edge_token] = True
+        column = np.cumsum(known)[edge_token] - 1
+        return cls(child, row, np.flatnonzero(known), column)
 
 
 @dataclass(frozen=True)

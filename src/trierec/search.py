@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -447,9 +448,9 @@ class Discards:
 
     def add(self, dropped: _Hypotheses) -> None:
         """Prefixes or titles with their sums."""
-        length = self.trie.longest if self.penalty > 0 else self.trie.shortest
         bound = dropped.total.astype(np.float64)
         if self.penalty:
+            length = self.trie.longest if self.penalty > 0 else self.trie.shortest
             bound = bound / length[dropped.node].astype(np.float64) ** self.penalty
             for i in np.flatnonzero(bound > self.bound[dropped.user]):
                 own = self.filters[dropped.user[i]]
@@ -526,6 +527,9 @@ class Beams:
         """One token for every user."""
         trie, before = self.trie, np.unique(self.live.user)
         found = self.live.continued(edges, self.rule, self.filters)
+        near = _among_best(found.user, found.total, 2 * self.beams)
+        self.discards.add(found.take(~near))
+        found = found.take(near)
         order, rank = _best_of_each(found.user, found.total, trie.item_lo[found.node])
         found, leaf = found.take(order), trie.is_leaf[found.node[order]]
         top = rank < 2 * self.beams
@@ -724,6 +728,16 @@ def _best_of_each(user: Ints, total: NDArray[np.floating], tie: NDArray[np.integ
     return order, np.arange(len(order)) - np.searchsorted(ordered, ordered)
 
 
+def _among_best(user: Ints, total: Floats, n: int) -> NDArray[np.bool_]:
+    """Which entries (those of a user together) are not below the n-th best of their user: cheaper than an order."""
+    near = np.ones(len(user), dtype=bool)
+    bound = np.flatnonzero(np.diff(user, prepend=-1, append=-1))
+    for low, high in pairwise(bound.tolist()):
+        if high - low > n:
+            near[low:high] = total[low:high] >= np.partition(total[low:high], high - low - n)[high - low - n]
+    return near
+
+
 def _place_among(user: Ints, chosen: NDArray[np.bool_]) -> Ints:
     """For each entry (sorted by user) how many chosen ones of its user come before it."""
     before: Ints = np.cumsum(chosen) - chosen
@@ -734,15 +748,20 @@ def _filters(trie: Trie, n_users: int, exclude: Filters, allow: Filters) -> list
     nothing: list[Items | None] = [None] * n_users
     without = nothing if exclude is None else exclude
     only = nothing if allow is None else allow
-    return [TitleFilter.of(trie, *pair) for pair in zip(without, only, strict=True)]
+    known: dict[tuple[int, int], TitleFilter | None] = {}  # a list that is given for many users is read once
+    pairs = list(zip(without, only, strict=True))  # kept, so that no id is used twice
+    for a, b in pairs:
+        if (id(a), id(b)) not in known:
+            known[id(a), id(b)] = TitleFilter.of(trie, a, b)
+    return [known[id(a), id(b)] for a, b in pairs]
 
 
 def _permitted(filters: Sequence[TitleFilter | None], user: Ints, node: Ints) -> NDArray[np.bool_]:
-    """(E,) whether a permitted title lies under each node."""
+    """(E,) whether a permitted title lies under each node; entries of a user lie together."""
     permitted = np.ones(len(user), dtype=bool)
-    for b in np.unique(user).tolist():
-        own = filters[b]
+    bound = np.flatnonzero(np.diff(user, prepend=-1, append=-1))
+    for low, high in pairwise(bound.tolist()):
+        own = filters[int(user[low])]
         if own is not None:
-            rows = user == b
-            permitted[rows] = own.count(node[rows]) > 0
+            permitted[low:high] = own.count(node[low:high]) > 0
     return permitted
