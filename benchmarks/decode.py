@@ -9,7 +9,8 @@ A user whose pruning margin is below 1e-4 is counted in `excused`, any other dif
 
 `work` is token-forwards: positions pushed through the transformer's body, counted by a hook in the reference and by
 the engine in ours. `padded` adds what the reference pushes in left-padded batches of eight users who wait for each
-other, from the measured lengths. `exact` is `exact_search` in trie support against the same reference. Ratios are
+other, from the measured lengths. `exact` is `exact_search` in trie support against the same reference (that its titles are the best ones is the
+question of benchmarks/exact.py). Ratios are
 sums over users, with 95 % bootstrap intervals. The last line of stdout is one JSON object.
 """
 
@@ -54,7 +55,7 @@ class Hook:
 
     def __init__(self, model: Any) -> None:
         self.shapes: list[tuple[int, int]] = []
-        body(model).register_forward_pre_hook(self._see, with_kwargs=True)
+        self.handle = body(model).register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _see(self, module: Any, args: Any, kwargs: Any) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -125,6 +126,7 @@ def main() -> None:
             line["margin"] = _margin(engine, text, slow, w) if line["differs"] else np.inf
             table.append(line)
             print(f"{support} user {b}: {line}", file=sys.stderr)
+        hook.handle.remove()
         found |= _summary(support, table, texts, w, list(ours), rng)
         found |= _batched(support, ours, texts, table)
     found["same_results"] = found.pop("wrong_vocabulary") + found.pop("wrong_trie") == 0

@@ -278,6 +278,7 @@ def test_user_errors() -> None:
         ({"k": 0}, "wanted k >= 1"),
         ({"alpha": 1.5}, r"wanted alpha in \[0, 1\], got 1.5"),
         ({"alpha": 0.5}, "alpha > 0 needs gain"),
+        ({"length_penalty": float("nan")}, "wanted a finite length_penalty, got nan"),
         ({"scope": "beam"}, "wanted scope 'node' or 'step', got 'beam'"),
         ({"assistant_weight": 2.0}, r"wanted assistant_weight in \[0, 1\], got 2.0"),
         ({"assistant_weight": 0.5}, "assistant_weight < 1 needs assistant"),
@@ -294,3 +295,44 @@ def test_user_errors() -> None:
     ):
         with pytest.raises(UserError, match=line):
             search(**changes)
+
+
+def test_what_still_lives_at_the_stop_is_not_certified_away() -> None:
+    """A short title ends the search of one beam at once; with a penalty a long one may be better."""
+    engine = TrieEngine(tiny_model(), Trie.from_sequences([[0], [5] * 11 + [0]]))
+    prompts = [[p] for p in range(1, 20)]
+    found = beam_search(engine, prompts, 1, 1, 2.0)
+    exact = rank_catalogue(engine, prompts, 1, 2.0)
+    wrong = found.items[:, 0] != exact.items[:, 0]
+    assert wrong.any()
+    assert not found.certified[wrong].any()
+
+
+def test_certificates_are_given_and_true() -> None:
+    certified = wrong = 0
+    for seed in range(12):
+        titles = random_titles(seed)
+        engine = TrieEngine(tiny_model(), Trie.from_sequences(titles))
+        exclude = [list(range(0, 60, 3))] * 3 if seed % 2 else None
+        for beams, penalty in ((3, 0.0), (4, 1.0), (6, -1.0), (10, 0.5)):
+            found = beam_search(engine, PROMPTS, 3, beams, penalty, exclude=exclude)
+            exact = rank_catalogue(engine, PROMPTS, 3, penalty, exclude=exclude)
+            certified += int(found.certified.sum())
+            same = np.isclose(found.scores, exact.scores, atol=TOLERANCE).all(1)
+            wrong += int((found.certified & ~same).sum())
+    assert certified > 20
+    assert wrong == 0
+
+
+def test_gains_scaled_per_step_are_those_of_one_user() -> None:
+    titles = random_titles(4)
+    trie = Trie.from_sequences(titles)
+    gain = information_gain(trie, np.arange(1, len(titles) + 1))
+    engine = TrieEngine(tiny_model(), trie, at_once=2)
+    search = partial(beam_search, engine, k=5, beams=5, alpha=0.7, scope="step", gain=gain)
+    together = search(PROMPTS)
+    assert not together.certified.any()
+    for b, prompt in enumerate(PROMPTS):
+        alone = search([prompt])
+        assert alone.items[0].tolist() == together.items[b].tolist()
+        assert alone.scores[0] == pytest.approx(together.scores[b], abs=TOLERANCE)

@@ -67,11 +67,12 @@ def test_equals_ranking_everything(
     prompts = [[*START, *prompt] if data.draw(st.booleans()) else prompt for prompt in prompts]
     found = exact_search(TrieEngine(tiny_model(), trie, support, at_once=at_once), prompts, k, **shared)
     wanted = rank_catalogue(TrieEngine(tiny_model(), trie, support), prompts, k, **shared)
+    further = rank_catalogue(TrieEngine(tiny_model(), trie, support), prompts, k + 1, **shared)
     assert found.certified.all()
     assert found.scores == pytest.approx(wanted.scores, abs=TOLERANCE)
     for b in range(len(prompts)):
-        gaps = np.diff(wanted.scores[b][np.isfinite(wanted.scores[b])])
-        if (np.abs(gaps) > TOLERANCE).all() and (wanted.items[b] >= 0).sum() < k:
+        scores = further.scores[b][np.isfinite(further.scores[b])]
+        if (np.abs(np.diff(scores)) > TOLERANCE).all():
             assert found.items[b].tolist() == wanted.items[b].tolist()
 
 
@@ -105,6 +106,11 @@ def test_a_budget_ends_the_search_and_the_certificate_says_so() -> None:
         engine = TrieEngine(tiny_model(), trie, support)  # type: ignore[arg-type]
         cut = exact_search(engine, [[4, 5]], 5, max_expansions=2)
         assert not cut.certified.any()
+        assert cut.counters["expansions"] <= 2 or support == "vocabulary"
+        if support == "vocabulary":  # what the beams found is kept
+            beams = beam_search(engine, [[4, 5]], 5, 5)
+            assert (cut.items >= 0).all()
+            assert (cut.scores >= beams.scores - TOLERANCE).all()
         full = exact_search(engine, [[4, 5]], 5, max_expansions=10**9)
         assert full.certified.all()
         assert (cut.scores <= full.scores + TOLERANCE).all()
@@ -147,6 +153,13 @@ def test_what_is_remembered_is_forgotten_when_the_weights_change() -> None:
     after = exact_search(engine, prompts, 5)
     assert after.scores == pytest.approx(exact_search(TrieEngine(model, trie), prompts, 5).scores, abs=1e-6)
     assert not np.allclose(before.scores, after.scores, atol=1e-2)
+
+
+def test_users_who_come_one_at_a_time_share_the_instruction_too() -> None:
+    engine = TrieEngine(tiny_model().requires_grad_(False), Trie.from_sequences(random_titles(5)))
+    tokens = [exact_search(engine, [[*START, 3 + b]], 5).counters["prompt_tokens"] for b in range(4)]
+    assert tokens[0] == len(START) + 1
+    assert tokens[2:] == [1, 1]
 
 
 def test_users_who_are_done_make_room() -> None:

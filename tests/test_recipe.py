@@ -43,7 +43,18 @@ def test_awkward_strings_round_trip() -> None:
         ),
         ({"training": {"batch_size": 10, "accumulation": 3}}, "must be a multiple of training.accumulation"),
         ({"training": {"patience": 2}}, "needs training.evaluate_every > 0"),
-        ({"evaluation": {"search": "beam", "beams": 5}}, "beams must be at least k, got 5 beams for k = 10"),
+        (
+            {"evaluation": {"search": "beam", "beams": 11, "k": 12}},
+            "beams must be at least k, got 11 beams for k = 12",
+        ),
+        (
+            {"evaluation": {"beams": 5}},
+            "evaluation.beams: Input should be greater than or equal to 10, got 5",
+        ),
+        (
+            {"evaluation": {"search": "beam", "scope": "step", "against_exact": True}},
+            "scope = 'step' has no exact search to compare with",
+        ),
         ({"evaluation": {"scope": "step"}}, "scope = 'step' needs search = 'beam'"),
         ({"objective": {"adaptive": {"clamp": [3, 2]}}}, "two ascending temperatures > 0, got [3.0, 2.0]"),
         (

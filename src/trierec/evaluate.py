@@ -122,7 +122,7 @@ def evaluate(
     items, scores = np.full((n_rows, k), -1, np.int32), np.full((n_rows, k), -np.inf, np.float32)
     certified = np.ones(n_rows, dtype=bool)
     counters: dict[str, int] = {}
-    block = int(np.clip(SCORES_AT_ONCE // groups.n_groups, 1, 256))
+    block = int(np.clip(SCORES_AT_ONCE // (depth or groups.n_groups), 1, 256))
     started = time.perf_counter()
     with progress(f"ranking {name}", n_rows, "users") as advance:
         for start in range(0, n_rows, block):
@@ -140,6 +140,7 @@ def evaluate(
             add_counters(counters, ranking.counters)
             advance(len(rows))
     seconds = time.perf_counter() - started
+    # Metrics at 10 are part of every result; a list that ends before 20 says nothing about 20.
     cuts = [cut for cut in CUTS if depth is None or cut <= max(depth, 10)]
     metrics: dict[str, Any] = {"name": name, "split": split_name, "n_users": n_rows, **summary(rank, cuts)}
     metrics |= {"exclude": exclude, "n_not_ranked": int((rank < 0).sum()), **(facts or {})}
@@ -152,6 +153,7 @@ def evaluate(
     if train_targets is not None:
         metrics |= _by_temperature(rank, split.target, groups.of_item, train_targets)
     metrics["certified"] = int(certified.sum())
+    metrics["certified_at"] = depth  # so many of the best titles; None: all of them
     metrics["counters"] = counters
     metrics["timing"] = {
         "seconds": round(seconds, 3),

@@ -100,7 +100,10 @@ class GenerativeRecommender:
 
     def with_settings(self, **changes: Any) -> GenerativeRecommender:
         """The same model with other settings of its ranking: ``support``, ``search``, ``beams``, ..."""
-        return replace(self, **changes)
+        other = replace(self, **changes)
+        if "engine" in self.__dict__ and not {"backbone", "trie", "support", "batch_users"} & changes.keys():
+            other.__dict__["engine"] = self.engine  # the model was probed, and the shared instruction run
+        return other
 
     def recommend(
         self,

@@ -105,8 +105,11 @@ class Growth:
 
     def known(self, user: Ints, node: Ints) -> NDArray[np.bool_]:
         """(R,) whether expanding a node costs nothing: its edges are forced, or were scored with others before it."""
-        there = [n in self._scored[b] for b, n in zip(user.tolist(), node.tolist(), strict=True)]
-        known: NDArray[np.bool_] = ~self.engine.needed[node] | np.array(there, dtype=bool)
+        known: NDArray[np.bool_] = ~self.engine.needed[node]
+        ask = np.flatnonzero(~known)
+        known[ask] = [
+            n in self._scored[b] for b, n in zip(user[ask].tolist(), node[ask].tolist(), strict=True)
+        ]
         return known
 
     @torch.inference_mode()

@@ -180,7 +180,7 @@ class EvaluationSettings(_Section):
         "catalogue",
         description="catalogue: every title is scored; exact: only the best k, same result; beam: the papers'",
     )
-    beams: int = Field(10, ge=1, description="of the beam search; at least k")
+    beams: int = Field(10, ge=10, description="of the beam search; at least k, and 10 for metrics at 10")
     support: Literal["trie", "vocabulary"] = "trie"
     exclude: Literal["none", "history", "seen"] = Field(
         "none", description="items never returned; seen: all earlier ones"
@@ -207,6 +207,8 @@ class EvaluationSettings(_Section):
             raise ValueError(f"beams must be at least k, got {self.beams} beams for k = {self.k}")
         if self.scope == "step" and self.search != "beam":
             raise ValueError("scope = 'step' needs search = 'beam': other searches have no steps")
+        if self.scope == "step" and self.against_exact:
+            raise ValueError("scope = 'step' has no exact search to compare with; set against_exact = false")
         return self
 
 

@@ -225,7 +225,7 @@ def evaluate_run(
     )
     evaluation = judge(recommender, depth=_depth(settings))
     if settings.against_exact:
-        exact = judge(recommender.with_settings(search="exact"), depth=settings.k)
+        exact = judge(recommender.with_settings(search="exact"), depth=max(settings.k, 10))
         evaluation.metrics["against_exact"] = _against(evaluation, exact)
     dropped = recommender.prompts.dropped
     evaluation.metrics["titles_dropped_from_prompts"] = dropped.titles
@@ -356,7 +356,7 @@ def _search_settings(settings: EvaluationSettings) -> dict[str, Any]:
 
 def _depth(settings: EvaluationSettings) -> int | None:
     """How many titles an evaluation asks for: all of them where all are scored anyway."""
-    return {"catalogue": None, "exact": settings.k, "beam": settings.beams}[settings.search]
+    return {"catalogue": None, "exact": max(settings.k, 10), "beam": settings.beams}[settings.search]
 
 
 def _against(evaluation: Evaluation, exact: Evaluation) -> dict[str, Any]:
@@ -379,6 +379,8 @@ def _validator(
         raise UserError("training.evaluate_every > 0 needs validation rows, and this data set has none")
     drawn = np.random.default_rng(recipe.seed).permutation(n_rows)[: recipe.training.valid_users]
     split = dataset.valid.take(np.sort(drawn))
+    path = recipe.evaluation.allow
+    allow = None if path is None else allowed_items(path, dataset.catalog)
 
     def validate(model: Any) -> dict[str, float]:
         result = evaluate(
@@ -388,6 +390,7 @@ def _validator(
             split_name="valid",
             depth=_depth(recipe.evaluation),
             exclude=recipe.evaluation.exclude,
+            allow=allow,
         )
         return {name: value for name, value in result.metrics.items() if "@" in name}
 

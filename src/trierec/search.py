@@ -39,9 +39,8 @@ from trierec.ranking import (
 from trierec.treecache import Counters, TokenLists
 from trierec.trie import Trie
 
-WIDTH = (
-    2  # times k: prefixes of a user in one round; no expansion was wasted up to 3, a round less costs more
-)
+# Times k: prefixes of a user in one round. No expansion was wasted up to 3, and a round less costs more.
+WIDTH = 2
 MAX_EXPANSIONS = 2000  # prefixes of a user, in vocabulary support
 
 Scope = Literal["node", "step"]
@@ -94,6 +93,7 @@ def rank_catalogue(
     """
     check_k(k)
     check_lists(len(prompts), exclude=exclude, allow=allow)
+    _check_penalty(length_penalty)
     rule = Rule.of(engine.trie, len(prompts), alpha, "node", gain, assistant, assistant_weight)
     trie, counters, n_users = engine.trie, Counters(), len(prompts)
     groups, leaves = Groups.from_labels(trie.leaf, counts), np.unique(trie.leaf)
@@ -166,6 +166,7 @@ def beam_search(
     if beams < k:
         raise UserError(f"wanted beams >= k, got {beams} beams for k = {k}; raise beams or lower k")
     check_lists(len(prompts), exclude=exclude, allow=allow)
+    _check_penalty(length_penalty)
     rule = Rule.of(engine.trie, len(prompts), alpha, scope, gain, assistant, assistant_weight)
     filters = _filters(engine.trie, len(prompts), exclude, allow)
     counters = Counters()
@@ -173,7 +174,7 @@ def beam_search(
     _drive(Growth(engine, prompts, counters), search)
     items, scores = _returned(engine.trie, search.results, k, filters, counts)
     certified = search.discards.certify(scores[:, k - 1])
-    if alpha and scope == "step":
+    if scope == "step":
         certified[:] = False  # a title's score depends on the beams beside it
     return Ranking(items, scores, certified, counters.as_dict())
 
@@ -212,7 +213,7 @@ def exact_search(
         assistant: As in `rank_catalogue`.
         assistant_weight: As in `rank_catalogue`.
         max_expansions: Prefixes of a user that may be expanded; None: no limit in trie support, 2,000 in vocabulary
-            support.
+            support. Users who use them up may get fewer than ``k`` titles.
         scope: Only ``node``: with gains scaled per step a title's score depends on the other beams.
         counts: As in `rank_catalogue`.
 
@@ -232,6 +233,7 @@ def exact_search(
     if max_expansions is not None and max_expansions < 1:
         raise UserError(f"wanted max_expansions of at least 1 or None, got {max_expansions}")
     check_lists(len(prompts), exclude=exclude, allow=allow)
+    _check_penalty(length_penalty)
     trie, n_users, counters = engine.trie, len(prompts), Counters()
     rule = Rule.of(trie, n_users, alpha, scope, gain, assistant, assistant_weight)
     filters = _filters(trie, n_users, exclude, allow)
@@ -443,22 +445,31 @@ class Discards:
 
     def __init__(self, trie: Trie, length_penalty: float, filters: Sequence[TitleFilter | None]) -> None:
         self.trie, self.penalty, self.filters = trie, length_penalty, filters
-        self.bound = np.full(len(filters), -np.inf)
+        self.bound = np.full(len(filters), -np.inf, dtype=np.float32)
         self.any = np.zeros(len(filters), dtype=bool)
 
     def add(self, dropped: _Hypotheses) -> None:
         """Prefixes or titles with their sums."""
-        bound = dropped.total.astype(np.float64)
-        if self.penalty:
-            length = self.trie.longest if self.penalty > 0 else self.trie.shortest
-            bound = bound / length[dropped.node].astype(np.float64) ** self.penalty
-            for i in np.flatnonzero(bound > self.bound[dropped.user]):
-                own = self.filters[dropped.user[i]]
-                if own is not None:  # the longest permitted title may be shorter
-                    tokens = self.trie.depth[self.trie.leaf[own.items(int(dropped.node[i]))]]
-                    extreme = float(tokens.max() if self.penalty > 0 else tokens.min())
-                    bound[i] = float(dropped.total[i]) / extreme**self.penalty
+        bound = _bounds(dropped.total, dropped.node, self.trie, self.penalty)
+        if self.penalty and any(self.filters[b] is not None for b in np.unique(dropped.user)):
+            bound = self._refined(dropped, bound)
         self.add_scores(dropped.user, bound)
+
+    def _refined(self, dropped: _Hypotheses, bound: Floats) -> Floats:
+        """Bounds by the longest permitted title; those that a refined one of their user covers become -inf."""
+        bound = bound.copy()
+        best = self.bound.copy()
+        order, _ = _best_of_each(dropped.user, bound, dropped.node)
+        for i in order.tolist():
+            b, own = int(dropped.user[i]), self.filters[int(dropped.user[i])]
+            if own is not None and bound[i] <= best[b]:
+                bound[i] = -np.inf
+            elif own is not None:
+                tokens = self.trie.depth[self.trie.leaf[own.items(int(dropped.node[i]))]]
+                extreme = np.float32(tokens.max() if self.penalty > 0 else tokens.min())
+                bound[i] = dropped.total[i] / extreme ** np.float32(self.penalty)
+                best[b] = max(best[b], bound[i])
+        return bound
 
     def add_scores(self, user: Ints, score: NDArray[np.floating]) -> None:
         """Titles with their final scores."""
@@ -467,7 +478,7 @@ class Discards:
 
     def certify(self, last: Floats) -> NDArray[np.bool_]:
         """(B,) whether everything dropped is strictly below the K-th returned score, or nothing was dropped."""
-        below: NDArray[np.bool_] = self.bound.astype(np.float32) < last
+        below: NDArray[np.bool_] = self.bound < last
         return below | ~self.any
 
 
@@ -596,6 +607,7 @@ class BestFirst:
         self.proven = np.ones(len(filters), dtype=bool)
         self.threshold = np.full(len(filters), -np.inf, dtype=np.float32)
         self.expanded = np.zeros(len(filters), dtype=np.int64)
+        self.beams = _Hypotheses.none()  # titles that the beam search of users who go on had found
         self._asked = _Hypotheses.none()
 
     def start(self, user: Ints) -> None:
@@ -613,7 +625,10 @@ class BestFirst:
         order, rank = _best_of_each(user, everything, np.arange(len(user)))
         is_open = order < len(bound)
         # Ranks among the open alone say which is a user's best; it is asked for whatever lies above it.
-        chosen = is_open & ((rank < WIDTH * self.k) | (_place_among(user[order], is_open) == 0))
+        width = np.full(len(order), WIDTH * self.k)
+        if self.limit is not None:
+            width = np.minimum(width, (self.limit - self.expanded)[user[order]])
+        chosen = is_open & ((rank < width) | (_place_among(user[order], is_open) == 0))
         asked = np.zeros(len(bound), dtype=bool)
         asked[order[chosen]] = True
         place = np.argsort(self.open.user[asked], kind="stable")
@@ -633,7 +648,9 @@ class BestFirst:
         self._take_in(asked.continued(edges.take(mine, n_first), self.rule, self.filters))
         if self.first is not None and n_first:
             through = self.first.update(edges.take(~mine, 0))
-            self.threshold[through] = _kth(self.first.results.pop(), self.k, len(self.filters))[through]
+            found = self.first.results.pop()
+            self.threshold[through] = _kth(found, self.k, len(self.filters))[through]
+            self.beams = self.beams.then(found)
             self.open = self.open.then(_Hypotheses.roots(through))
             touched = np.union1d(touched, through)
         kth = np.maximum(_kth(self.done, self.k, len(self.filters)), self.threshold)
@@ -641,9 +658,15 @@ class BestFirst:
         self.open = self.open.take(bound >= kth[self.open.user])
         if self.limit is not None:
             over = self.expanded[self.open.user] >= self.limit
-            self.proven[self.open.user[over]] = False
+            cut = np.unique(self.open.user[over])
+            self.proven[cut] = False
             self.open = self.open.take(~over)
+            # What the beams had found is better than nothing; a title that both found is the same one.
+            both = self.done.then(self.beams.take(np.isin(self.beams.user, cut)))
+            key = both.user * self.trie.n_nodes + both.node
+            self.done = both.take(np.unique(key, return_index=True)[1])
         through = np.setdiff1d(touched, self.open.user)
+        self.beams = self.beams.take(~np.isin(self.beams.user, through))
         ours = np.isin(self.done.user, through)
         self.results.append(self.done.take(ours))
         self.done = self.done.take(~ours)
@@ -660,7 +683,8 @@ class BestFirst:
             kth = _kth(together, self.k, len(self.filters))
             self.done = together.take(together.total >= kth[together.user])
             found = found.take(~leaf)
-            known = self.growth.known(found.user, found.node) & (self.trie.n_children[found.node] == 1)
+            known = self.trie.n_children[found.node] == 1
+            known[known] = self.growth.known(found.user[known], found.node[known])
             self.open = self.open.then(found.take(~known))
             found = found.take(known)
             found = found.continued(self.growth.expand(found.user, found.node), self.rule, self.filters)
@@ -742,6 +766,11 @@ def _place_among(user: Ints, chosen: NDArray[np.bool_]) -> Ints:
     """For each entry (sorted by user) how many chosen ones of its user come before it."""
     before: Ints = np.cumsum(chosen) - chosen
     return before - before[np.searchsorted(user, user)]
+
+
+def _check_penalty(length_penalty: float) -> None:
+    if not np.isfinite(length_penalty):
+        raise UserError(f"wanted a finite length_penalty, got {length_penalty}; 0 switches it off")
 
 
 def _filters(trie: Trie, n_users: int, exclude: Filters, allow: Filters) -> list[TitleFilter | None]:
