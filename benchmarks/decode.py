@@ -9,8 +9,8 @@ A user whose pruning margin is below 1e-4 is counted in `excused`, any other dif
 
 `work` is token-forwards: positions pushed through the transformer's body, counted by a hook in the reference and by
 the engine in ours. `padded` adds what the reference pushes in left-padded batches of eight users who wait for each
-other, from the measured lengths. `exact` is `exact_search` in trie support against the same reference (that its titles are the best ones is the
-question of benchmarks/exact.py). Ratios are
+other, from the measured lengths. `exact` is `exact_search` in trie support against the same reference (that its titles
+are the best ones is the question of benchmarks/exact.py). Ratios are
 sums over users, with 95 % bootstrap intervals. The last line of stdout is one JSON object.
 """
 
