@@ -15,7 +15,7 @@ ORDER = """
     errors files progress recipe
     fetch hub tables interactions readers splits published catalog lint sources dataset
     prompts trie decisiveness
-    examples losses adapters backbones forward checkpoints train
+    examples losses adapters backbones packing forward checkpoints train
     ranking filters treecache engine growth search card generative
     metrics evaluate analysis figures report terminal
     runs compare demo cli

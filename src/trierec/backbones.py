@@ -251,6 +251,41 @@ def head_bias(model: Any) -> Tensor | None:
     return getattr(causal_lm(model).get_output_embeddings(), "bias", None)
 
 
+def takes_masks(model: Any) -> bool:
+    """Whether its attention implementation takes a mask of our own."""
+    return causal_lm(model).config._attn_implementation in ("sdpa", "eager")
+
+
+def own_mask(model: Any, mask: Tensor) -> Tensor:
+    """A boolean mask (B, 1, Q, K) of what each query sees, as the model wants it: additive for eager attention."""
+    if causal_lm(model).config._attn_implementation == "sdpa":
+        return mask
+    kind = head_weight(model).dtype
+    return torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill(~mask, torch.finfo(kind).min)
+
+
+def is_recurrent(model: Any) -> bool:
+    """Whether some layers are not attention."""
+    kinds = getattr(_text_config(model), "layer_types", None) or []
+    return any("attention" not in kind or "linear" in kind for kind in kinds)
+
+
+def shortest_window(model: Any) -> int | None:
+    """Tokens the shortest-sighted attention layer sees, or None when all layers see everything."""
+    config = _text_config(model)
+    kinds = getattr(config, "layer_types", None)
+    named = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    sizes = [int(size) for size in named if size]
+    everywhere = kinds is not None and all(kind == "full_attention" for kind in kinds)
+    if everywhere or getattr(config, "use_sliding_window", True) is False or not sizes:
+        return None
+    return min(sizes)
+
+
+def _text_config(model: Any) -> Any:
+    return causal_lm(model).config.get_text_config(decoder=True)
+
+
 @torch.no_grad()
 def hand_head_matches(model: Any, tolerance: float = 1e-3) -> bool:
     """Whether body and head put together by hand give the model's own logits.

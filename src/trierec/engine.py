@@ -22,7 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trierec.backbones import causal_lm, hand_head_matches, head_bias, head_weight
+from trierec.backbones import (
+    hand_head_matches,
+    head_bias,
+    head_weight,
+    is_recurrent,
+    shortest_window,
+    takes_masks,
+)
 from trierec.errors import UserError
 from trierec.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, common_length, pad
 from trierec.trie import Trie
@@ -127,11 +134,11 @@ class TrieEngine:
         Probed once, on a small trie with the same code; one warning when it fails, and the plain path is
         used.
         """
-        if causal_lm(self.model).config._attn_implementation not in ("sdpa", "eager"):
+        if not takes_masks(self.model):
             return self._warn("its attention implementation takes no mask of our own")
         if not hand_head_matches(self.model):
             return self._warn("its logits are not the product of the last hidden state and the head")
-        if _recurrent(self.model):
+        if is_recurrent(self.model):
             return self._warn("it has layers that are not attention")
         a, b, c, d, end, *rest = self._probe_tokens(6 + SHARED_AT_LEAST)
         probe = Trie.from_sequences([[a, b, c, end], [a, d, c, end], [d, c, end]])
@@ -358,7 +365,7 @@ class TrieEngine:
         )
 
     def _window_too_short(self, longest: int) -> bool:
-        window = _shortest_window(self.model)
+        window = shortest_window(self.model)
         if window is None or window >= longest:
             return False
         self._warn(f"its attention window of {window} tokens is shorter than the longest path of {longest}")
@@ -413,10 +420,6 @@ def _log_sum_exp(hidden_BRD: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return torch.cat(blocks).view(hidden_BRD.shape[:2])
 
 
-def _text_config(model: Any) -> Any:
-    return causal_lm(model).config.get_text_config(decoder=True)
-
-
 def _weights_version(model: Any) -> tuple[int, ...]:
     """Which weights these are; empty where that cannot be known.
 
@@ -427,20 +430,3 @@ def _weights_version(model: Any) -> tuple[int, ...]:
     if hasattr(model, "get_base_model") or any(p.requires_grad or p.is_inference() for p in parameters):
         return ()
     return tuple(x for p in parameters for x in (p.data_ptr(), p._version))
-
-
-def _recurrent(model: Any) -> bool:
-    kinds = getattr(_text_config(model), "layer_types", None) or []
-    return any("attention" not in kind or "linear" in kind for kind in kinds)
-
-
-def _shortest_window(model: Any) -> int | None:
-    """Tokens the shortest-sighted attention layer sees, or None when all layers see everything."""
-    config = _text_config(model)
-    kinds = getattr(config, "layer_types", None)
-    named = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    sizes = [int(size) for size in named if size]
-    everywhere = kinds is not None and all(kind == "full_attention" for kind in kinds)
-    if everywhere or getattr(config, "use_sliding_window", True) is False or not sizes:
-        return None
-    return min(sizes)

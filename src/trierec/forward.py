@@ -8,28 +8,36 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from trierec.backbones import body, hand_head_matches, head_bias, head_weight
 from trierec.examples import Batch, Examples
-from trierec.losses import Objective, gradient_weight, lml_parts
+from trierec.losses import Columns, Objective, gradient_weight, lml_parts
+from trierec.packing import hidden_states, pack
 from trierec.progress import note
 from trierec.trie import Trie
+
+LOGITS_AT_ONCE = 1 << 26  # logits of the whole vocabulary that are held at one time
+WORTH_PACKING = 0.9  # share of the places that packing has to leave
 
 
 class TitleLoss(nn.Module):
     """A causal LM and an objective as one module, so that what is wrapped is what is called.
 
-    The head sees target positions only. Where head and hidden states put together by hand are not the model's
-    own logits (soft-capping, scaling), the model's whole forward is used instead, with one printed warning.
+    The head sees target positions only, and of its rows, in trie support, those of tokens that are valid somewhere in
+    the micro-batch: one product of (M, D) and (D, C), nothing as wide as the vocabulary. Vocabulary support takes the
+    positions in blocks and computes a block's logits again in the backward pass. Where head and hidden states put
+    together by hand are not the model's own logits (soft-capping, scaling), the model's whole forward is used instead,
+    with one printed warning.
     """
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss it gets is normalised already
@@ -43,14 +51,31 @@ class TitleLoss(nn.Module):
                 "warning: these logits are more than hidden states times head; the model's whole forward runs"
             )
 
-    def logits(self, input_ids: Tensor, position: Tensor) -> Tensor:
-        """Next-token logits (M, V) at positions of the flattened (B, L)."""
-        if not self.by_hand:
-            full: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-            return full.flatten(0, 1).index_select(0, position)
-        hidden: Tensor = body(self.model)(input_ids=input_ids, use_cache=False).last_hidden_state
-        chosen = hidden.flatten(0, 1).index_select(0, position)
-        return nn.functional.linear(chosen, head_weight(self.model), head_bias(self.model))
+    def logits(self, batch: Mapping[str, Any], tokens: Tensor | None = None) -> Tensor:
+        """Next-token logits (M, V) at the positions of a micro-batch, or (M, C) of some tokens (C,)."""
+        if self.by_hand:
+            return self.head(self.hidden(batch), tokens)
+        full: Tensor = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        chosen = full.flatten(0, 1).index_select(0, batch["position"])
+        return chosen if tokens is None else chosen.index_select(1, tokens)
+
+    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
+        """Hidden states (M, D) at the positions of a micro-batch, packed or not."""
+        ids = batch["input_ids"]
+        if batch.get("subtree_end") is not None:
+            packed = ("position_ids", "subtree_end", "prefix_ids")
+            hidden = hidden_states(self.model, ids, *(batch[name] for name in packed))
+        else:
+            hidden = body(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, batch["position"])
+
+    def head(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
+        """Logits (M, V) of hidden states (M, D), or (M, C) of some tokens (C,)."""
+        weight, bias = head_weight(self.model), head_bias(self.model)
+        if tokens is not None:
+            weight = weight.index_select(0, tokens)
+            bias = None if bias is None else bias.index_select(0, tokens)
+        return nn.functional.linear(hidden, weight, bias)
 
     def forward(
         self,
@@ -62,28 +87,73 @@ class TitleLoss(nn.Module):
         zero_gain: Tensor,
         decision: Tensor,
         n_edges: int,
+        tokens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        subtree_end: Tensor | None = None,
+        prefix_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Sum of the weighted losses of a micro-batch, not normalised, and sums for the log.
+
+        Args:
+            input_ids: (B, L) rows, or (S, T) packed ones with the last three arguments; see `packing.Packed`.
+            position: (M,) where each target is predicted, in the flattened ``input_ids``.
+            target: (M,) token ids.
+            node: (M,) trie node before each target.
+            weight: (M,) weight of each target.
+            zero_gain: (M,) whether the target decides nothing.
+            decision: (M,) whether several tokens are valid.
+            n_edges: Number of children of all nodes of ``node`` together.
+            tokens: (C,) the tokens that logits are needed of, ascending; None: all.
+            position_ids: (S, T) of packed rows.
+            subtree_end: (S, T) of packed rows.
+            prefix_ids: (P,) of packed rows.
 
         Returns:
             ``loss``, a scalar; ``sums`` (3,), detached: nll of tokens without and with gain, and the gradient
             weight w = 1 - P(target) of the decisions.
         """
-        logits = self.logits(input_ids, position)
-        if self.training:
-            self.objective.observe(logits, target, node, self.trie)
-        parts = self.objective.parts(logits, target, node, self.trie, weight, n_edges)
-        nll = parts.nll.detach()
+        batch = {"input_ids": input_ids, "position": position}
+        batch |= {"position_ids": position_ids, "subtree_end": subtree_end, "prefix_ids": prefix_ids}  # type: ignore[dict-item]
+        n_vocabulary = head_weight(self.model).shape[0]
+        columns = None if tokens is None else Columns(tokens, n_vocabulary)
+        arguments = (target, node, weight)
+        at_once = max(1, LOGITS_AT_ONCE // (n_vocabulary if tokens is None else max(len(tokens), 1)))
+        if not self.by_hand or len(target) <= at_once or tokens is not None:
+            logits = self.logits(batch, tokens)
+            if self.training:
+                self.objective.observe(logits, target, node, self.trie, columns)
+            parts = self.objective.parts(logits, *arguments[:2], self.trie, weight, n_edges, columns)
+            loss, nll = parts.loss, parts.nll
+        else:
+            hidden = self.hidden(batch)
+            blocks = zip(*(torch.split(a, at_once) for a in (hidden, *arguments)), strict=True)
+            done = [checkpoint(self._block, *block, use_reentrant=False) for block in blocks]
+            loss, nll = (torch.cat(pieces) for pieces in zip(*done, strict=True))
+        nll = nll.detach()
         groups = torch.stack([zero_gain, ~zero_gain, decision]).to(nll.dtype)
         sums = (groups * torch.stack([nll, nll, gradient_weight(nll)])).sum(1)
-        return {"loss": parts.loss.sum(), "sums": sums}
+        return {"loss": loss.sum(), "sums": sums}
+
+    def _block(self, hidden: Tensor, target: Tensor, node: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and nll (m,) of some positions over the whole vocabulary; run again for the backward pass."""
+        parts = self.objective.parts(self.head(hidden, None), target, node, self.trie, weight)
+        return parts.loss, parts.nll
 
 
 class MicroBatches(Dataset[dict[str, Any]]):
-    """Micro-batches in a given order; ``rows`` (n, B) are window numbers."""
+    """Micro-batches in a given order.
 
-    def __init__(self, examples: Examples, objective: Objective, rows: NDArray[np.int64]) -> None:
-        self.examples, self.objective, self.rows = examples, objective, rows
+    Args:
+        examples: Windows to ids.
+        objective: Says what positions and tokens are needed.
+        rows: int64 (n, B), window numbers.
+        packing: Whether tokens that rows begin with alike run once, where that leaves out enough of them.
+    """
+
+    def __init__(
+        self, examples: Examples, objective: Objective, rows: NDArray[np.int64], packing: bool = False
+    ) -> None:
+        self.examples, self.objective, self.rows, self.packing = examples, objective, rows, packing
 
     def __len__(self) -> int:
         """Number of micro-batches."""
@@ -103,12 +173,22 @@ class MicroBatches(Dataset[dict[str, Any]]):
         }
         # In trie support the loss of a forced token is 0 whatever its logits: it needs none.
         keep = np.flatnonzero(decision) if self.objective.support == "trie" else np.arange(len(decision))
-        input_ids, position = _shorten(batch, keep)
-        arrays: dict[str, Any] = {"input_ids": input_ids, "position": position, "decision": decision[keep]}
+        arrays: dict[str, Any] = {"decision": decision[keep]} | self._inputs(batch, keep)
         arrays |= {name: getattr(batch, name)[keep] for name in ("target", "node", "weight", "zero_gain")}
+        if self.objective.support == "trie":
+            arrays["tokens"] = trie.continuations(arrays["node"])
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         n_edges = int(trie.n_children[arrays["node"]].sum())
         return tensors | {"n_edges": n_edges, "contribution": float(share.sum()), "counts": counts}
+
+    def _inputs(self, batch: Batch, keep: Any) -> dict[str, Any]:
+        """What the body is given, and where the targets that are kept are predicted in it."""
+        input_ids, position = _shorten(batch, keep)
+        if self.packing and len(keep):
+            packed = pack(input_ids, position)
+            if packed.n_places <= WORTH_PACKING * input_ids.size:
+                return {part.name: getattr(packed, part.name) for part in fields(packed)}
+        return {"input_ids": input_ids, "position": position}
 
 
 def _shorten(batch: Batch, keep: Any) -> tuple[Any, Any]:
@@ -139,7 +219,7 @@ def measure_parts(module: TitleLoss, batches: Iterable[dict[str, Any]]) -> dict[
     gradients = [[torch.zeros_like(p, dtype=torch.float32) for p in parameters] for _ in range(2)]
     losses, n_tokens = torch.zeros(2, device=parameters[0].device), 0
     for batch in batches:
-        logits = module.logits(batch["input_ids"], batch["position"])
+        logits = module.logits(batch)
         parts = lml_parts(logits, batch["target"], batch["node"], module.trie, batch["n_edges"])
         sums = torch.stack(parts).sum(1)
         for i in range(2):

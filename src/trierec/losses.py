@@ -31,6 +31,18 @@ SCOPES = ("global", "token")
 HALVINGS = 30  # of the clamp, for root = "exact": below the resolution of float32
 
 
+class Columns(NamedTuple):
+    """Which tokens the columns of logits belong to, where they are not the whole vocabulary.
+
+    Attributes:
+        token: int64 (C,), ascending, distinct.
+        n_vocabulary: Size V of the vocabulary they are from.
+    """
+
+    token: Tensor
+    n_vocabulary: int
+
+
 def trie_nll(
     logits: Tensor,
     target: Tensor,
@@ -39,6 +51,7 @@ def trie_nll(
     temperature: float | Tensor = 1.0,
     n_edges: int | None = None,
     expand_negatives: bool = False,
+    columns: Columns | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood of each target token among its valid continuations.
 
@@ -59,6 +72,8 @@ def trie_nll(
             stop.
         expand_negatives: Let the valid tokens other than the target weigh as much as a whole vocabulary (MSL
             + alpha).
+        columns: The tokens of the columns of ``logits``, then (M, C); they must hold all children of all
+            nodes of ``node`` (``Trie.continuations``). None: column v is token v.
 
     Returns:
         float32 (M,), nats, >= 0. Exactly 0, with zero gradient, where only one continuation is valid.
@@ -79,10 +94,11 @@ def trie_nll(
         _check_temperature(temperature)
     trie = _on(trie, logits.device)
     edge_row, edge_token = _edges(node, trie, n_edges)
-    z_E, z_M = _gather(logits, target, edge_row, edge_token)
+    z_E, z_M = _gather(logits, target, edge_row, edge_token, columns)
     z_E, z_M = z_E / _of_rows(temperature, edge_row), z_M / temperature
     if expand_negatives:
-        log_a_M = (logits.shape[1] / trie.n_children.index_select(0, node)).log()
+        n_vocabulary = logits.shape[1] if columns is None else columns.n_vocabulary
+        log_a_M = (n_vocabulary / trie.n_children.index_select(0, node)).log()
         negative_E = edge_token != target.index_select(0, edge_row)
         z_E = z_E + log_a_M.index_select(0, edge_row) * negative_E
     top_M, rest_M = _log_sum_exp(z_E, edge_row, len(node))
@@ -422,6 +438,7 @@ class Objective:
         trie: Trie | DeviceTrie,
         weight: Tensor | None = None,
         n_edges: int | None = None,
+        columns: Columns | None = None,
     ) -> Parts:
         """Losses of single tokens, for callers that normalise over more than one batch.
 
@@ -432,6 +449,7 @@ class Objective:
             trie: The trie of all items.
             weight: Token weights (M,) >= 0; None: 1.
             n_edges: As in `trie_nll`.
+            columns: As in `trie_nll`; trie support only.
         """
         device_trie = _on(trie, logits.device)
         weight = torch.ones_like(target, dtype=torch.float32) if weight is None else weight.float()
@@ -439,19 +457,25 @@ class Objective:
         if self.support == "vocabulary":
             nll = vocabulary_nll(logits, target, self.tau)
             return Parts(weight * nll, contribution, nll)
-        tau = self._temperature(logits, target, node, device_trie, n_edges)
-        nll = trie_nll(logits, target, node, device_trie, tau, n_edges, self.expand_negatives)
+        tau = self._temperature(logits, target, node, device_trie, n_edges, columns)
+        nll = trie_nll(logits, target, node, device_trie, tau, n_edges, self.expand_negatives, columns)
         return Parts(weight * nll * tau, contribution, nll)
 
     def _temperature(
-        self, logits: Tensor, target: Tensor, node: Tensor, trie: DeviceTrie, n_edges: int | None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        node: Tensor,
+        trie: DeviceTrie,
+        n_edges: int | None,
+        columns: Columns | None,
     ) -> float | Tensor:
         """The temperature of all tokens, or one for each (M,)."""
         t = self.temperature
         if not isinstance(t, AdaptiveTemperature) or t.scope == "global":
             return self.tau
         row, token = _edges(node, trie, n_edges)
-        valid, positive = _gather(logits.detach(), target, row, token)
+        valid, positive = _gather(logits.detach(), target, row, token, columns)
         return t.per_token(positive, valid, row)
 
     def contribution(self, weight: Tensor, decision: Tensor) -> Tensor:
@@ -463,7 +487,9 @@ class Objective:
         return torch.where(total > 0, total, 1.0) if self.normaliser != "sum" else torch.ones_like(total)
 
     @torch.no_grad()
-    def observe(self, logits: Tensor, target: Tensor, node: Tensor, trie: Trie) -> None:
+    def observe(
+        self, logits: Tensor, target: Tensor, node: Tensor, trie: Trie, columns: Columns | None = None
+    ) -> None:
         """Let an adaptive temperature see one micro-batch of a training forward; arguments as in `parts`."""
         ats = self.temperature
         if not isinstance(ats, AdaptiveTemperature):
@@ -477,7 +503,8 @@ class Objective:
             look = (node == reference).nonzero()[:, 0]
             n_edges = m * len(look)
         row, token = _edges(node[look], device_trie, n_edges)
-        positive, valid = logits[look, target[look]], logits[look[row], token]
+        positive = logits[look, _place(target[look], columns)]
+        valid = logits[look[row], _place(token, columns)]
         if n_edges is not None:
             ats.update(positive, valid, m)
         elif len(look):
@@ -503,11 +530,20 @@ def _edges(node: Tensor, trie: DeviceTrie, n_edges: int | None) -> tuple[Tensor,
     return row_E, trie.token.index_select(0, child_E)
 
 
-def _gather(logits: Tensor, target: Tensor, edge_row: Tensor, edge_token: Tensor) -> tuple[Tensor, Tensor]:
+def _place(token: Tensor, columns: Columns | None) -> Tensor:
+    """The column of each token."""
+    return token if columns is None else torch.searchsorted(columns.token, token)
+
+
+def _gather(
+    logits: Tensor, target: Tensor, edge_row: Tensor, edge_token: Tensor, columns: Columns | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits of the children of all rows (E,) and of the targets (M,), float32."""
     # One gather for both: each one costs a zero-filled (M, V) gradient in the backward pass.
     first = torch.arange(len(target), device=target.device) * logits.shape[1]
-    flat = torch.cat([first.index_select(0, edge_row) + edge_token, first + target])
+    flat = torch.cat(
+        [first.index_select(0, edge_row) + _place(edge_token, columns), first + _place(target, columns)]
+    )
     z = logits.reshape(-1).index_select(0, flat).float()
     return z[: len(edge_row)], z[len(edge_row) :]
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trierec.backbones import body, causal_lm, head_weight
+from trierec.backbones import body, head_weight, own_mask
 from trierec.trie import Trie
 
 TokenLists = Sequence[Sequence[int]]
@@ -155,7 +155,7 @@ class TreeCache:
         token = torch.from_numpy(np.maximum(trie.token[inside], 0).astype(np.int64)).to(self.device)
         output = body(self.model)(
             input_ids=token.expand(n_users, -1),
-            attention_mask=self._mask(torch.cat([prompt, tree], dim=2)[:, None]),
+            attention_mask=own_mask(self.model, torch.cat([prompt, tree], dim=2)[:, None]),
             position_ids=self.length_B[:, None] + (depth - 1).clamp(min=0),
             past_key_values=DynamicCache(self.layers),
             use_cache=True,
@@ -220,15 +220,6 @@ class TreeCache:
         self.length_B = torch.cat([self.length_B, other.length_B])
         self.root_hidden = torch.cat([self.root_hidden, other.root_hidden])
         self._set_prompt(n_prompt)
-
-    def _mask(self, mask: Tensor) -> Tensor:
-        """Boolean for sdpa, additive for eager attention."""
-        if causal_lm(self.model).config._attn_implementation == "sdpa":
-            return mask
-        kind = head_weight(self.model).dtype
-        return torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill(
-            ~mask, torch.finfo(kind).min
-        )
 
 
 def common_length(prompts: TokenLists) -> int:

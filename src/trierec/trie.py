@@ -223,6 +223,23 @@ class Trie:
         low, high = int(self.child_ptr[node]), int(self.child_ptr[node + 1])
         return self.token[low:high], np.arange(low, high, dtype=np.int32)
 
+    def continuations(self, nodes: ArrayLike) -> NDArray[np.int64]:
+        """The distinct tokens below any of some nodes.
+
+        Args:
+            nodes: Node ids, in any order and number.
+
+        Returns:
+            int64 (U,), ascending.
+
+        >>> Trie.from_sequences([[7, 2], [9, 2], [7, 3]]).continuations([0, 1]).tolist()
+        [2, 3, 7, 9]
+        """
+        node = np.unique(np.asarray(nodes, dtype=np.int64))
+        n = self.n_children[node]
+        shift = self.child_ptr[node] - (np.cumsum(n) - n)
+        return np.unique(self.token[np.arange(n.sum()) + np.repeat(shift, n)]).astype(np.int64)
+
     def walk(self, sequence: Iterable[int]) -> NDArray[np.int32]:
         """Follow a sequence from the root.
 

@@ -1,0 +1,233 @@
+"""Rows that begin alike run their common beginning once: prefix trees in packed sequences.
+
+The rows of one user grow: each prompt repeats the history of the one before. A micro-batch becomes a few packed
+sequences that hold every distinct prefix once, in depth-first order; a token sees its ancestors and itself, and
+its position is its depth. What all rows begin with (the instruction) runs once, in front, and its keys and values
+are expanded over the sequences: gradients flow back through them. Without dropout losses and gradients are those
+of the rows by themselves.
+
+Shape key: B rows, L tokens of a row, S packed sequences, T places of each, P tokens common to all, M targets.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trierec.backbones import body, head_weight, is_recurrent, own_mask, shortest_window, takes_masks
+from trierec.progress import note
+
+SHARE_AT_LEAST = 16  # tokens: a shorter common beginning is not worth the attention it is masked out of
+LONGEST = 1024  # places of a packed sequence that rows are joined up to; attention is quadratic in it
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A micro-batch of rows as prefix trees.
+
+    Attributes:
+        prefix_ids: int64 (P,), what all rows begin with; may be empty.
+        input_ids: int64 (S, T), 0 where a place is empty.
+        position_ids: int64 (S, T), depth of each token in its row.
+        subtree_end: int64 (S, T), end of the places that have this one among their ancestors, itself included;
+            place j is seen by places j to ``subtree_end[j] - 1``.
+        position: int64 (M,), index into the flattened (S * T) of the place that predicts each target.
+    """
+
+    prefix_ids: NDArray[np.int64]
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    subtree_end: NDArray[np.int64]
+    position: NDArray[np.int64]
+
+    @property
+    def n_places(self) -> int:
+        """Token-forwards of a body pass over it, padding included."""
+        return len(self.prefix_ids) + self.input_ids.size
+
+
+@dataclass
+class _Sequence:
+    """A packed sequence that grows row by row."""
+
+    tokens: list[NDArray[np.int64]]
+    depths: list[NDArray[np.int64]]
+    ends: NDArray[np.int64]
+    path: NDArray[np.int64]  # place of each token of the newest row
+
+    def add(self, tokens: NDArray[np.int64], shared: int) -> None:
+        """Add a row whose first ``shared`` tokens are those of the row before."""
+        start, n_new = len(self.ends), len(tokens) - shared
+        new = np.arange(start, start + n_new)
+        self.tokens.append(tokens[shared:])
+        self.depths.append(np.arange(shared, len(tokens)))
+        self.path = np.concatenate([self.path[:shared], new])
+        self.ends = np.concatenate([self.ends, new])
+        self.ends[self.path] = start + n_new
+
+
+def pack(input_ids: NDArray[np.int64], position: NDArray[np.int64], capacity: int = LONGEST) -> Packed:
+    """Rows as prefix trees.
+
+    Args:
+        input_ids: int64 (B, L), padded on the right.
+        position: int64 (M,), index into the flattened (B * L) of the position that predicts each target, M > 0; tokens
+            behind the last one of a row are left out, and so are rows without any.
+        capacity: Rows are joined while their packed sequence has at most so many places; a longer row has a
+            sequence of its own.
+
+    Returns:
+        The packed rows; ``position`` in the order of the argument.
+    """
+    row_M, column_M = np.divmod(position, input_ids.shape[1])
+    length_B = np.zeros(len(input_ids), dtype=np.int64)
+    np.maximum.at(length_B, row_M, column_M + 1)
+    used = np.flatnonzero(length_B)
+    rows = {int(b): input_ids[b, : length_B[b]] for b in used}
+    order = sorted(rows, key=lambda b: rows[b].tolist())
+    shared = [0] + [_common(rows[a], rows[b]) for a, b in itertools.pairwise(order)]
+    # Each row has a position of its own behind what all share: what is read there is in the packed part.
+    n_prefix = min(_common(rows[order[0]], rows[order[-1]]), int(column_M.min()))
+    n_prefix = n_prefix if n_prefix >= SHARE_AT_LEAST and len(order) > 1 else 0
+
+    sequences: list[_Sequence] = []
+    of_row: dict[int, tuple[int, NDArray[np.int64]]] = {}
+    for b, common in zip(order, shared, strict=True):
+        tokens, common = rows[b][n_prefix:], max(common - n_prefix, 0)
+        fits = sequences and len(sequences[-1].ends) + len(tokens) - common <= capacity
+        if not fits or common < SHARE_AT_LEAST:
+            sequences.append(_Sequence([], [], np.zeros(0, np.int64), np.zeros(0, np.int64)))
+            common = 0
+        sequences[-1].add(tokens, common)
+        of_row[b] = (len(sequences) - 1, sequences[-1].path)
+
+    place, n_bins, width = _fill([len(s.ends) for s in sequences])
+    ids, depth = np.zeros((n_bins, width), np.int64), np.zeros((n_bins, width), np.int64)
+    end = np.tile(
+        np.arange(1, width + 1), (n_bins, 1)
+    )  # an empty place sees itself: no row of a softmax is empty
+    for s, (bin_, start) in zip(sequences, place, strict=True):
+        span = slice(start, start + len(s.ends))
+        ids[bin_, span] = np.concatenate(s.tokens)
+        depth[bin_, span] = np.concatenate(s.depths) + n_prefix
+        end[bin_, span] = s.ends + start
+    packed_at = np.empty(len(position), dtype=np.int64)
+    for b, (i, path) in of_row.items():
+        ours = row_M == b
+        bin_, start = place[i]
+        packed_at[ours] = bin_ * width + start + path[column_M[ours] - n_prefix]
+    return Packed(rows[order[0]][:n_prefix], ids, depth, end, packed_at)
+
+
+def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+    """Number of tokens that two rows begin with."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
+
+
+def _fill(sizes: list[int]) -> tuple[list[tuple[int, int]], int, int]:
+    """First-fit decreasing: bin and offset of each size, number of bins, and their width (the largest size)."""
+    width = max(sizes)
+    free: list[int] = []
+    place = [(0, 0)] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        bin_ = next((k for k, room in enumerate(free) if room >= sizes[i]), len(free))
+        if bin_ == len(free):
+            free.append(width)
+        place[i] = (bin_, width - free[bin_])
+        free[bin_] -= sizes[i]
+    return place, len(free), width
+
+
+def hidden_states(
+    model: Any, input_ids: Tensor, position_ids: Tensor, subtree_end: Tensor, prefix_ids: Tensor
+) -> Tensor:
+    """Hidden states (S, T, D) of packed rows; arguments as in `Packed`, on the model's device."""
+    n_sequences, width = input_ids.shape
+    place = torch.arange(width, device=input_ids.device)
+    sees = (place[:, None] >= place) & (place[:, None] < subtree_end[:, None, :])
+    cache = None
+    if len(prefix_ids):
+        from transformers import DynamicCache
+
+        prefix = body(model)(input_ids=prefix_ids[None], past_key_values=DynamicCache(), use_cache=True)
+        shape = (n_sequences, -1, -1, -1)
+        layers = prefix.past_key_values.layers
+        cache = DynamicCache([(layer.keys.expand(shape), layer.values.expand(shape)) for layer in layers])
+        sees = torch.cat([sees.new_ones(n_sequences, width, len(prefix_ids)), sees], dim=2)
+    hidden: Tensor = body(model)(
+        input_ids=input_ids,
+        attention_mask=own_mask(model, sees[:, None]),
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def packing_works(model: Any, tokens: NDArray[np.int64], longest: int) -> bool:
+    """Whether packed rows give what the rows by themselves give; one printed line where they do not.
+
+    Two branches and a shared beginning go through the mask and through plain forwards, and a change in one branch
+    must leave the other as it is.
+
+    Args:
+        model: A causal LM.
+        tokens: Some token ids that mean something to the model, at least one.
+        longest: Tokens of the longest row; a model with layers that see less is not probed.
+    """
+    window = shortest_window(model)
+    if not takes_masks(model):
+        return _refuse("its attention implementation takes no mask of our own")
+    if is_recurrent(model):
+        return _refuse("it has layers that are not attention")
+    if window is not None and window < longest:
+        return _refuse(
+            f"its attention window of {window} tokens is shorter than the longest row of {longest}"
+        )
+    n = 4 * SHARE_AT_LEAST
+    ids = np.tile(np.resize(tokens, n + 8).astype(np.int64), (3, 1))
+    ids[1, SHARE_AT_LEAST + 4 :] = np.roll(ids[0], 1)[SHARE_AT_LEAST + 4 :]  # shares the instruction
+    ids[2, n:] = np.roll(ids[0], 2)[n:]  # shares a history with the first
+    last = np.arange(3) * ids.shape[1] + ids.shape[1] - 1
+    others = [ids.copy(), ids.copy()]
+    for row, other in zip((0, 2), others, strict=True):
+        other[row, -2] = (other[row, -2] + 1) % head_weight(model).shape[0]
+    device, training = head_weight(model).device, model.training
+    model.eval()
+    try:
+        plain = body(model)(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
+        found = [_read(model, pack(rows, last), device) for rows in (ids, *others)]
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        return _refuse(f"it does not take our cache or mask ({type(error).__name__})")
+    finally:
+        model.train(training)
+    want = plain[:, -1].float()
+    size = float(want.abs().max().clamp(min=1e-9))
+    leak = max(float((found[0] - found[i])[[row, 1]].abs().max()) for i, row in ((1, 2), (2, 0))) / size
+    if leak > 1e-4:
+        return _refuse(f"a branch changes another one by {leak:.2g}: its mask is not respected")
+    gap = float((found[0] - want).abs().max()) / size
+    loose = 1e-3 if head_weight(model).dtype == torch.float32 else 0.1
+    return gap <= loose or _refuse(f"hidden states of packed rows are off by {gap:.2g}")
+
+
+def _read(model: Any, packed: Packed, device: torch.device) -> Tensor:
+    """Hidden states (M, D) at the positions of packed rows, float32."""
+    names = ("input_ids", "position_ids", "subtree_end", "prefix_ids")
+    tensors = {name: torch.from_numpy(getattr(packed, name)).to(device) for name in names}
+    at = torch.from_numpy(packed.position).to(device)
+    return hidden_states(model, **tensors).flatten(0, 1).index_select(0, at).float()
+
+
+def _refuse(reason: str) -> bool:
+    note(f"warning: rows of this model are not packed, each runs by itself: {reason}")
+    return False
