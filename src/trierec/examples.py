@@ -121,7 +121,29 @@ def target_counts(windows: Windows, n_items: int) -> NDArray[np.int64]:
     return counts.astype(np.int64)
 
 
-def schedule(n_windows: int, batch_size: int, steps: int, seed: int) -> NDArray[np.int64]:
+def chains(windows: Windows) -> NDArray[np.int64]:
+    """Which windows are one user's, found by what they hold: int64 (W,), a number per chain.
+
+    A window belongs to the chain of the newest earlier one whose items, target included and cut to the longest
+    history, are its history; each window is continued once. Files of rows without users are enough, as long as
+    the rows of a user are in the order of time.
+    """
+    items, n = windows.items, len(windows)
+    longest = int((items.lengths - 1).max(initial=0))
+    chain = np.arange(n)
+    waiting: dict[bytes, list[int]] = {}
+    for w in range(n):
+        row = items[w]
+        before = waiting.get(row[:-1].tobytes())
+        if before:
+            chain[w] = chain[before.pop()]
+        waiting.setdefault(row[-longest:].tobytes(), []).append(w)
+    return np.unique(chain, return_inverse=True)[1].astype(np.int64)
+
+
+def schedule(
+    n_windows: int, batch_size: int, steps: int, seed: int, chain: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
     """The order of a whole run: which windows make each step, int64 (steps, batch_size).
 
     Epoch after epoch a fresh permutation; a batch may cross the border of two. Resuming is an offset into the
@@ -132,12 +154,18 @@ def schedule(n_windows: int, batch_size: int, steps: int, seed: int) -> NDArray[
         batch_size: Windows of one optimiser step, > 0.
         steps: Number of optimiser steps.
         seed: Epoch e is shuffled by ``default_rng([seed, e])``.
+        chain: int64 (W,), numbers of `chains`; given, whole chains are shuffled and the windows of one follow each
+            other.
     """
     needed = steps * batch_size
-    epochs = [
-        np.random.default_rng([seed, epoch]).permutation(n_windows)
-        for epoch in range(-(-needed // n_windows))
-    ]
+    epochs = []
+    for epoch in range(-(-needed // n_windows)):
+        rng = np.random.default_rng([seed, epoch])
+        if chain is None:
+            epochs.append(rng.permutation(n_windows))
+        else:
+            place = rng.permutation(int(chain.max()) + 1)
+            epochs.append(np.argsort(place[chain], kind="stable"))
     order = np.concatenate(epochs or [np.zeros(0, dtype=np.int64)])[:needed]
     return order.astype(np.int64).reshape(steps, batch_size)
 

@@ -151,6 +151,10 @@ class TrainingSettings(_Section):
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(16, ge=1, description="rows of one optimiser step")
     accumulation: int = Field(1, ge=1)
+    order: Literal["rows", "chains"] = Field(
+        "rows", description="chains: the rows of one user follow each other, users in random order"
+    )
+    packing: bool = Field(True, description="run what rows of a micro-batch begin with alike once")
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(20, ge=0)
     schedule: Literal["linear", "constant", "cosine"] = "linear"

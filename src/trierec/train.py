@@ -46,13 +46,15 @@ from trierec.checkpoints import (
     signals_set,
 )
 from trierec.errors import UserError
-from trierec.examples import Examples, schedule
+from trierec.examples import Examples, chains, schedule
 from trierec.files import atomic_folder, read_json, write_json
 from trierec.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
 from trierec.losses import AdaptiveTemperature, Objective
+from trierec.packing import packing_works
 from trierec.progress import progress
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+ORDERS = ("rows", "chains")
 # A resumed run may change these: they decide when to look and when to stop, not what is computed.
 _FREE = ("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s")
 
@@ -82,6 +84,10 @@ class TrainConfig:
         patience: Validations in a row without improvement that end the run; 0: none does.
         metric: Key of what ``validate`` returns; larger is better.
         seed: Of data order and dropout.
+        order: ``rows``: windows in random order. ``chains``: the windows of one user (`examples.chains`) follow
+            each other, users in random order; more of a micro-batch is shared and its gradient is noisier.
+        packing: Whether tokens that rows of a micro-batch begin with alike run once (`packing`); without dropout
+            it changes nothing but speed and the last digits.
         time_limit_s: Seconds of one call of `train`, checked after each step.
 
     Raises:
@@ -104,6 +110,8 @@ class TrainConfig:
     patience: int = 0
     metric: str = "NDCG@10"
     seed: int = 0
+    order: str = "rows"
+    packing: bool = True
     time_limit_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -119,6 +127,8 @@ class TrainConfig:
             raise UserError(f"wanted a batch_size that is a multiple of accumulation, got {got}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"wanted schedule among {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.order not in ORDERS:
+            raise UserError(f"wanted order among {', '.join(ORDERS)}, got {self.order!r}; choose one of them")
         if self.patience and not self.evaluate_every:
             raise UserError("patience counts validations; set evaluate_every > 0 or patience = 0")
 
@@ -230,9 +240,11 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         out: Path,
         validate: Validate | None = None,
     ) -> None:
-        super().__init__(TitleLoss(model, objective, examples.trie), _arguments(model, config, out))
+        module = TitleLoss(model, objective, examples.trie)
+        super().__init__(module, _arguments(model, config, out))
         self.lm, self.examples, self.objective, self.config = model, examples, objective, config
         self.out, self.validate = out, validate
+        self.packing = config.packing and module.by_hand and _packs(model, examples)
         self.checkpoint: Path | None = None
         self.first_step = 0
         self.rows = np.zeros((0, 0), dtype=np.int64)  # windows of each micro-batch that is left
@@ -257,11 +269,13 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The micro-batches that are left; nothing is read to be skipped."""
         config, size = self.config, self.examples.size
-        order = schedule(len(size), config.batch_size, config.steps, config.seed)[self.first_step :]
-        # Within a step by length: a micro-batch is padded to its longest, and the step's gradient stays the same.
-        order = np.take_along_axis(order, np.argsort(size[order], axis=1, kind="stable"), axis=1)
+        chain = chains(self.examples.windows) if config.order == "chains" else None
+        order = schedule(len(size), config.batch_size, config.steps, config.seed, chain)[self.first_step :]
+        if chain is None:
+            # Within a step by length: a micro-batch is padded to its longest; the step's gradient stays the same.
+            order = np.take_along_axis(order, np.argsort(size[order], axis=1, kind="stable"), axis=1)
         self.rows = order.reshape(-1, config.batch_size // config.accumulation)
-        left = MicroBatches(self.examples, self.objective, self.rows)
+        left = MicroBatches(self.examples, self.objective, self.rows, self.packing)
         # Its own generator: the loader must not draw from the one that dropout uses.
         return DataLoader(left, batch_size=None, generator=torch.Generator())
 
@@ -424,6 +438,14 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             set_random_state(load(self.checkpoint / "rng.pt"), self.args.device)
             self.state.global_step = self.first_step
         self.meter.since = time.monotonic()
+
+
+def _packs(model: Any, examples: Examples) -> bool:
+    """Whether rows of these examples may be packed for this model; those of several targets share nothing."""
+    if int((examples.windows.items.lengths - examples.windows.n_context).max(initial=0)) > 1:
+        return False
+    longest = examples.prompts.max_tokens + int(examples.trie.depth.max())
+    return packing_works(model, np.unique(examples.trie.token[1:]), longest)
 
 
 class _Conductor(TrainerCallback):  # type: ignore[misc]
