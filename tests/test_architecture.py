@@ -12,7 +12,7 @@ import trierec
 PACKAGE = Path(trierec.__file__).parent
 # Data flows from left to right; a room imports only rooms before it.
 ORDER = """
-    errors files progress recipe
+    errors files progress recipe processes
     fetch hub tables interactions readers splits published catalog lint sources dataset
     prompts trie decisiveness
     examples losses adapters backbones packing forward checkpoints train

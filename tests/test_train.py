@@ -567,7 +567,7 @@ def test_wrong_settings(changes: dict[str, Any], line: str) -> None:
         config(**changes)
 
 
-def test_wrong_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_calls(tmp_path: Path) -> None:
     examples, objective = cycle_world(), Objective()
     with pytest.raises(UserError, match="needs something to validate with"):
         train(small_model(), examples, objective, config(evaluate_every=1), tmp_path)
@@ -578,9 +578,6 @@ def test_wrong_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken.model.norm.weight.data.fill_(math.nan)
     with pytest.raises(UserError, match="the loss is nan around step 6; lower the learning rate"):
         train(broken, examples, objective, config(), tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="several processes is not there yet"):
-        train(small_model(), examples, objective, config(), tmp_path)
 
 
 def test_weights_of_another_model(tmp_path: Path) -> None:

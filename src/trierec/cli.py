@@ -142,11 +142,14 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a recipe."""
+    from trierec import processes
     from trierec.files import read_json
     from trierec.recipe import load_recipe
     from trierec.runs import train_run
 
     result = train_run(load_recipe(recipe, changes or ()), out, resume=resume, overwrite=overwrite)
+    if not processes.part_ways():
+        raise typer.Exit(130 if result.stopped == "interrupted" else 0)
     if as_json:
         _print_json(read_json(out / "run.json"))
     else:
@@ -207,6 +210,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Prepare, train, evaluate, report: one recipe from raw data to report.html."""
+    from trierec import processes
     from trierec.compare import report_runs
     from trierec.files import read_json
     from trierec.recipe import load_recipe
@@ -216,6 +220,8 @@ def run(
     loaded = load_recipe(recipe, changes or ())
     folder = out or Path("runs") / loaded.name
     result = train_run(loaded, folder, resume=resume, overwrite=overwrite)
+    if not processes.part_ways():
+        raise typer.Exit(130 if result.stopped == "interrupted" else 0)
     if result.stopped == "interrupted":
         typer.echo(f"go on with: trierec run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
         raise typer.Exit(130)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
+from trierec import processes
 from trierec.backbones import body, hand_head_matches, head_bias, head_weight
 from trierec.examples import Batch, Examples
 from trierec.losses import Columns, Objective, gradient_weight, lml_parts
@@ -213,7 +214,8 @@ def measure_parts(module: TitleLoss, batches: Iterable[dict[str, Any]]) -> dict[
         batches: Items of a `MicroBatches` of vocabulary support, on the module's device.
 
     Returns:
-        A number for each name of ``PARTS``: nats, and nats per unit of weight. MSL, Figure 3.
+        A number for each name of ``PARTS``: nats, and nats per unit of weight; of the batches of all
+        processes. MSL, Figure 3.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     gradients = [[torch.zeros_like(p, dtype=torch.float32) for p in parameters] for _ in range(2)]
@@ -228,6 +230,8 @@ def measure_parts(module: TitleLoss, batches: Iterable[dict[str, Any]]) -> dict[
                 gradient += 0 if add is None else add
         losses += sums.detach()
         n_tokens += len(batch["target"])
+    processes.add_up([*gradients[0], *gradients[1], losses])
+    n_tokens = int(sum(theirs for (theirs,) in processes.gather([n_tokens])))
     norms = [nn.utils.get_total_norm(gradient) for gradient in gradients]
     values = torch.cat([losses, torch.stack(norms)]) / n_tokens
     return dict(zip(PARTS, values.tolist(), strict=True))
@@ -257,9 +261,9 @@ class Meter:
             self.since = time.monotonic()
 
     def row(self) -> dict[str, float | None]:
-        """Means since the last row; then it starts anew."""
+        """Means since the last row, over all processes; then it starts anew."""
         with self.pause():
-            n, (loss, zero, positive, w) = self.counts, self.sums.tolist()
+            n, (loss, zero, positive, w) = self.totals()
         values = {
             "loss": loss / n["steps"],
             "loss_zero_gain": zero / n["zero_gain"] if n["zero_gain"] else None,
@@ -271,9 +275,17 @@ class Meter:
         self.counts, self.seconds = Counter(), 0.0
         return values
 
+    def totals(self) -> tuple[Counter[str], list[float]]:
+        """Counts and sums of all processes; every one of them counts each step, the first one for all."""
+        ours = self.counts if processes.is_first() else Counter({**self.counts, "steps": 0})
+        found = processes.gather_objects((ours, self.sums.tolist()))
+        counts = sum((theirs for theirs, _ in found), Counter[str]())
+        return counts, [sum(values) for values in zip(*(sums for _, sums in found), strict=True)]
+
     def state_dict(self) -> dict[str, Any]:
-        """The sums as JSON values."""
-        return {"sums": self.sums.tolist(), "counts": dict(self.counts), "seconds": self.seconds}
+        """The sums of all processes as JSON values."""
+        counts, sums = self.totals()
+        return {"sums": sums, "counts": dict(counts), "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trierec import processes
 from trierec.errors import UserError
 from trierec.trie import DeviceTrie, Trie
 
@@ -490,7 +491,11 @@ class Objective:
     def observe(
         self, logits: Tensor, target: Tensor, node: Tensor, trie: Trie, columns: Columns | None = None
     ) -> None:
-        """Let an adaptive temperature see one micro-batch of a training forward; arguments as in `parts`."""
+        """Let an adaptive temperature see one micro-batch of a training forward; arguments as in `parts`.
+
+        In several processes, each of which has to call it, the rows of all are seen as one micro-batch, process
+        after process: one update, and the same value everywhere.
+        """
         ats = self.temperature
         if not isinstance(ats, AdaptiveTemperature):
             return
@@ -503,12 +508,16 @@ class Objective:
             look = (node == reference).nonzero()[:, 0]
             n_edges = m * len(look)
         row, token = _edges(node[look], device_trie, n_edges)
-        positive = logits[look, _place(target[look], columns)]
-        valid = logits[look[row], _place(token, columns)]
+        positive = processes.concatenate(logits[look, _place(target[look], columns)].float())
+        valid = processes.concatenate(logits[look[row], _place(token, columns)].float())
         if n_edges is not None:
             ats.update(positive, valid, m)
-        elif len(look):
-            ats.update(positive, valid, len(row) / len(look), row)
+            return
+        n_valid = processes.concatenate(device_trie.n_children.index_select(0, node[look]))
+        if len(positive):
+            row = torch.arange(len(positive), device=valid.device)
+            row = row.repeat_interleave(n_valid, output_size=len(valid))
+            ats.update(positive, valid, len(valid) / len(positive), row)
 
 
 def widest_node(trie: Trie) -> tuple[int, int]:

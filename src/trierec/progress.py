@@ -1,8 +1,12 @@
-"""Progress of long work, always on stderr: a rich bar on a terminal, one line a minute elsewhere."""
+"""Progress of long work, always on stderr: a rich bar on a terminal, one line a minute elsewhere.
+
+Of several processes of one run the first one speaks.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +16,8 @@ SECONDS_BETWEEN_LINES = 60.0
 
 def note(text: str) -> None:
     """Print one line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if _speaks():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -24,7 +29,7 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[..., No
         total: Number of units in all.
         unit: Their name, for example ``"users"``.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and _speaks():
         with _bar(what, total, unit) as move:
             yield move
         return
@@ -43,6 +48,10 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[..., No
     note(f"{what}: {total} {unit}".rstrip())
     yield advance
     note(f"{what}: {done}/{total} {unit}".rstrip() + f" in {time.monotonic() - started:.0f} s")
+
+
+def _speaks() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trierec import processes
 from trierec.backbones import Backbone, load_backbone
 from trierec.card import CardFacts, model_card
 from trierec.catalog import Catalog
@@ -117,7 +118,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
 
 
 def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
-    """Train a recipe into a run folder.
+    """Train a recipe into a run folder; in several processes each calls it, and the first one writes.
 
     Args:
         recipe: What to do.
@@ -129,24 +130,23 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
         UserError: The folder holds a run and neither ``resume`` nor ``overwrite`` is given; another recipe on
             resume.
     """
-    going_on = _check_folder(recipe, out, resume, overwrite)
-    dataset = open_data(recipe)
+    processes.start()
+    config = _config(recipe)
+    config.share(processes.count())
+    going_on = processes.on_first(lambda: _check_folder(recipe, out, resume, overwrite))
+    dataset = processes.first_then_others(lambda: open_data(recipe))
     if recipe.evaluation.exclude == "seen" and dataset.test.seen is None:
         raise UserError(
             "evaluation.exclude = 'seen' needs what users had before, which this data set does not know; use 'history'"
         )
-    parts = assemble(recipe, dataset)
+    parts = processes.first_then_others(lambda: assemble(recipe, dataset))
     started = time.time()
     facts = _facts(recipe, dataset, parts)
     recommender = _recommender(recipe, dataset, parts)
-    examples, objective, config = _examples(recipe, parts), _objective(recipe.objective), _config(recipe)
+    examples, objective = _examples(recipe, parts), _objective(recipe.objective)
     validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
     if going_on is None:
-        for name in ("run.json", "recommender.json", "metrics.json", CARD):
-            (out / name).unlink(missing_ok=True)
-        clear(out, False)
-        write_text(out / "recipe.toml", dump_recipe(recipe))
-        write_json(out / "run.json", facts | {"status": "training"})
+        processes.on_first(lambda: _begin(recipe, out, facts))
     elif going_on["hashes"] != facts["hashes"]:
         changed = next(
             part for part, value in facts["hashes"].items() if going_on["hashes"].get(part) != value
@@ -164,9 +164,10 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
         resume=going_on is not None,
         title=recipe.name,
     )
-    if parts.prompts.n_dropped:
+    n_dropped = sum(processes.gather_objects(parts.prompts.n_dropped))
+    if n_dropped:
         note(
-            f"{recipe.name}: {parts.prompts.n_dropped} titles dropped from prompts longer than "
+            f"{recipe.name}: {n_dropped} titles dropped from prompts longer than "
             f"{parts.prompts.max_tokens} tokens"
         )
     parts.backbone.model.eval()
@@ -175,9 +176,11 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
         "stopped": result.stopped,
         "best_step": result.best_step,
         "best_metric": result.best_metric,
-        "titles_dropped_from_prompts": parts.prompts.n_dropped,
+        "titles_dropped_from_prompts": n_dropped,
     }
     if going_on and going_on["status"] == "trained" and going_on["training"]["steps"] == result.steps_done:
+        return result
+    if not processes.is_first():
         return result
     for name in ("metrics.json", CARD):  # they speak of other weights
         (out / name).unlink(missing_ok=True)
@@ -187,6 +190,15 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
     timing = {"seconds": round(result.seconds, 1), "wall_seconds": round(time.time() - started, 1)}
     write_json(out / "run.json", facts | {"status": status, "training": training, "timing": timing})
     return result
+
+
+def _begin(recipe: Recipe, out: Path, facts: dict[str, Any]) -> None:
+    """Make a folder that of a run which has just started."""
+    for name in ("run.json", "recommender.json", "metrics.json", CARD):
+        (out / name).unlink(missing_ok=True)
+    clear(out, False)
+    write_text(out / "recipe.toml", dump_recipe(recipe))
+    write_json(out / "run.json", facts | {"status": "training"})
 
 
 def evaluate_run(
@@ -435,6 +447,7 @@ def _facts(recipe: Recipe, dataset: Dataset, parts: Parts) -> dict[str, Any]:
         "command": " ".join(["trierec", *sys.argv[1:]]),
         "versions": versions(),
         "commit": _commit(),
+        "processes": processes.count(),
         "machine": f"{platform.system()} {platform.machine()}, {_threads()} threads",
         "data": {"folder": str(dataset.folder.resolve()), "source": dataset.info["source"]},
         "hashes": {

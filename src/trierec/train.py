@@ -3,7 +3,11 @@
 What is wrapped and called is one thin module, `TitleLoss`: body, hidden states at the target positions, head,
 loss. A run folder holds, while training, ``log.jsonl`` (one JSON object a line), ``checkpoint-N/`` (whole or
 absent) and ``best/`` (the weights with the best validation metric). A resumed run ends with the weights of an
-uninterrupted one; on a CPU with the same number of threads they are equal bit by bit.
+uninterrupted one; on a CPU with the same number of threads and processes they are equal bit by bit.
+
+In several processes (`torchrun`, ``accelerate launch``; DDP) each micro-batch is dealt out: P processes take B / P
+windows each, at the same time. Divisor, adaptive temperature and log are those of all of them, so that the number
+of processes changes nothing but rounding and dropout. The first one writes, prints and validates.
 
 Shape key: B batch, L tokens, D width, V vocabulary, M target positions.
 """
@@ -14,7 +18,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from trierec import processes
 from trierec.checkpoints import (
     BEST,
     BEST_WEIGHTS,
@@ -132,6 +136,19 @@ class TrainConfig:
         if self.patience and not self.evaluate_every:
             raise UserError("patience counts validations; set evaluate_every > 0 or patience = 0")
 
+    def share(self, n_processes: int) -> int:
+        """Windows of one micro-batch in each of some processes.
+
+        Raises:
+            UserError: They cannot be dealt out evenly.
+        """
+        if self.batch_size % (self.accumulation * n_processes):
+            raise UserError(
+                f"wanted a batch_size that is a multiple of accumulation * processes, got {self.batch_size} and "
+                f"{self.accumulation} * {n_processes}; change one of them"
+            )
+        return self.batch_size // (self.accumulation * n_processes)
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -171,6 +188,9 @@ def train(
     validation. A first Ctrl-C or SIGTERM finishes the step, writes a checkpoint and returns; a second one
     acts at once.
 
+    Each of several processes calls it with the same arguments; ``out`` is one folder that all of them see. It
+    returns the same in each, and each ends with the same weights.
+
     Args:
         model: A causal LM of transformers, on its device.
         examples: What is learned from.
@@ -184,14 +204,29 @@ def train(
         title: What the progress line calls this run.
 
     Raises:
-        UserError: ``evaluate_every`` without ``validate``, a checkpoint of another run, several processes, a
-            metric that ``validate`` does not give, or a loss that is not finite.
+        UserError: ``evaluate_every`` without ``validate``, a checkpoint of another run, a batch that
+            cannot be dealt out to the processes, one of which has died, a metric that ``validate`` does not
+            give, or a loss that is not finite.
     """
     if config.evaluate_every and validate is None:
         raise UserError("evaluate_every > 0 needs something to validate with; give validate, or set it to 0")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training in several processes is not there yet; start one process, without torchrun")
-    checkpoint = clear(out, resume)
+    processes.start()
+    config.share(processes.count())
+    with processes.together():
+        return _train(model, examples, objective, config, out, validate, resume, title)
+
+
+def _train(
+    model: Any,
+    examples: Examples,
+    objective: Objective,
+    config: TrainConfig,
+    out: Path,
+    validate: Validate | None,
+    resume: bool,
+    title: str,
+) -> TrainResult:
+    checkpoint = processes.on_first(lambda: clear(out, resume))
     trainer = TrieTrainer(
         model, examples, objective, config, out, validate if config.evaluate_every else None
     )
@@ -267,14 +302,15 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         return self.earlier_seconds + time.monotonic() - self.started
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The micro-batches that are left; nothing is read to be skipped."""
+        """This process's part of the micro-batches that are left; nothing is read to be skipped."""
         config, size = self.config, self.examples.size
         chain = chains(self.examples.windows) if config.order == "chains" else None
         order = schedule(len(size), config.batch_size, config.steps, config.seed, chain)[self.first_step :]
         if chain is None:
             # Within a step by length: a micro-batch is padded to its longest; the step's gradient stays the same.
             order = np.take_along_axis(order, np.argsort(size[order], axis=1, kind="stable"), axis=1)
-        self.rows = order.reshape(-1, config.batch_size // config.accumulation)
+        # The same micro-batches for any number of processes; each takes neighbours.
+        self.rows = processes.part(order.reshape(-1, config.batch_size // config.accumulation))
         left = MicroBatches(self.examples, self.objective, self.rows, self.packing)
         # Its own generator: the loader must not draw from the one that dropout uses.
         return DataLoader(left, batch_size=None, generator=torch.Generator())
@@ -284,7 +320,8 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self.config.log_parts:
             self.parts = dict.fromkeys(PARTS) | self.parts_of_next_step()
-        total = math.fsum(batch.pop("contribution") for batch in batches)
+        ours = math.fsum(batch.pop("contribution") for batch in batches)
+        total = math.fsum(theirs for (theirs,) in processes.gather([ours]))
         return batches, float(self.objective.divisor(torch.tensor(total, dtype=torch.float64)))
 
     def parts_of_next_step(self) -> dict[str, float]:
@@ -303,6 +340,13 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             set_random_state(state, self.args.device)  # looking must not change what is learned
         return parts
 
+    def wishes(self) -> tuple[bool, bool]:
+        """Whether any process was asked to stop, and whether any is at its time limit."""
+        limit = self.config.time_limit_s
+        late = limit is not None and time.monotonic() - self.started >= limit
+        asked, at_limit = zip(*processes.gather([self.asked_to_stop.is_set(), late]), strict=True)
+        return any(asked), any(at_limit)
+
     def validates_at(self, step: int) -> bool:
         """Whether there is a validation after a step."""
         every = self.config.evaluate_every
@@ -315,11 +359,15 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This micro-batch's part of the step's loss: its sum over the divisor of `get_batch_samples`."""
+        """This micro-batch's part of the step's loss: its sum over the divisor of `get_batch_samples`.
+
+        Times the number of processes: DDP and FSDP take the mean of their gradients, and the sum is wanted.
+        """
         counts = inputs.pop("counts")
         outputs = model(**inputs)
         loss = outputs["loss"] / num_items_in_batch
         self.meter.add(loss, outputs["sums"], counts)
+        loss = loss * processes.count()
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -341,7 +389,10 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Add one line to ``log.jsonl`` and to the history."""
+        row = processes.on_first(lambda: row)
         self.history.append(row)
+        if not processes.is_first():
+            return
         with (self.out / LOG).open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -353,7 +404,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self.judged, state = self.state.global_step, random_state(self.args.device)
         with self.meter.pause(), torch.no_grad():
             self.lm.eval()
-            values = {name: float(value) for name, value in self.validate(self.lm).items()}
+            values = processes.on_first(self.metrics)
             set_random_state(state, self.args.device)  # looking must not change what is learned
         self.write_row({"step": self.judged, "valid": values})
         name = self.config.metric
@@ -363,9 +414,8 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             )
         if self.best is None or values[name] > self.best["value"]:
             self.best, self.waited = {"step": self.judged, "metric": name, "value": values[name]}, 0
-            with self.meter.pause(), atomic_folder(self.out / BEST) as folder:
-                save_trained(self.lm, folder / WEIGHTS)
-                write_json(folder / "best.json", self.best)
+            with self.meter.pause():
+                processes.on_first(self.save_best)
         else:
             self.waited += 1
         if self.stopped is None and 0 < self.config.patience <= self.waited:
@@ -373,8 +423,22 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             self.control.should_save = self.control.should_training_stop = True
         return values
 
+    def metrics(self) -> dict[str, float]:
+        """What ``validate`` says of the weights as they are."""
+        assert self.validate is not None
+        return {name: float(value) for name, value in self.validate(self.lm).items()}
+
+    def save_best(self) -> None:
+        """Put the weights as they are into ``best/``."""
+        with atomic_folder(self.out / BEST) as folder:
+            save_trained(self.lm, folder / WEIGHTS)
+            write_json(folder / "best.json", self.best)
+
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the run that wrote the checkpoint, as JSON values."""
+        """What a resumed run must share with the run that wrote the checkpoint, as JSON values.
+
+        The number of processes is not in it: it decides nothing that is learned.
+        """
         shared = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
         shared["objective"] = self.objective.settings()
         shared["trained parameters"] = sum(p.numel() for p in self.lm.parameters() if p.requires_grad)
@@ -384,20 +448,28 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write ``checkpoint-N`` whole or not at all, then remove the oldest."""
         step, t = self.state.global_step, self.objective.temperature
-        state = {
-            "step": step,
-            **{name: getattr(self, name) for name in ("stopped", "seconds", "best", "waited")},
-            "temperature": t.state_dict() if isinstance(t, AdaptiveTemperature) else None,
-            "identity": self.identity(),
-        }
-        with self.meter.pause(), atomic_folder(self.out / f"checkpoint-{step}") as folder:
+        with self.meter.pause():
+            state = {
+                "step": step,
+                **{name: getattr(self, name) for name in ("stopped", "seconds", "best", "waited")},
+                "temperature": t.state_dict() if isinstance(t, AdaptiveTemperature) else None,
+                "identity": self.identity(),
+                "meter": self.meter.state_dict(),
+            }
+            random_states = processes.gather_objects(random_state(self.args.device))
+            processes.on_first(lambda: self.write_checkpoint(state, random_states))
+
+    def write_checkpoint(self, state: dict[str, Any], random_states: list[dict[str, Any]]) -> None:
+        """The files of a checkpoint; ``random_states`` has one of each process."""
+        with atomic_folder(self.out / f"checkpoint-{state['step']}") as folder:
             save_trained(self.lm, folder / WEIGHTS)
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
-            torch.save(random_state(self.args.device), folder / "rng.pt")
+            for i, numbers in enumerate(random_states):
+                torch.save(numbers, folder / _random_file(i))
             if self.best is not None:
                 link(self.out / BEST / WEIGHTS, folder / BEST_WEIGHTS)
-            write_json(folder / STATE, state | {"meter": self.meter.state_dict()})
+            write_json(folder / STATE, state)
         for _, old in checkpoints(self.out)[: -self.config.keep_checkpoints]:
             remove(old)
 
@@ -421,13 +493,18 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self.best, self.waited, self.earlier_seconds = state["best"], state["waited"], state["seconds"]
         if isinstance(self.objective.temperature, AdaptiveTemperature):
             self.objective.temperature.load_state_dict(state["temperature"])
-        self.meter.load_state_dict(state["meter"])
+        if processes.is_first():  # its sums are those of all processes
+            self.meter.load_state_dict(state["meter"])
         load_trained(self.lm, checkpoint / WEIGHTS)
+        self.history = processes.on_first(lambda: self.put_back(checkpoint))
+
+    def put_back(self, checkpoint: Path) -> list[dict[str, Any]]:
+        """Best weights and log of a run folder as they were at a checkpoint; the rows of the log."""
         if self.best is not None:
             with atomic_folder(self.out / BEST) as folder:
                 link(checkpoint / BEST_WEIGHTS, folder / WEIGHTS)
                 write_json(folder / "best.json", self.best)
-        self.history = cut_log(self.out / LOG, self.first_step)
+        return cut_log(self.out / LOG, self.first_step)
 
     def restore(self) -> None:
         """The part of a resume that needs the optimiser; the last thing before the first step."""
@@ -435,8 +512,13 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             load = functools.partial(torch.load, map_location="cpu", weights_only=True)
             self.optimizer.load_state_dict(load(self.checkpoint / "optimizer.pt"))
             self.lr_scheduler.load_state_dict(load(self.checkpoint / "scheduler.pt"))
-            set_random_state(load(self.checkpoint / "rng.pt"), self.args.device)
             self.state.global_step = self.first_step
+        file = (self.checkpoint or self.out) / _random_file(processes.rank())
+        if self.checkpoint is not None and file.is_file():
+            set_random_state(load(file), self.args.device)
+        elif not processes.is_first():  # its own dropout, where no checkpoint has one for it
+            drawn = np.random.SeedSequence([self.config.seed, processes.rank(), self.first_step])
+            torch.manual_seed(int(drawn.generate_state(1)[0]))
         self.meter.since = time.monotonic()
 
 
@@ -460,11 +542,12 @@ class _Conductor(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer, config, step = self.trainer, self.trainer.config, state.global_step
         trainer.meter.counts["steps"] += 1
+        asked, late = trainer.wishes()
         if step >= config.steps:
             trainer.stopped = "steps"
-        elif trainer.asked_to_stop.is_set():
+        elif asked:
             trainer.stopped = "interrupted"
-        elif config.time_limit_s is not None and time.monotonic() - trainer.started >= config.time_limit_s:
+        elif late:
             trainer.stopped = "time limit"
         stop = trainer.stopped is not None
         control.should_log = stop or trainer.logs_at(step)
@@ -474,11 +557,15 @@ class _Conductor(TrainerCallback):  # type: ignore[misc]
         trainer.on_progress(1, trainer.detail)
 
 
+def _random_file(process: int) -> str:
+    return f"rng-{process}.pt" if process else "rng.pt"
+
+
 def _arguments(model: Any, config: TrainConfig, out: Path) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size // config.accumulation,
+        per_device_train_batch_size=config.share(processes.count()),
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=SCHEDULES[config.schedule],
@@ -494,6 +581,7 @@ def _arguments(model: Any, config: TrainConfig, out: Path) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         logging_nan_inf_filter=False,  # it would wait for the device at every step
+        ddp_find_unused_parameters=False,
     )
     arguments._n_gpu = min(
         arguments.n_gpu, 1

@@ -1,0 +1,179 @@
+"""What each of several processes runs in `test_processes.py`; the target of a forked process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from tests.token_worlds import cycle_world
+from tests.train_child import CONFIG as WHOLE
+from tests.train_child import small_model, some_metric
+from trierec import processes
+from trierec.decisiveness import binary_weights, zero_gain
+from trierec.errors import UserError
+from trierec.examples import Examples, along_titles, target_counts
+from trierec.forward import TitleLoss
+from trierec.losses import AdaptiveTemperature, Objective
+from trierec.train import TrainConfig, TrieTrainer, train
+
+STEPS = 5
+CONFIG = {
+    "steps": STEPS,
+    "learning_rate": 3e-3,
+    "batch_size": 8,
+    "accumulation": 2,
+    "warmup_steps": 2,
+    "log_every": 1,
+    "log_parts": True,
+}
+
+
+def ats(**choices: Any) -> AdaptiveTemperature:
+    return AdaptiveTemperature(0.5, momentum=0.5, clamp=(0.1, 5.0), **choices)
+
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "lml": lambda: Objective("vocabulary"),
+    "igd": lambda: Objective("vocabulary", normaliser="decisions"),
+    "msl-ats": lambda: Objective(temperature=ats(), normaliser="decisions"),
+    "msl-ats-minus-all": lambda: Objective(temperature=ats(root="minus", rows="all")),
+    "msl-ats-exact-all": lambda: Objective(temperature=ats(root="exact", rows="all")),
+    "msl-ats-token": lambda: Objective(temperature=ats(scope="token")),
+    "msl-sum": lambda: Objective("trie", 1.3, "sum"),
+}
+
+
+def weighted_examples() -> Examples:
+    """IGD weights and titles of unequal length, so that the parts of a micro-batch have unequal sums of weights."""
+    plain = cycle_world()
+    counts = target_counts(plain.windows, 12)
+    counts[::3] = 0
+    weight = along_titles(plain.trie, binary_weights(plain.trie, counts, 0.2))
+    plain.windows.n_context[::2] = 3
+    return Examples(plain.windows, plain.prompts, plain.trie, weight, zero_gain(plain.trie, counts))
+
+
+class Seen(TrainerCallback):  # type: ignore[misc]
+    """Gradients as the optimiser gets them, and the temperature, step by step."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.gradients, self.tau = objective, [], []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self.gradients.append({n: p.grad.clone() for n, p in model.model.named_parameters()})
+        self.tau.append(self.objective.tau)
+
+
+def each_objective(out: Path) -> dict[str, Any]:
+    """Gradients, temperatures, last weights and log of a short run of each objective."""
+    found = {}
+    for name, make in OBJECTIVES.items():
+        model, objective = small_model(), make()
+        seen = Seen(objective)
+        config = TrainConfig(**CONFIG)
+        (out / name).mkdir(exist_ok=True)
+        trainer = TrieTrainer(model, weighted_examples(), objective, config, out / name)
+        trainer.add_callback(seen)
+        trainer.train()
+        found[name] = {
+            "gradients": seen.gradients,
+            "tau": seen.tau,
+            "weights": {n: p.detach() for n, p in model.named_parameters()},
+            "log": trainer.history,
+        }
+    return found
+
+
+def whole_run(out: Path, resume: bool = False, dropout: float = 0.3) -> dict[str, Any]:
+    """A run with adaptive temperature, validation and checkpoints; what it leaves."""
+    model = small_model(dropout)
+    objective = Objective(temperature=ats())
+    config = TrainConfig(**(vars(WHOLE) | {"keep_checkpoints": 9}))
+    result = train(model, cycle_world(), objective, config, out, validate=some_metric, resume=resume)
+    return {
+        "result": (result.steps_done, result.stopped, result.best_step),
+        "weights": {name: p.detach() for name, p in model.named_parameters()},
+        "log": result.history,
+    }
+
+
+def at_forward(count: int, call: Callable[[], Any]) -> None:
+    """Do something at the n-th forward of this process from now on."""
+    original, calls = TitleLoss.forward, 0
+
+    def forward(self: TitleLoss, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            call()
+        return original(self, *args, **kwargs)
+
+    TitleLoss.forward = forward  # type: ignore[method-assign]
+
+
+def kill(number: signal.Signals) -> None:
+    """Send this process a signal."""
+    os.kill(os.getpid(), number)
+
+
+def stop_and_go(out: Path) -> dict[str, Any]:
+    """An uninterrupted run, one stopped by a signal to the second process and taken up, one begun by one process."""
+    found = {"whole": whole_run(out / "whole"), "plain": whole_run(out / "plain", dropout=0.0)}
+    if not processes.is_first():
+        at_forward(2 * 7 - 1, lambda: kill(signal.SIGTERM))
+    found["stopped"] = whole_run(out / "stopped")
+    found["resumed"] = whole_run(out / "stopped", resume=True)
+    found["from one"] = whole_run(out / "from one", resume=True, dropout=0.0)
+    found["errors"] = {}
+    for name, validate in (("metric", lambda model: {"MAP": 1.0}), ("validate", refuse)):
+        try:
+            config = TrainConfig(**(vars(WHOLE) | {"evaluate_every": 1}))
+            train(small_model(), cycle_world(), Objective(), config, out / name, validate=validate)
+        except UserError as error:
+            found["errors"][name] = str(error)
+    return found
+
+
+def refuse(model: Any) -> dict[str, float]:
+    """What fails where it is called, which is in the first process."""
+    raise UserError(f"refused in process {processes.rank()}")
+
+
+def killed(out: Path) -> None:
+    """The second process is killed in the seventh step."""
+    if not processes.is_first():
+        at_forward(2 * 7 - 1, lambda: kill(signal.SIGKILL))
+    with pytest.raises(UserError, match="process 0 of 2 cannot reach the others: one of them has ended"):
+        whole_run(out)
+
+
+def go_on(out: Path) -> dict[str, Any]:
+    """Take up what is there."""
+    return whole_run(out, resume=True)
+
+
+def in_processes(job: Callable[[Path], Any], out: str, port: int, rank: int, count: int) -> None:
+    """Run a job as one of ``count`` processes; what it returns is saved as ``RANK.pt``."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+    processes.start()
+    found = job(Path(out))
+    torch.save(found, Path(out) / f"{rank}.pt")
+    processes.part_ways()

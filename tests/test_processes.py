@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.process_child import (
+    OBJECTIVES,
+    STEPS,
+    each_objective,
+    go_on,
+    in_processes,
+    killed,
+    stop_and_go,
+    whole_run,
+)
+from trierec import processes
+from trierec.checkpoints import checkpoints, remove
+from trierec.errors import UserError
+from trierec.train import TrainConfig
+
+TIMES = ("seconds", "tokens_per_second")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Launch:
+    """Starts a job of `tests.process_child` in several processes that meet over gloo."""
+
+    def __init__(self) -> None:
+        self.forks = multiprocessing.get_context("forkserver")
+        self.forks.set_forkserver_preload(["tests.process_child", "transformers.models.qwen2.modeling_qwen2"])
+
+    def __call__(self, job: Callable[[Path], Any], out: Path, killed: int = 0) -> list[Any]:
+        """What the job returns in each of two processes; so many of them, the last ones, are killed."""
+        count = 2
+        port = free_port()
+        children = [
+            self.forks.Process(target=in_processes, args=(job, str(out), port, rank, count))
+            for rank in range(count)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(120)
+        ended = [0] * (count - killed) + [-signal.SIGKILL] * killed
+        assert [child.exitcode for child in children] == ended
+        return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(count - killed)]
+
+
+@pytest.fixture(scope="module")
+def launch() -> Launch:
+    return Launch()
+
+
+def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+# --- one process against two ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_and_two(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    torch.set_num_threads(1)
+    one = each_objective(tmp_path_factory.mktemp("one"))
+    return one, *launch(each_objective, tmp_path_factory.mktemp("two"))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_two_processes_have_the_curves_of_one(name: str, one_and_two: tuple[Any, Any, Any]) -> None:
+    """Loss, both parts, gradient norm and temperature of every step, from other paddings of the same windows."""
+    one, two, _ = (found[name]["log"] for found in one_and_two)
+    assert len(one) == len(two) == STEPS
+    for ours, theirs in zip(untimed(one), untimed(two), strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-7), key
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradients_and_weights_are_equal_on_both_and_those_of_one(
+    name: str, one_and_two: tuple[Any, Any, Any]
+) -> None:
+    one, first, second = (found[name] for found in one_and_two)
+    assert first["tau"] == second["tau"]
+    for step in range(STEPS):
+        for key in one["gradients"][step]:
+            ours, theirs = first["gradients"][step][key], second["gradients"][step][key]
+            assert torch.equal(ours, theirs), (step, key)
+    for key, gradient in one["gradients"][0].items():
+        torch.testing.assert_close(first["gradients"][0][key], gradient, rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(first["weights"][key], second["weights"][key]) for key in one["weights"])
+    for key, weight in one["weights"].items():
+        torch.testing.assert_close(first["weights"][key], weight, rtol=0, atol=1e-4)
+
+
+def test_only_the_first_process_writes_the_log(one_and_two: tuple[Any, Any, Any]) -> None:
+    logs = [found["lml"]["log"] for found in one_and_two[1:]]
+    assert logs[0] == logs[1], "with the times of the first"
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+
+def close(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """The same rows to 1e-5."""
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for one, other in zip(untimed(ours), untimed(theirs), strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7), key
+
+
+def keep_until(step: int, source: Path, target: Path) -> None:
+    """A run folder as a kill behind one of its checkpoints leaves it."""
+    shutil.copytree(source, target)
+    for later, path in checkpoints(target):
+        if later > step:
+            remove(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    """The run of one process without dropout."""
+    found = whole_run(folder / "alone", dropout=0.0)
+    keep_until(4, folder / "alone", folder / "from one")
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(launch: Launch, folder: Path, alone: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each of two processes finds."""
+    first, second = launch(stop_and_go, folder)
+    return first, second
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+def test_validation_log_and_best_weights_are_those_of_one_process(
+    runs: tuple[dict[str, Any], dict[str, Any]], alone: dict[str, Any]
+) -> None:
+    for found in (runs[0]["plain"], runs[1]["plain"]):
+        assert found["result"] == alone["result"]
+        close(found["log"], alone["log"])
+        assert same(found["weights"], runs[0]["plain"]["weights"])
+
+
+def test_a_signal_to_one_process_stops_both_after_the_step_and_a_resume_goes_on(
+    runs: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    for found in runs:
+        assert found["stopped"]["result"][:2] == (7, "interrupted")
+        assert found["resumed"]["result"] == found["whole"]["result"]
+        assert same(found["resumed"]["weights"], found["whole"]["weights"]), "dropout included"
+        stop = [row for row in untimed(found["resumed"]["log"]) if row["step"] != 7]
+        assert [row["step"] for row in stop] == [row["step"] for row in found["whole"]["log"]]
+    assert runs[0]["whole"]["log"] == runs[1]["whole"]["log"]
+    assert same(runs[0]["whole"]["weights"], runs[1]["whole"]["weights"])
+
+
+def test_another_number_of_processes_goes_on_with_the_same_data_and_normaliser(
+    runs: tuple[dict[str, Any], dict[str, Any]], alone: dict[str, Any], folder: Path
+) -> None:
+    """Checkpoint 4 lies between two rows of the log: the sums since row 3 are carried over too."""
+    close(runs[0]["from one"]["log"], alone["log"])
+    keep_until(4, folder / "plain", folder / "from two")
+    close(whole_run(folder / "from two", resume=True, dropout=0.0)["log"], alone["log"])
+
+
+def test_an_error_of_the_first_process_is_told_to_all(runs: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    for found in runs:
+        assert found["errors"]["validate"] == "refused in process 0"
+        assert found["errors"]["metric"].startswith("wanted the metric NDCG@10, validation gives MAP")
+
+
+def test_a_killed_process_ends_the_others_with_one_line_and_the_run_goes_on(
+    launch: Launch, tmp_path: Path, runs: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    launch(killed, tmp_path, killed=1)
+    assert [step for step, _ in checkpoints(tmp_path)] == [4]
+    for found, whole in zip(launch(go_on, tmp_path), runs, strict=True):
+        assert same(found["weights"], whole["whole"]["weights"])
+        close(found["log"], whole["whole"]["log"])  # the sums of the log were added up at the checkpoint
+
+
+# --- one process alone ------------------------------------------------------------------------------------------------
+
+
+def test_batches_that_cannot_be_dealt_out() -> None:
+    config = TrainConfig(steps=1, learning_rate=1.0, batch_size=12, accumulation=2)
+    assert [config.share(n) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    line = (
+        r"wanted a batch_size that is a multiple of accumulation \* processes, got 12 and 2 \* 4; change one"
+    )
+    with pytest.raises(UserError, match=line):
+        config.share(4)
+
+
+def test_a_lost_process_is_one_line_and_other_errors_stay() -> None:
+    with pytest.raises(UserError, match="cannot reach the others"), processes.together():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(RuntimeError, match="out of memory"), processes.together():
+        raise RuntimeError("out of memory")
