@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tests.token_worlds import cycle_world
@@ -20,7 +23,7 @@ from trierec import processes
 from trierec.decisiveness import binary_weights, zero_gain
 from trierec.errors import UserError
 from trierec.examples import Examples, along_titles, target_counts
-from trierec.forward import TitleLoss
+from trierec.forward import MicroBatches, TitleLoss
 from trierec.losses import AdaptiveTemperature, Objective
 from trierec.train import TrainConfig, TrieTrainer, train
 
@@ -151,13 +154,51 @@ def killed(out: Path) -> None:
     """The second process is killed in the seventh step."""
     if not processes.is_first():
         at_forward(2 * 7 - 1, lambda: kill(signal.SIGKILL))
-    with pytest.raises(UserError, match="process 0 of 2 cannot reach the others: one of them has ended"):
+    with pytest.raises(UserError, match="cannot reach the other processes: one of them has ended"):
         whole_run(out)
 
 
 def go_on(out: Path) -> dict[str, Any]:
     """Take up what is there."""
     return whole_run(out, resume=True)
+
+
+def sharded(out: Path, shard: bool = True) -> dict[str, Any]:
+    """Two steps of a `TitleLoss` under torch's own ``fully_shard``: losses, gradients, temperature, last weights.
+
+    With ``shard`` False the same in one process.
+    """
+    found = {}
+    for name in ("igd", "msl-ats", "msl-ats-exact-all"):
+        model, objective, examples = small_model().train(), OBJECTIVES[name](), weighted_examples()
+        module = TitleLoss(model, objective, examples.trie)
+        if shard:
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(module)
+            assert all(isinstance(p, DTensor) for p in module.parameters())
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        rows = np.argsort(examples.size[:16], kind="stable").reshape(2, 8)
+        batches = MicroBatches(examples, objective, processes.part(rows))
+        steps = []
+        for batch in (batches[0], batches[1]):
+            del batch["counts"]
+            total = sum(theirs for (theirs,) in processes.gather([batch.pop("contribution")]))
+            loss = module(**batch)["loss"] / objective.divisor(torch.tensor(total))
+            (loss * processes.count()).backward()
+            whole = sum(theirs for (theirs,) in processes.gather([loss.item()]))
+            gradients = {n: full(p.grad) for n, p in module.named_parameters()}
+            steps.append({"loss": whole, "gradients": gradients, "tau": objective.tau})
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not shard or all(isinstance(p, DTensor) for p in module.parameters())
+        found[name] = {"steps": steps, "weights": {n: full(p.detach()) for n, p in module.named_parameters()}}
+    return found
+
+
+def full(tensor: Any) -> Any:
+    """A sharded tensor put together; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def in_processes(job: Callable[[Path], Any], out: str, port: int, rank: int, count: int) -> None:

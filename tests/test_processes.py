@@ -1,15 +1,21 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.process_child import (
     OBJECTIVES,
@@ -18,15 +24,36 @@ from tests.process_child import (
     go_on,
     in_processes,
     killed,
+    sharded,
     stop_and_go,
     whole_run,
 )
+from tests.worlds import write_msl_folder
 from trierec import processes
-from trierec.checkpoints import checkpoints, remove
+from trierec.checkpoints import WEIGHTS, checkpoints, remove
 from trierec.errors import UserError
 from trierec.train import TrainConfig
 
 TIMES = ("seconds", "tokens_per_second")
+RECIPE = """
+name = "two"
+[data]
+source = "msl:{raw}"
+folder = "{prepared}"
+[backbone]
+name = "tiny"
+tiny = {{vocabulary = 300, width = 16, layers = 2, heads = 2, feed_forward = 32}}
+[objective]
+temperature = "adaptive"
+[objective.adaptive]
+eta = 0.5
+[training]
+steps = 60
+batch_size = 8
+accumulation = 2
+learning_rate = 1e-3
+checkpoint_every = 10
+"""
 
 
 def free_port() -> int:
@@ -203,6 +230,64 @@ def test_a_killed_process_ends_the_others_with_one_line_and_the_run_goes_on(
         close(found["log"], whole["whole"]["log"])  # the sums of the log were added up at the checkpoint
 
 
+@pytest.mark.slow
+def test_torchrun_on_the_command_line_a_kill_and_what_is_left(tmp_path: Path) -> None:
+    """The first process alone prints and writes; ``kill -9`` of the second ends all, and the rest is resumed."""
+    raw = write_msl_folder(tmp_path / "amazon_office")
+    recipe = tmp_path / "two.toml"
+    recipe.write_text(RECIPE.format(raw=raw.as_posix(), prepared=(tmp_path / "p").as_posix()), "utf-8")
+
+    def start(out: str, *words: str) -> subprocess.Popen[str]:
+        launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+        command = [*launcher, "-m", "trierec", "train", str(recipe), "--out", str(tmp_path / out), *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([sys.executable, "-m", *command], text=True, **pipes)
+
+    def last(out: str) -> dict[str, Any]:
+        return load_file(tmp_path / out / "checkpoint-60" / WEIGHTS)
+
+    whole = start("whole")
+    output, errors = whole.communicate(timeout=120)
+    assert whole.returncode == 0, errors
+    assert output.count("\n") == 1 and "60 steps in" in output
+    assert errors.count("preparing") == 1
+    assert json.loads((tmp_path / "whole" / "run.json").read_text("utf-8"))["processes"] == 2
+
+    parted = start("parted")
+    while not checkpoints(tmp_path / "parted"):
+        assert parted.poll() is None, parted.communicate()
+        time.sleep(0.02)
+    children = {child.environ().get("RANK"): child for child in psutil.Process(parted.pid).children()}
+    children["1"].kill()
+    _, errors = parted.communicate(timeout=60)
+    assert parted.returncode != 0
+    assert "error: cannot reach the other processes: one of them has ended" in errors
+    assert 0 < checkpoints(tmp_path / "parted")[-1][0] < 60
+    resumed = start("parted", "--resume")
+    _, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert same(last("parted"), last("whole"))
+
+
+# --- FSDP2 ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sharded_loss_module_has_the_losses_and_gradients_of_a_whole_one(
+    launch: Launch, tmp_path: Path
+) -> None:
+    one = sharded(tmp_path, shard=False)
+    for two in launch(sharded, tmp_path):
+        for name in one:
+            for ours, theirs in zip(two[name]["steps"], one[name]["steps"], strict=True):
+                assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+                assert ours["tau"] == pytest.approx(theirs["tau"], rel=1e-5)
+                for key in theirs["gradients"]:
+                    found, expected = ours["gradients"][key], theirs["gradients"][key]
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+            for key, weight in one[name]["weights"].items():
+                torch.testing.assert_close(two[name]["weights"][key], weight, rtol=0, atol=1e-5)
+
+
 # --- one process alone ------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +302,7 @@ def test_batches_that_cannot_be_dealt_out() -> None:
 
 
 def test_a_lost_process_is_one_line_and_other_errors_stay() -> None:
-    with pytest.raises(UserError, match="cannot reach the others"), processes.together():
+    with pytest.raises(UserError, match="cannot reach the other processes"), processes.together():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:5] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError, match="out of memory"), processes.together():
         raise RuntimeError("out of memory")

@@ -6,6 +6,7 @@ Heavy imports stay inside the commands, so that ``--help`` and a typing error an
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from trierec.errors import UserError
+from trierec.progress import speaks
 
 app = typer.Typer(
     name="trierec",
@@ -338,7 +340,8 @@ def main() -> None:
 
 def _complain(message: str) -> int:
     """Print one line and give the exit status of a user's mistake."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    who = "error" if speaks() else f"error in process {os.environ['RANK']}"
+    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

@@ -153,6 +153,6 @@ def together() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         raise UserError(
-            f"process {rank()} of {count()} cannot reach the others: one of them has ended; see its own message, "
-            "then go on from the last checkpoint with --resume"
+            "cannot reach the other processes: one of them has ended; see its own message, then go on from the last "
+            "checkpoint with --resume"
         ) from None
