@@ -220,7 +220,40 @@ def test_forced_tokens_after_the_last_decision_never_run_in_trie_support() -> No
     assert ranking.counters["tree_tokens"] == 0
     ranking = beam_search(TrieEngine(tiny_model(), trie, "vocabulary"), [[3, 4]], 2, 2)
     assert ranking.counters["tree_tokens"] == 4 + 5  # every inner node but the root, each once
-    assert ranking.counters["rounds"] == 3  # 1, 2 and then up to 4 tokens a forward
+    assert ranking.counters["rounds"] == 1  # two beams for two titles: nothing can be dropped
+
+
+@settings(max_examples=40, deadline=None)
+@given(catalogues(), prompt_lists, st.integers(1, 6), st.data())
+def test_only_what_the_search_asks_for_runs_in_vocabulary_support(
+    titles: list[list[int]], prompts: list[list[int]], beams: int, data: st.DataObject
+) -> None:
+    """Tokens are run before the search asks for them, but none that it never asks for."""
+    model, slow = tiny_model(), DictTrie(titles)
+    free = data.draw(st.none() | st.lists(st.integers(0, len(titles) - 1), min_size=1, max_size=4))
+    allowed = [titles[i] for i in (range(len(titles)) if free is None else free)]
+    ranking = beam_search(
+        TrieEngine(model, Trie.from_sequences(titles), "vocabulary"),
+        prompts,
+        beams,
+        beams,
+        allow=None if free is None else [free] * len(prompts),
+    )
+    asked, margins = 0, []
+    for prompt in prompts:
+        log_p, prefixes = reference.model_log_p(model, prompt, slow, "vocabulary"), set()
+
+        def seen(prefix: tuple[int, ...], log_p: Any = log_p, prefixes: Any = prefixes) -> dict[int, float]:
+            prefixes.add(prefix)
+            return log_p(prefix)  # type: ignore[no-any-return]
+
+        _, margin = reference.beam(
+            seen, slow, beams, permitted=lambda p: any(tuple(t[: len(p)]) == p for t in allowed)
+        )
+        asked += len(prefixes - {()})
+        margins.append(margin)
+    if min(margins) > TOLERANCE:
+        assert ranking.counters["tree_tokens"] == asked
 
 
 def test_no_title_twice_and_none_that_is_not_permitted() -> None:

@@ -2,14 +2,15 @@
 
 Forced tokens decide what is run. Trie support: those between two decisions score 0 but later logits depend on
 them, so they run in one forward with the decision they lead to; those after the last decision never run.
-Vocabulary support: a forced run scores token by token but goes through the model several tokens a forward, and
-what that gave is remembered until the search asks. So a search stays token-synchronous and does not know what was run.
+Vocabulary support: every token scores, but what a search foresees that it will ask for goes through the model with what
+it asks for now, and is remembered until it does. So a search stays token-synchronous and does not know what was run.
 
 Dimension key: B users, R requested nodes, N trie nodes, E edges, C nodes of one forward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from trierec.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, 
 from trierec.trie import Trie
 
 Ints = NDArray[np.int64]
+Foreseen = Callable[[], tuple[Ints, Ints]]
 
 
 @dataclass(frozen=True)
@@ -113,20 +115,24 @@ class Growth:
         return known
 
     @torch.inference_mode()
-    def expand(self, user: Ints, node: Ints) -> Edges:
+    def expand(self, user: Ints, node: Ints, foreseen: Foreseen | None = None) -> Edges:
         """Score the edges below some nodes; nodes that were asked for before cost nothing.
 
         Args:
             user: int64 (R,), users who are in.
             node: int64 (R,), no leaves. Every decision above a node was asked for before, or is here too.
+            foreseen: Says which nodes will be asked for later, users and nodes, ancestors too. It is called where a
+                forward is needed in vocabulary support, which then takes them along.
         """
-        size = self.trie.n_children[node]
         fresh = ~self.known(user, node)
         if fresh.any():
             first = np.unique(user[fresh] * self.trie.n_nodes + node[fresh])
+            if foreseen is not None and self._cache is not None and self.engine.support == "vocabulary":
+                users, nodes = foreseen()
+                unknown = ~self.known(users, nodes) & np.isin(users, user[fresh])
+                first = np.union1d(first, users[unknown] * self.trie.n_nodes + nodes[unknown])
             self._score(first // self.trie.n_nodes, first % self.trie.n_nodes)
-        row = np.repeat(np.arange(len(node)), size)
-        child = np.arange(len(row)) + np.repeat(self.trie.child_ptr[node] - (np.cumsum(size) - size), size)
+        row, child = children(self.trie, node)
         forced = np.zeros(1, dtype=np.float32)
         found = [self._scored[b].get(n, forced) for b, n in zip(user.tolist(), node.tolist(), strict=True)]
         return Edges(row, child, np.concatenate(found) if found else np.zeros(0, np.float32))
@@ -139,8 +145,8 @@ class Growth:
             hidden = self._cache.root_hidden[self._tensor(self._row[user[root]])]
             self._remember(user[root], node[root], hidden)
         if not root.all():
-            run = _led_to if self.engine.support == "trie" else _looked_ahead
-            self._grow(*run(self.trie, user[~root], node[~root]))
+            user, node = user[~root], node[~root]
+            self._grow(*(_led_to(self.trie, user, node) if self.engine.support == "trie" else (user, node)))
         return None
 
     def _grow(self, user: Ints, node: Ints) -> None:
@@ -229,6 +235,13 @@ def edges_on_paths(
     return keys_of_edges[order], np.concatenate(log_p)[order]
 
 
+def children(trie: Trie, node: Ints) -> tuple[Ints, Ints]:
+    """Of the edges below nodes (R,): which of them each leaves, and the child it leads to; int64 (E,) each."""
+    size = trie.n_children[node]
+    row = np.repeat(np.arange(len(node)), size)
+    return row, np.arange(len(row)) + np.repeat(trie.child_ptr[node] - (np.cumsum(size) - size), size)
+
+
 def _led_to(trie: Trie, user: Ints, node: Ints) -> tuple[Ints, Ints]:
     """Trie support: requested nodes and the forced tokens that lead to them, by user and depth, each once."""
     users, nodes = [user], [node]
@@ -238,26 +251,21 @@ def _led_to(trie: Trie, user: Ints, node: Ints) -> tuple[Ints, Ints]:
         user, node = user[more], node[more]
         users.append(user)
         nodes.append(node)
-    return _each_once(trie, users, nodes)
+    key = np.unique(np.concatenate(users) * trie.n_nodes + np.concatenate(nodes))
+    user, node = key // trie.n_nodes, key % trie.n_nodes
+    return user, node  # node ids ascend with depth: ancestors come first
 
 
-def _looked_ahead(trie: Trie, user: Ints, node: Ints) -> tuple[Ints, Ints]:
-    """Vocabulary support: requested nodes and forced tokens behind them, by user and depth, each once.
+def forced_runs(trie: Trie, user: Ints, node: Ints) -> tuple[Ints, Ints]:
+    """Forced tokens below some nodes, as far down as their run has come already: 1, 2, 4, ... tokens.
 
-    A hypothesis may be dropped before its forced run ends, so a run is looked ahead as far as it has come already:
-    1, 2, 4, ... tokens a forward, up to the next decision or the last token before the leaf.
+    Up to the next decision or the last token before the leaf; for searches that cannot foresee whether they follow it.
     """
-    users, nodes, left = [user], [node], trie.forced_depth[node].astype(np.int64)
+    users, nodes, left = [user[:0]], [node[:0]], trie.forced_depth[node].astype(np.int64)
     while len(node):
         child = trie.child_ptr[node].astype(np.int64)
         more = (left > 0) & ~trie.branching[node] & ~trie.is_leaf[np.where(trie.branching[node], 0, child)]
         user, node, left = user[more], child[more], left[more] - 1
         users.append(user)
         nodes.append(node)
-    return _each_once(trie, users, nodes)
-
-
-def _each_once(trie: Trie, users: list[Ints], nodes: list[Ints]) -> tuple[Ints, Ints]:
-    key = np.unique(np.concatenate(users) * trie.n_nodes + np.concatenate(nodes))
-    user, node = key // trie.n_nodes, key % trie.n_nodes
-    return user, node  # node ids ascend with depth: ancestors come first
+    return np.concatenate(users), np.concatenate(nodes)

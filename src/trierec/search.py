@@ -24,7 +24,7 @@ from trierec.decisiveness import decoding_weights, scale_within
 from trierec.engine import TrieEngine, edge_log_probabilities
 from trierec.errors import UserError
 from trierec.filters import TitleFilter
-from trierec.growth import Edges, Growth, edges_on_paths
+from trierec.growth import Edges, Growth, children, edges_on_paths, forced_runs
 from trierec.ranking import (
     Groups,
     ItemLists,
@@ -491,6 +491,9 @@ class Search(Protocol):
     def request(self) -> tuple[Ints, Ints]:
         """Users and nodes (R,) whose edges the next round needs, users together."""
 
+    def foreseen(self) -> tuple[Ints, Ints]:
+        """Users and nodes that are asked for in later rounds whatever scores the edges get."""
+
     def update(self, edges: Edges) -> Ints:
         """Go on with what was asked for; the users (n,) who are done."""
 
@@ -504,7 +507,7 @@ def _drive(growth: Growth, search: Search) -> None:
         user, node = search.request()
         if not len(user):
             return
-        growth.release(search.update(growth.expand(user, node)))
+        growth.release(search.update(growth.expand(user, node, search.foreseen)))
 
 
 class Beams:
@@ -533,6 +536,29 @@ class Beams:
     def request(self) -> tuple[Ints, Ints]:
         """The live prefixes."""
         return self.live.user, self.live.node
+
+    def foreseen(self) -> tuple[Ints, Ints]:
+        """What lies below the live prefixes, level by level, as far down as nothing has to be dropped."""
+        trie, n_users, user, node = self.trie, len(self.filters), self.live.user, self.live.node
+        users, nodes = [user[:0]], [node[:0]]
+        n_done = np.bincount(self.done.user, minlength=n_users)
+        filtered = np.array([own is not None for own in self.filters])
+        while len(node):
+            size = trie.n_children[node]
+            # Where many edges lead on, only a filter may leave few.
+            few = (np.bincount(user, size, n_users)[user] <= self.beams) | filtered[user]
+            row, node = children(trie, node[few])
+            user = user[few][row]
+            permitted = _permitted(self.filters, user, node)
+            user, node = user[permitted], node[permitted]
+            few = np.bincount(user, minlength=n_users)[user] <= self.beams
+            leaf = trie.is_leaf[node]
+            n_done += np.bincount(user[few & leaf], minlength=n_users)
+            goes_on = few & ~leaf & (n_done[user] < self.beams)  # with so many titles a user may be done
+            user, node = user[goes_on], node[goes_on]
+            users.append(user)
+            nodes.append(node)
+        return np.concatenate(users), np.concatenate(nodes)
 
     def update(self, edges: Edges) -> Ints:
         """One token for every user."""
@@ -637,6 +663,14 @@ class BestFirst:
             return self._asked.user, self._asked.node
         user, node = self.first.request()
         return np.concatenate([user, self._asked.user]), np.concatenate([node, self._asked.node])
+
+    def foreseen(self) -> tuple[Ints, Ints]:
+        """What the beam search that comes first foresees, and forced tokens below what is asked for."""
+        if self.first is None:
+            return self._asked.user[:0], self._asked.node[:0]
+        below = forced_runs(self.trie, self._asked.user, self._asked.node)
+        user, node = (np.concatenate(pair) for pair in zip(self.first.foreseen(), below, strict=True))
+        return user, node
 
     def update(self, edges: Edges) -> Ints:
         """One round: expand, follow forced tokens, drop what cannot matter."""
