@@ -1,11 +1,16 @@
 """Does exact search give the full ranking's best titles, for how much work, and how often do beams miss one?
 
-    python benchmarks/exact.py RUN [--users N] [--k K]
+    python benchmarks/exact.py RUN [--users N] [--k K] [--seed S]
+    python benchmarks/exact.py RUN --union SOURCE SOURCE ... [--change KEY=VALUE ...]
 
-RUN is a trained run. For every test user `exact_search` is compared with `rank_catalogue` score for score (1e-4) in the
-run's support; then come beams of 10 and 20: how many users they serve with all true best K, and which share of the
-titles they miss. `expansion_share` is the mean number of expanded prefixes over the nodes with a decision. The last
-line of stdout is one JSON object.
+RUN is a trained run. For every test user (or N of them, drawn with the seed) `exact_search` is compared with
+`rank_catalogue` score for score (1e-4) in the run's support; then come beams of 10 and 20: how many users they serve
+with all true best K, and which share of the titles they miss. `expansion_share` is the mean number of expanded
+prefixes over the nodes with a decision.
+
+With `--union` the catalogues and rows of several sources (`msl:DIR`, `d3:DIR`, ...) become one data set beside RUN, and
+where RUN is no run yet, `office/msl` is trained on it first, with these changes. The last line of stdout is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -13,20 +18,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 
-from trierec.dataset import load_dataset
+from trierec.dataset import load_dataset, prepare
 from trierec.generative import GenerativeRecommender
 from trierec.progress import progress
 from trierec.ranking import add_counters
-from trierec.runs import open_run
+from trierec.recipe import load_recipe
+from trierec.runs import open_run, train_run
 from trierec.search import beam_search, exact_search, rank_catalogue
+from trierec.splits import NAMES, Split
 
 BLOCK = 64
+MAX_HISTORY = 10
 
 
 def main() -> None:
@@ -35,11 +45,17 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--users", type=int, default=1 << 30)
     parser.add_argument("--k", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--union", nargs="+", metavar="SOURCE", default=[])
+    parser.add_argument("--change", action="append", default=[], help="of the recipe that is trained")
     options = parser.parse_args()
+    if options.union and not (options.run / "recommender.json").is_file():
+        _train_union(options.union, options.run, options.change)
     _, facts = open_run(options.run)
     recommender = GenerativeRecommender.from_pretrained(options.run)
     test, k = load_dataset(Path(facts["data"]["folder"])).test, options.k
     engine, n_users = recommender.engine, min(options.users, test.n_rows)
+    drawn = np.sort(np.random.default_rng(options.seed).permutation(test.n_rows)[:n_users])
     searches: dict[str, Any] = {
         "catalogue": lambda texts: rank_catalogue(engine, texts, k),
         "exact": lambda texts: exact_search(engine, texts, k),
@@ -53,7 +69,7 @@ def main() -> None:
     gap, unequal, uncertified = 0.0, 0, 0
     with progress("exact search", n_users, "users") as advance:
         for start in range(0, n_users, BLOCK):
-            rows = range(start, min(start + BLOCK, n_users))
+            rows = drawn[start : start + BLOCK].tolist()
             texts = [recommender.prompts.encode(test.history[r]) for r in rows]
             found = {}
             for name, search in searches.items():
@@ -75,12 +91,13 @@ def main() -> None:
     expansions = counters["exact"]["expansions"] / n_users
     result = {
         "run": options.run.name,
-        "source": facts["data"]["source"],
+        "source": " + ".join(_named(source) for source in options.union or [facts["data"]["source"]]),
         "support": recommender.support,
         "users": n_users,
         "equal": unequal == 0,
         "largest_gap": gap,
         "uncertified": uncertified,
+        "titles": recommender.trie.n_groups,
         "branching": n_branching,
         "expansions": round(expansions, 2),
         "expansion_share": round(expansions / n_branching, 4),
@@ -98,6 +115,49 @@ def main() -> None:
     }
     print(f"equal: {result['equal']}, largest gap {gap:.2g}", file=sys.stderr)
     print(json.dumps(result))
+
+
+def _train_union(sources: list[str], run: Path, changes: list[str]) -> None:
+    """Train on all sources as one data set: written in the layout of MSL, items and users renumbered."""
+    data, n_items = run.with_name(f"{run.name}-data"), 0
+    titles: dict[str, str] = {}
+    rows: dict[str, list[pl.DataFrame]] = {name: [] for name in NAMES}
+    with tempfile.TemporaryDirectory() as scratch:
+        for number, source in enumerate(sources):
+            part = prepare(source, Path(scratch, str(number)), max_history=MAX_HISTORY)
+            titles |= {str(n_items + item): title for item, title in enumerate(part.catalog.title)}
+            for name in NAMES:
+                rows[name].append(_msl_frame(getattr(part, name), n_items, f"{number}-"))
+            n_items += part.catalog.n_items
+        folder = Path(scratch, "union")
+        folder.mkdir()
+        (folder / "id2name4Rec.json").write_text(json.dumps(titles), encoding="utf-8")
+        for name in NAMES:
+            pl.concat(rows[name]).write_csv(folder / f"{name}.csv")
+        source = f"msl:{folder}"
+        prepare(source, data, max_history=MAX_HISTORY)
+        fixed = [f"data.source={source}", f"data.folder={data}", f"data.max_history={MAX_HISTORY}"]
+        train_run(load_recipe("office/msl", [*fixed, *changes]), run)
+
+
+def _named(source: str) -> str:
+    """A source without the place of its folder."""
+    kind, _, folder = source.partition(":")
+    return f"{kind}:{Path(folder).name}" if folder else kind
+
+
+def _msl_frame(split: Split, first: int, user: str) -> pl.DataFrame:
+    """Rows as MSL writes them, items counted from ``first``; rows without a user get one of their own."""
+    return pl.DataFrame(
+        {
+            "user_id": [f"{user}{r if u is None else u}" for r, u in enumerate(split.user_id)],
+            "item_ids": [
+                str([first + int(i) for i in (*split.history[r], split.target[r])])
+                for r in range(split.n_rows)
+            ],
+            "timestamp": split.timestamp,
+        }
+    )
 
 
 if __name__ == "__main__":
