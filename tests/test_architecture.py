@@ -16,8 +16,8 @@ ORDER = """
     fetch hub tables interactions readers splits published catalog lint sources dataset
     prompts trie decisiveness
     examples losses adapters backbones packing forward checkpoints train
-    ranking filters treecache engine growth search card generative
-    metrics evaluate analysis figures report terminal
+    ranking filters treecache engine growth search grounding card generative
+    metrics evaluate choice analysis figures report terminal
     runs compare demo cli
 """.split()  # noqa: SIM905
 

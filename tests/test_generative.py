@@ -133,7 +133,9 @@ def test_parts_that_do_not_belong_together_are_refused(
 
 
 def test_search_settings_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(UserError, match="wanted search among beam, exact, catalogue, got 'greedy'"):
+    with pytest.raises(
+        UserError, match="wanted search among beam, exact, catalogue, grounding, got 'greedy'"
+    ):
         worlds.recommender(search="greedy").recommend([[0]])
     with pytest.raises(UserError, match="scope = 'step' needs search = 'beam'"):
         worlds.recommender(scope="step").recommend([[0]])

@@ -37,7 +37,9 @@ def backbone(titles: tuple[str, ...] = TITLES, seed: int = 0) -> Backbone:
     return load_backbone("tiny", titles=titles, seed=seed, device="cpu", tiny=TINY)
 
 
-def recommender(titles: tuple[str, ...] = TITLES, seed: int = 0, **changes: Any) -> GenerativeRecommender:
+def recommender(
+    titles: tuple[str, ...] = TITLES, seed: int = 0, template: str = "plain", **changes: Any
+) -> GenerativeRecommender:
     """A random model whose weights are scaled up, so that its rankings are far from ties."""
     import torch
 
@@ -46,7 +48,7 @@ def recommender(titles: tuple[str, ...] = TITLES, seed: int = 0, **changes: Any)
         for parameter in model.model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
-    prompts = build_prompts(model.tokenizer, catalog(titles), max_history=5)
+    prompts = build_prompts(model.tokenizer, catalog(titles), template, max_history=5)
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     counts = np.arange(len(titles), dtype=np.int64)
     return GenerativeRecommender(model, catalog(titles), prompts, trie, counts, **changes)

@@ -242,7 +242,8 @@ def _protocol(facts: CardFacts) -> str:
         "history": "items of the history are excluded",
         "seen": "everything the user had before is excluded",
     }[metrics["exclude"]]
-    keys = ("search", "beams", "support", "length_penalty", "alpha", "scope", "adapter", "allow", "seed")
+    searched = ("search", "beams", "support", "length_penalty", "alpha", "scope")
+    keys = (*searched, "text_beams", "text_tokens", "gamma", "adapter", "allow", "seed")
     said = [f"{key} = {without_folders(str(metrics[key]))}" for key in keys if metrics.get(key) is not None]
     return (
         f"{metrics['n_users']:,} rows of the {metrics['split']} split; {excluded}; items with equal titles count as "

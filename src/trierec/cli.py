@@ -166,7 +166,7 @@ def evaluate(
     run: Run,
     split: Annotated[str | None, typer.Option(help="test or valid; default the recipe's.")] = None,
     search: Annotated[
-        str | None, typer.Option(help="beam, exact or catalogue; default the recipe's.")
+        str | None, typer.Option(help="beam, exact, catalogue or grounding; default the recipe's.")
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Another evaluated run: paired intervals.")] = None,
     changes: Changes = None,
@@ -189,6 +189,7 @@ def evaluate(
         for key, value in (("split", split), ("search", search))
         if value is not None
     ]
+    given += ["evaluation.choose=[]"] if search is not None else []
     recipe = load_recipe(run / "recipe.toml", [*given, *(changes or ())])
     other = load_evaluation(against) if against else None
     evaluation = evaluate_run(run, recipe.evaluation)
@@ -253,7 +254,9 @@ def recommend(
         Path | None,
         typer.Option("--allow", help="Text file of raw item ids, one a line: only these are returned."),
     ] = None,
-    search: Annotated[str | None, typer.Option(help="beam, exact or catalogue; default the run's.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="beam, exact, catalogue or grounding; default the run's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The most probable next titles after a history."""

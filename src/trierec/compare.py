@@ -214,7 +214,8 @@ def _protocol(evaluation: Evaluation, dataset: Dataset) -> str:
     ranked = {
         "catalogue": f"the whole catalogue of {titles} ranked exactly for each",
         "exact": f"the best {evaluation.items.shape[1]} of {titles} found exactly for each",
-        "beam": f"beam search with {facts['beams']} beams through {titles} for each",
+        "beam": f"beam search with {facts.get('beams')} beams through {titles} for each",
+        "grounding": f"{titles} ranked for each by the distance to a free text",
     }[facts["search"]]
     excluded = {
         "none": "nothing is excluded from the ranking",

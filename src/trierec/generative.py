@@ -25,6 +25,7 @@ from trierec.decisiveness import information_gain
 from trierec.engine import Support, TrieEngine
 from trierec.errors import UserError
 from trierec.files import atomic_path, read_json, write_json, write_text
+from trierec.grounding import GroundedRecommender
 from trierec.hub import download, upload
 from trierec.prompts import Prompts, build_prompts
 from trierec.ranking import (
@@ -39,9 +40,20 @@ from trierec.search import Scope, beam_search, exact_search, rank_catalogue, sco
 from trierec.treecache import TokenLists
 from trierec.trie import Trie
 
-Search = Literal["beam", "exact", "catalogue"]
-SEARCHES: tuple[Search, ...] = ("beam", "exact", "catalogue")
-SETTINGS = ("support", "search", "beams", "batch_users", "length_penalty", "alpha", "scope")
+Search = Literal["beam", "exact", "catalogue", "grounding"]
+SEARCHES: tuple[Search, ...] = ("beam", "exact", "catalogue", "grounding")
+SETTINGS = (
+    "support",
+    "search",
+    "beams",
+    "batch_users",
+    "length_penalty",
+    "alpha",
+    "scope",
+    "text_beams",
+    "text_tokens",
+    "gamma",
+)
 FORMAT = 1
 MANIFEST = "recommender.json"  # written last: where it is, the rest is whole
 FILES = ("catalog.parquet", "trie.npz", "model")
@@ -60,12 +72,16 @@ class GenerativeRecommender:
         counts: (I,) training targets of each item; decide which member represents a group.
         support: Softmax over valid tokens (``trie``) or over the vocabulary.
         search: How the trie is searched; ``catalogue`` scores every title, ``exact`` finds the same best ones with
-            less work, ``beam`` is a beam search.
+            less work, ``beam`` is a beam search. ``grounding`` does not search it: the model writes freely, and the
+            titles nearest to that are returned (BIGRec); the settings below it are then the last three.
         beams: Beams of the beam search; where more titles are asked for, so many.
         batch_users: Users that share a forward.
         length_penalty: Exponent of the title's length that divides a score (BIGRec 1).
         alpha: Strength of IGD-decoding; 0 switches it off.
         scope: What IGD-decoding scales the gain over, ``node`` or (beam search only) ``step``.
+        text_beams: Grounding: beams of the free generation.
+        text_tokens: Grounding: most tokens of the free text.
+        gamma: Grounding: strength with which popularity is injected; 0 switches it off.
         card: Text of its model card; empty where there is none.
     """
 
@@ -81,6 +97,9 @@ class GenerativeRecommender:
     length_penalty: float = 0.0
     alpha: float = 0.0
     scope: Scope = "node"
+    text_beams: int = 4
+    text_tokens: int = 128
+    gamma: float = 0.0
     card: str = field(default="", repr=False)
 
     @cached_property
@@ -98,11 +117,26 @@ class GenerativeRecommender:
         """(N,) information gain for IGD-decoding, None where it is off."""
         return information_gain(self.trie, self.counts) if self.alpha else None
 
+    @cached_property
+    def grounded(self) -> GroundedRecommender:
+        """The same model where it writes freely; made once, so the titles are embedded once."""
+        return GroundedRecommender(
+            self.backbone,
+            self.prompts,
+            self.groups,
+            self.text_beams,
+            self.text_tokens,
+            self.gamma,
+            self.batch_users,
+        )
+
     def with_settings(self, **changes: Any) -> GenerativeRecommender:
         """The same model with other settings of its ranking: ``support``, ``search``, ``beams``, ..."""
         other = replace(self, **changes)
         if "engine" in self.__dict__ and not {"backbone", "trie", "support", "batch_users"} & changes.keys():
             other.__dict__["engine"] = self.engine  # the model was probed, and the shared instruction run
+        if "grounded" in self.__dict__ and not {"backbone", "prompts"} & changes.keys():
+            other.__dict__["grounded"] = replace(other.grounded, kept=self.grounded.kept)  # titles embedded
         return other
 
     def recommend(
@@ -121,7 +155,8 @@ class GenerativeRecommender:
             allow: Per user, the only items that may be returned.
 
         Returns:
-            Scores are natural-log probabilities of titles.
+            Scores are natural-log probabilities of titles; with ``grounding`` minus distances, see
+            `GroundedRecommender`.
 
         Raises:
             UserError: An item outside the catalogue, ``k < 1``, or search settings that do not go together.
@@ -132,6 +167,8 @@ class GenerativeRecommender:
             raise UserError(
                 f"scope = 'step' needs search = 'beam', got {self.search!r}: other searches have no steps"
             )
+        if self.search == "grounding":
+            return self.grounded.recommend(histories, k, exclude, allow)
         check_histories(histories, self.groups)
         excluded, allowed = resolve_filters(histories, exclude, allow)
         return self._search(

@@ -111,6 +111,16 @@ class Prompts:
             "raise max_tokens"
         )
 
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts as they are, without template and terminator; what spells a special token is characters."""
+        return _plain_ids(self.tokenizer, list(texts), self.special) if len(texts) else []
+
+    def read_title(self, ids: Sequence[int]) -> str:
+        """The title that some generated ids spell: text without special tokens and without the template's frame."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        before, after = _TITLE[self.template].split("{}")
+        return str(text.removeprefix(before).removesuffix(after))
+
     def _encode(self, items: list[int]) -> list[int]:
         if self.template == "plain":
             return [*self.bos, *itertools.chain.from_iterable(self.title_tokens[i].tolist() for i in items)]

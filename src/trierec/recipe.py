@@ -180,9 +180,14 @@ class EvaluationSettings(_Section):
     """How a trained model is ranked and counted."""
 
     split: Literal["valid", "test"] = "test"
-    search: Literal["beam", "exact", "catalogue"] = Field(
+    search: Literal["beam", "exact", "catalogue", "grounding"] = Field(
         "catalogue",
-        description="catalogue: every title is scored; exact: only the best k, same result; beam: the papers'",
+        description="catalogue: every title is scored; exact: only the best k, same result; beam: the papers'; "
+        "grounding: the titles nearest to a free text (BIGRec)",
+    )
+    choose: tuple[Literal["beam", "exact", "catalogue", "grounding"], ...] = Field(
+        (),
+        description="searches of which validation rows choose one, by NDCG@10; gamma of grounding is chosen too",
     )
     beams: int = Field(10, ge=10, description="of the beam search; at least k, and 10 for metrics at 10")
     support: Literal["trie", "vocabulary"] = "trie"
@@ -194,6 +199,16 @@ class EvaluationSettings(_Section):
     alpha: float = Field(0.0, ge=0, le=1, description="IGD-decoding; 0: off")
     scope: Literal["node", "step"] = Field(
         "node", description="IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
+    )
+    text_beams: int = Field(
+        4, ge=1, description="grounding: beams of the free generation, of which the best is used"
+    )
+    text_tokens: int = Field(128, ge=1, description="grounding: most tokens of the free text")
+    gamma: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="grounding: how strongly popularity is injected; 0: not",
     )
     allow: Path | None = Field(
         None, description="text file of raw item ids, one a line: only these are returned"
@@ -207,10 +222,14 @@ class EvaluationSettings(_Section):
 
     @model_validator(mode="after")
     def _together(self) -> EvaluationSettings:
-        if self.search == "beam" and self.beams < self.k:
+        if "beam" in (self.search, *self.choose) and self.beams < self.k:
             raise ValueError(f"beams must be at least k, got {self.beams} beams for k = {self.k}")
         if self.scope == "step" and self.search != "beam":
             raise ValueError("scope = 'step' needs search = 'beam': other searches have no steps")
+        if self.against_exact and "grounding" in (self.search, *self.choose):
+            raise ValueError("grounding is no search along the trie; set against_exact = false")
+        if self.scope == "step" and set(self.choose) - {"beam"}:
+            raise ValueError("scope = 'step' needs the beam search: choose = ['beam'] or none")
         if self.scope == "step" and self.against_exact:
             raise ValueError("scope = 'step' has no exact search to compare with; set against_exact = false")
         return self
@@ -242,6 +261,11 @@ class Recipe(_Section):
         if self.training.rows == "train+valid" and self.training.evaluate_every:
             raise ValueError(
                 "training.rows = 'train+valid' trains on the validation rows; set training.evaluate_every = 0"
+            )
+        if self.training.rows == "train+valid" and self.evaluation.choose:
+            raise ValueError(
+                "evaluation.choose looks at the validation rows, on which training.rows = 'train+valid' trains; "
+                "choose with training.rows = 'train' and set evaluation.search"
             )
         if self.training.patience and not self.training.evaluate_every:
             raise ValueError("training.patience needs training.evaluate_every > 0")

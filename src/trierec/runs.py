@@ -27,6 +27,7 @@ from trierec.backbones import Backbone, load_backbone
 from trierec.card import CardFacts, model_card
 from trierec.catalog import Catalog
 from trierec.checkpoints import clear
+from trierec.choice import choose_search
 from trierec.dataset import Dataset, load_dataset, prepare
 from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
 from trierec.errors import UserError
@@ -221,15 +222,25 @@ def evaluate_run(
     recommender = load_run(run, recipe.model_copy(update={"evaluation": settings}))
     recommender = recommender.with_settings(**_search_settings(settings))
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
+    allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
+    name, chosen = name or recipe.title or recipe.name, None
+    if settings.choose:
+        valid = first_rows(dataset.valid, settings.users)
+        settings, chosen = choose_search(recommender, valid, settings, allow)
+        recommender = recommender.with_settings(**_search_settings(settings))
+        name += (
+            f" ({settings.search}{f', gamma {settings.gamma:g}' if settings.search == 'grounding' else ''})"
+        )
     judge = functools.partial(
         evaluate,
         split=split,
-        name=name or recipe.title or recipe.name,
+        name=name,
         split_name=settings.split,
         k=settings.k,
         exclude=settings.exclude,
-        allow=None if settings.allow is None else allowed_items(settings.allow, recommender.catalog),
-        facts=settings.model_dump(include={*SETTINGS, "allow"} - {"batch_users"}, mode="json")
+        allow=allow,
+        facts=_used(settings)
+        | ({"chosen": chosen} if chosen else {})
         | _adapter(recommender.backbone)
         | {"seed": recipe.seed},
         train_targets=recommender.counts,
@@ -366,9 +377,18 @@ def _search_settings(settings: EvaluationSettings) -> dict[str, Any]:
     return settings.model_dump(include=set(SETTINGS))
 
 
+def _used(settings: EvaluationSettings) -> dict[str, Any]:
+    """The settings a ranking depends on, for ``metrics.json``."""
+    grounding = {"text_beams", "text_tokens", "gamma"}
+    if settings.search == "grounding":
+        return settings.model_dump(include={"search", "allow", *grounding}, mode="json") | {"support": "none"}
+    return settings.model_dump(include={*SETTINGS, "allow"} - grounding - {"batch_users"}, mode="json")
+
+
 def _depth(settings: EvaluationSettings) -> int | None:
     """How many titles an evaluation asks for: all of them where all are scored anyway."""
-    return {"catalogue": None, "exact": max(settings.k, 10), "beam": settings.beams}[settings.search]
+    every = {"catalogue": None, "grounding": None}
+    return (every | {"exact": max(settings.k, 10), "beam": settings.beams})[settings.search]
 
 
 def _against(evaluation: Evaluation, exact: Evaluation) -> dict[str, Any]:

@@ -1,0 +1,121 @@
+"""Which search a test row uses, and grounding's gamma: chosen on validation rows and named in the row.
+
+MSL reports, for every baseline, the better of grounding and constrained beam search.
+
+Dimension key: B rows of a split, G groups.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trierec.errors import UserError
+from trierec.evaluate import evaluate
+from trierec.generative import GenerativeRecommender
+from trierec.grounding import COLLABORATIVE_GAMMAS, POPULARITY_GAMMAS, GroundedRecommender, inject
+from trierec.metrics import metrics_from_rank, rank_of_target
+from trierec.progress import note, progress
+from trierec.ranking import Items
+from trierec.recipe import EvaluationSettings
+from trierec.splits import Split
+
+METRIC = "NDCG@10"
+ROWS_AT_ONCE = 256
+
+
+def choose_search(
+    recommender: GenerativeRecommender,
+    split: Split,
+    settings: EvaluationSettings,
+    allow: Items | None = None,
+) -> tuple[EvaluationSettings, dict[str, Any]]:
+    """The best of ``settings.choose`` on validation rows, by NDCG@10; of equals the first.
+
+    Args:
+        recommender: The model, with the other settings already made.
+        split: Validation rows.
+        settings: Which searches are tried, and the filters.
+        allow: The only items that may be returned, or None.
+
+    Returns:
+        The settings with ``search`` and ``gamma`` chosen, and for ``metrics.json``: the metric, the rows and what each
+        search reached.
+
+    Raises:
+        UserError: No validation rows.
+
+    Differs from the authors' code: BIGRec chooses gamma anew for every metric and cut-off; here one gamma serves all.
+    """
+    if split.n_rows == 0:
+        raise UserError("evaluation.choose needs validation rows, and this data set has none; set search")
+    tried: dict[str, dict[str, float]] = {}
+    for search in settings.choose:
+        if search == "grounding":
+            gamma, best = choose_gamma(recommender.grounded, split, settings.exclude, allow)
+            tried[search] = {"gamma": gamma, METRIC: best}
+            continue
+        depth = max(settings.beams if search == "beam" else 0, settings.k, 10)
+        found = evaluate(
+            recommender.with_settings(search=search),
+            split,
+            name=f"{search} on validation rows",
+            split_name="valid",
+            depth=depth,
+            exclude=settings.exclude,
+            allow=allow,
+        )
+        tried[search] = {METRIC: found.metrics[METRIC]}
+    chosen = max(settings.choose, key=lambda search: tried[search][METRIC])
+    changes: dict[str, Any] = {"search": chosen}
+    if chosen == "grounding":
+        changes["gamma"] = tried[chosen]["gamma"]
+    said = ", ".join(f"{search} {values[METRIC]:.4f}" for search, values in tried.items())
+    note(f"{chosen} is chosen on {split.n_rows} validation rows by {METRIC}: {said}")
+    facts = {"by": METRIC, "rows": split.n_rows, "tried": tried}
+    return settings.model_copy(update=changes), facts
+
+
+def choose_gamma(
+    grounded: GroundedRecommender, split: Split, exclude: str = "none", allow: Items | None = None
+) -> tuple[float, float]:
+    """The gamma of BIGRec's grid with the best NDCG@10 on these rows, and that NDCG@10; of equals the smallest.
+
+    Every text is generated once. 0, no injection, is among the gammas.
+
+    Args:
+        grounded: The model; its own gamma plays no part.
+        split: Validation rows.
+        exclude: ``none``, ``history`` or ``seen``.
+        allow: The only items that may be returned, or None.
+    """
+    gammas = POPULARITY_GAMMAS if grounded.collaborator is None else (0.0, *COLLABORATIVE_GAMMAS)
+    gammas = tuple(sorted(set(gammas)))
+    rank = np.zeros((len(gammas), split.n_rows), dtype=np.int32)
+    without = {"history": split.history, "seen": split.seen}.get(exclude)
+    with progress("choosing gamma", split.n_rows, "users") as advance:
+        for start in range(0, split.n_rows, ROWS_AT_ONCE):
+            rows = range(start, min(start + ROWS_AT_ONCE, split.n_rows))
+            histories = [split.history[r] for r in rows]
+            distance, weight = grounded.distances(histories), grounded.weights(histories)
+            hidden = [
+                grounded.groups.permitted(None if without is None else without[r], allow) < 0 for r in rows
+            ]
+            target = grounded.groups.of_item[split.target[start : rows.stop]]
+            for g, gamma in enumerate(gammas):
+                scores = -inject(distance, weight, gamma)
+                rank[g, start : rows.stop] = _ranks(scores, np.array(hidden), target)
+            advance(len(rows))
+    values = [float(metrics_from_rank(r, (10,))[METRIC].mean()) for r in rank]
+    best = int(np.argmax(values))
+    return gammas[best], values[best]
+
+
+def _ranks(
+    scores: NDArray[np.float64], hidden: NDArray[np.bool_], target: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """Ranks of target groups, -1 where the target is hidden."""
+    rank = rank_of_target(np.where(hidden, -np.inf, scores), target)
+    return np.where(hidden[np.arange(len(target)), target], -1, rank).astype(np.int32)
