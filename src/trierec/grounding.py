@@ -42,10 +42,10 @@ POPULARITY_GAMMAS = tuple(float(g) for g in range(100))  # the grids of BIGRec's
 COLLABORATIVE_GAMMAS = tuple(g / 100 for g in range(1, 101)) + tuple(float(g) for g in range(1, 100))
 
 
-class ItemScorer(Protocol):
+class Collaborator(Protocol):
     """Another recommender that gives every item a score."""
 
-    def item_scores(self, histories: ItemLists) -> NDArray[np.floating]:
+    def item_scores(self, histories: ItemLists) -> NDArray[Any]:
         """(B, I) scores, higher is better."""
         ...
 
@@ -81,7 +81,7 @@ class GroundedRecommender:
     max_tokens: int = 128
     gamma: float = 0.0
     batch_users: int = 16
-    collaborator: ItemScorer | None = None
+    collaborator: Collaborator | None = None
     kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def recommend(
@@ -241,12 +241,13 @@ def generate(
         early_stopping=False,
         eos_token_id=end,
         pad_token_id=end,
+        use_cache=True,
     )
     ids, length = pad([prompt[::-1] for prompt in prompts], head_weight(model).device)
     ids = ids.flip(1)  # padded on the left, where nothing of it is generated from
     mask = torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - length[:, None]
     with _own_settings(model, config), _counted(model, int(length.sum()), len(prompts), counters):
-        out = model.generate(ids, attention_mask=mask.long(), generation_config=config, use_cache=True)
+        out = model.generate(ids, attention_mask=mask.long(), generation_config=config)
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(end)] if end in row else row for row in rows]
 
