@@ -7,6 +7,7 @@ hashes that tie the parts together), with a model card in ``README.md`` once it 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -106,6 +107,11 @@ class GenerativeRecommender:
     def groups(self) -> Groups:
         """Groups of items with the same title tokens."""
         return Groups.from_labels(self.trie.leaf, self.counts)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hex SHA-256 of what training and decoding must have in common; see `hashes`."""
+        return hashes(self.prompts, self.trie, self.counts)
 
     @cached_property
     def engine(self) -> TrieEngine:
@@ -233,7 +239,7 @@ class GenerativeRecommender:
                 "kind": "generative",
                 **{name: getattr(self, name) for name in SETTINGS},
                 "prompt": prompts.settings,
-                "hashes": {"prompt": prompts.hash, "trie": self.trie.fingerprint()},
+                "hashes": self.hashes,
                 "origin": self.backbone.origin,
             },
         )
@@ -279,13 +285,14 @@ class GenerativeRecommender:
         catalog, trie = Catalog.from_frame(frame), Trie.load(folder / "trie.npz")
         backbone.model.requires_grad_(False)  # so the engine may keep what the prompts of all calls share
         prompts = build_prompts(backbone.tokenizer, catalog, **facts["prompt"])
-        _check_parts(folder, facts["hashes"], prompts, trie)
+        counts = frame["train_targets"].to_numpy().astype(np.int64)
+        _check_parts(folder, facts["hashes"], prompts, trie, counts)
         return cls(
             replace(backbone, origin=facts["origin"]),
             catalog,
             prompts,
             trie,
-            frame["train_targets"].to_numpy().astype(np.int64),
+            counts,
             **{name: facts[name] for name in SETTINGS if name in facts},
             card=(folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "",
         )
@@ -336,6 +343,12 @@ class GenerativeRecommender:
             )
 
 
+def hashes(prompts: Prompts, trie: Trie, counts: NDArray[np.int64]) -> dict[str, str]:
+    """Hex SHA-256 of the prompts (template, titles, tokenizer, limits), the trie and the training targets."""
+    of_counts = hashlib.sha256(counts.astype("<i8").tobytes()).hexdigest()
+    return {"prompt": prompts.hash, "trie": trie.fingerprint(), "counts": of_counts}
+
+
 def save_catalog(catalog: Catalog, counts: NDArray[np.int64], path: Path) -> None:
     """Write a catalogue with the training targets of each item."""
     with atomic_path(path) as temporary:
@@ -354,10 +367,12 @@ def _local_folder(name: Path | str, revision: str | None) -> Path:
     return download(name, revision, patterns)
 
 
-def _check_parts(folder: Path, hashes: dict[str, str], prompts: Prompts, trie: Trie) -> None:
+def _check_parts(
+    folder: Path, saved: dict[str, str], prompts: Prompts, trie: Trie, counts: NDArray[np.int64]
+) -> None:
     """Refuse a tokenizer, catalogue or trie that is not the one the recommender was saved with."""
-    found = {"prompt": prompts.hash, "trie": trie.fingerprint()}
-    for part, wanted in hashes.items():
+    found = hashes(prompts, trie, counts)
+    for part, wanted in saved.items():
         if found[part] != wanted:
             raise UserError(
                 f"the {part} of {folder} is not the one this model was trained with (hash {found[part][:12]}, wanted "

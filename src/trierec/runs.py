@@ -26,6 +26,7 @@ from trierec import processes
 from trierec.backbones import Backbone, load_backbone
 from trierec.card import CardFacts, model_card
 from trierec.catalog import Catalog
+from trierec.cautions import cautions
 from trierec.checkpoints import clear
 from trierec.choice import choose_search
 from trierec.dataset import Dataset, load_dataset, prepare
@@ -34,7 +35,7 @@ from trierec.errors import UserError
 from trierec.evaluate import SHOWN, Evaluation, evaluate
 from trierec.examples import Examples, Windows, along_titles, make_windows, target_counts
 from trierec.files import read_json, write_json, write_text
-from trierec.generative import CARD, SETTINGS, GenerativeRecommender
+from trierec.generative import CARD, SETTINGS, GenerativeRecommender, hashes
 from trierec.losses import AdaptiveTemperature, Objective
 from trierec.progress import note
 from trierec.prompts import Prompts, build_prompts
@@ -115,7 +116,10 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
     )
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
-    return Parts(backbone, prompts, trie, windows, target_counts(windows, dataset.catalog.n_items))
+    counts = target_counts(windows, dataset.catalog.n_items)
+    for line in cautions(recipe.objective, prompts, trie, windows, counts):
+        note(line)
+    return Parts(backbone, prompts, trie, windows, counts)
 
 
 def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -220,6 +224,12 @@ def evaluate_run(
             f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
         )
     recommender = load_run(run, recipe.model_copy(update={"evaluation": settings}))
+    for part, value in recommender.hashes.items():
+        if facts["hashes"].get(part, value) != value:
+            raise UserError(
+                f"the {part} of the recommender in {run} is not the one of its training (hash {value[:12]}, run.json "
+                f"says {facts['hashes'][part][:12]}); restore its files, or train again"
+            )
     recommender = recommender.with_settings(**_search_settings(settings))
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
     allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
@@ -470,12 +480,7 @@ def _facts(recipe: Recipe, dataset: Dataset, parts: Parts) -> dict[str, Any]:
         "processes": processes.count(),
         "machine": f"{platform.system()} {platform.machine()}, {_threads()} threads",
         "data": {"folder": str(dataset.folder.resolve()), "source": dataset.info["source"]},
-        "hashes": {
-            "data": data_hash(dataset),
-            "prompt": parts.prompts.hash,
-            "trie": parts.trie.fingerprint(),
-            "counts": hashlib.sha256(parts.counts.astype("<i8").tobytes()).hexdigest(),
-        },
+        "hashes": {"data": data_hash(dataset), **hashes(parts.prompts, parts.trie, parts.counts)},
         "origin": parts.backbone.origin,
         "parameters": parts.backbone.model.num_parameters(),
         "trained_parameters": parts.backbone.model.num_parameters(only_trainable=True),
