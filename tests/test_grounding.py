@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,16 +15,19 @@ from hypothesis import strategies as st
 
 from tests import worlds
 from tests.contract import HISTORIES, RecommenderContract
+from tests.models import tiny_model
 from tests.reference import grounding as reference
 from tests.worlds import write_msl_folder
 from trierec import load
+from trierec.adapters import add_lora
+from trierec.backbones import Backbone
 from trierec.choice import choose_gamma
 from trierec.compare import collect
 from trierec.errors import UserError
 from trierec.files import read_json
 from trierec.generative import GenerativeRecommender
 from trierec.grounding import GroundedRecommender, generate, inject, last_states
-from trierec.recipe import Recipe, parse_recipe
+from trierec.recipe import LoraSettings, Recipe, parse_recipe
 from trierec.runs import evaluate_run, train_run
 
 
@@ -83,6 +88,32 @@ def test_padding_and_company_change_no_text(grounded: GroundedRecommender) -> No
     states = last_states(grounded.backbone.model, prompts)
     alone = torch.cat([last_states(grounded.backbone.model, [p]) for p in prompts])
     torch.testing.assert_close(states, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_padding_and_company_change_no_text_of_other_models(kind: str) -> None:
+    model = tiny_model(kind)
+    backbone = Backbone(model, SimpleNamespace(eos_token_id=0), kind, {})
+    prompts = [[1, 5, 6, 7], [1, 2], [1, 8, 9, 4, 5, 6, 7, 8]]
+    together = generate(backbone, prompts, 3, 6)
+    assert together == [generate(backbone, [p], 3, 6)[0] for p in prompts]
+    alone = torch.cat([last_states(model, [p]) for p in prompts])
+    torch.testing.assert_close(last_states(model, prompts), alone, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_writes_and_embeds() -> None:
+    """With weights that do something it is another model than its base, and the same as merged."""
+    recommender = worlds.recommender(search="grounding", text_tokens=6)
+    base = recommender.backbone
+    adapted = add_lora(copy.deepcopy(base.model), LoraSettings(rank=2), seed=0)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    apart = replace(recommender, backbone=replace(base, model=adapted.eval()))
+    scores = apart.recommend(HISTORIES, k=None).scores
+    assert apart.merged().recommend(HISTORIES, k=None).scores == pytest.approx(scores, abs=1e-3)
+    assert not np.allclose(recommender.recommend(HISTORIES, k=None).scores, scores, atol=1e-2)
 
 
 def test_generation_settings_of_the_model_have_no_effect(grounded: GroundedRecommender) -> None:
