@@ -10,7 +10,7 @@ Dimension key: B users (rows of a split), K items kept, G groups.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,19 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from trierec.counting import Places, count_places
 from trierec.errors import UserError
 from trierec.files import atomic_path, write_json
 from trierec.metrics import metrics_from_rank
 from trierec.progress import progress
-from trierec.ranking import Items, Ranking, Recommender, add_counters
-from trierec.splits import Split
+from trierec.ranking import SCORES_AT_ONCE, Groups, Items, ItemScorer, Ranking, Recommender, add_counters
+from trierec.splits import Ragged, Split
 
 CUTS = (1, 5, 10, 20)
 SHOWN = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
 RESAMPLES = 2000
-SCORES_AT_ONCE = 1 << 24  # ranked entries held at one time
+COVERED = 10  # first places that coverage looks at
+BUCKETS = ((0, 0), (1, 4), (5, 19), (20, None))  # training targets of a target's group, from and to
 
 
 @dataclass(frozen=True)
@@ -115,50 +117,42 @@ def evaluate(
     Returns:
         The evaluation; its metrics lie in [0, 1].
     """
-    groups = recommender.groups
-    n_rows = split.n_rows
-    rank = np.full(n_rows, -1, dtype=np.int32)
-    exact = np.zeros(n_rows, dtype=bool)
-    items, scores = np.full((n_rows, k), -1, np.int32), np.full((n_rows, k), -np.inf, np.float32)
-    certified = np.ones(n_rows, dtype=bool)
-    counters: dict[str, int] = {}
-    block = int(np.clip(SCORES_AT_ONCE // (depth or groups.n_groups), 1, 256))
+    excluded = _excluded(split, exclude)
+    width = max(k, COVERED)
     started = time.perf_counter()
-    with progress(f"ranking {name}", n_rows, "users") as advance:
-        for start in range(0, n_rows, block):
-            rows = list(range(start, min(start + block, n_rows)))
-            ranking = recommender.recommend(
-                [split.history[r] for r in rows],
-                depth,
-                _excluded(split, rows, exclude),
-                None if allow is None else [allow] * len(rows),
+    with progress(f"ranking {name}", split.n_rows, "users") as advance:
+        if depth is None and isinstance(recommender, ItemScorer):
+            places = count_places(
+                recommender, split.history, split.target, width, excluded, allow, advance=advance
             )
-            rank[rows], exact[rows] = _target_rank(ranking, groups.of_item, split.target[rows])
-            width = min(k, ranking.items.shape[1])
-            items[rows, :width], scores[rows, :width] = ranking.items[:, :width], ranking.scores[:, :width]
-            certified[rows] = ranking.certified
-            add_counters(counters, ranking.counters)
-            advance(len(rows))
+            certified, counters = np.ones(split.n_rows, dtype=bool), dict[str, int]()
+        else:
+            places, certified, counters = _by_ranking(
+                recommender, split, width, depth, excluded, allow, advance
+            )
     seconds = time.perf_counter() - started
+    groups, rank = recommender.groups, places.rank
     # Metrics at 10 are part of every result; a list that ends before 20 says nothing about 20.
     cuts = [cut for cut in CUTS if depth is None or cut <= max(depth, 10)]
-    metrics: dict[str, Any] = {"name": name, "split": split_name, "n_users": n_rows, **summary(rank, cuts)}
+    metrics: dict[str, Any] = {"name": name, "split": split_name, "n_users": split.n_rows}
+    metrics |= summary(rank, cuts)
     metrics |= {"exclude": exclude, "n_not_ranked": int((rank < 0).sum()), **(facts or {})}
     metrics["intervals"] = {
-        metric: list(interval(values, seed=seed))
-        for metric, values in metrics_from_rank(rank, (5, 10)).items()
-        if metric in (*SHOWN, "MRR@10")
+        metric: list(interval(values, seed=seed)) for metric, values in metrics_from_rank(rank, cuts).items()
     }
-    metrics["by_id"] = {m: v for m, v in summary(np.where(exact, rank, -1)).items() if m in SHOWN}
+    metrics["by_id"] = {m: v for m, v in summary(np.where(places.itself, rank, -1)).items() if m in SHOWN}
+    metrics[f"coverage@{COVERED}"] = _coverage(places.items[:, :COVERED], groups, allow)
     if train_targets is not None:
-        metrics |= _by_temperature(rank, split.target, groups.of_item, train_targets)
+        count = np.bincount(groups.of_item, weights=train_targets)[groups.of_item[split.target]]
+        metrics |= _split_by_count(rank, count)
     metrics["certified"] = int(certified.sum())
     metrics["certified_at"] = depth  # so many of the best titles; None: all of them
     metrics["counters"] = counters
     metrics["timing"] = {
         "seconds": round(seconds, 3),
-        "users_per_second": round(n_rows / max(seconds, 1e-9), 2),
+        "users_per_second": round(split.n_rows / max(seconds, 1e-9), 2),
     }
+    items, scores = places.items[:, :k], places.scores[:, :k]
     return Evaluation(name, metrics, rank, items, scores, certified, split.target, split.user_id)
 
 
@@ -197,15 +191,47 @@ def paired_interval(
     return interval(a - b, seed=seed, n=n)
 
 
-def _excluded(split: Split, rows: Sequence[int], exclude: str) -> list[NDArray[np.int32]] | None:
+def _excluded(split: Split, exclude: str) -> Ragged | None:
     if exclude == "none":
         return None
     if exclude == "seen" and split.seen is None:
         raise UserError(
             "exclude = 'seen' needs everything a user had before, which this split does not know; use 'history'"
         )
-    source = split.seen if exclude == "seen" and split.seen is not None else split.history
-    return [source[r] for r in rows]
+    return split.seen if exclude == "seen" else split.history
+
+
+def _by_ranking(
+    recommender: Recommender,
+    split: Split,
+    k: int,
+    depth: int | None,
+    excluded: Ragged | None,
+    allow: Items | None,
+    advance: Callable[[int], None],
+) -> tuple[Places, NDArray[np.bool_], dict[str, int]]:
+    """Ranks in the lists that a recommender returns, what is certified, and the work done."""
+    of_item, n_rows = recommender.groups.of_item, split.n_rows
+    rank, itself = np.full(n_rows, -1, dtype=np.int32), np.zeros(n_rows, dtype=bool)
+    items, scores = np.full((n_rows, k), -1, np.int32), np.full((n_rows, k), -np.inf, np.float32)
+    certified, counters = np.ones(n_rows, dtype=bool), dict[str, int]()
+    block = int(np.clip(SCORES_AT_ONCE // (depth or recommender.groups.n_groups), 1, 256))
+    for start in range(0, n_rows, block):
+        rows = slice(start, min(start + block, n_rows))
+        n = rows.stop - start
+        ranking = recommender.recommend(
+            list(split.history.part(start, rows.stop)),
+            depth,
+            None if excluded is None else list(excluded.part(start, rows.stop)),
+            None if allow is None else [allow] * n,
+        )
+        rank[rows], itself[rows] = _target_rank(ranking, of_item, split.target[rows])
+        width = min(k, ranking.items.shape[1])
+        items[rows, :width], scores[rows, :width] = ranking.items[:, :width], ranking.scores[:, :width]
+        certified[rows] = ranking.certified
+        add_counters(counters, ranking.counters)
+        advance(n)
+    return Places(rank, itself, items, scores), certified, counters
 
 
 def _target_rank(
@@ -219,17 +245,25 @@ def _target_rank(
     return rank, found & (rank >= 0)
 
 
-def _by_temperature(
-    rank: NDArray[np.int32],
-    target: NDArray[np.int32],
-    group_of_item: NDArray[np.int32],
-    counts: NDArray[np.int64],
-) -> dict[str, Any]:
-    """Metrics of rows whose target's group was (warm) or never was (cold) a training target."""
-    per_group = np.bincount(group_of_item, weights=counts)
-    warm = per_group[group_of_item[target]] > 0
-    parts = {"warm": rank[warm], "cold": rank[~warm]}
-    return {
-        name: {"n_users": len(part), **{m: v for m, v in summary(part).items() if m in SHOWN}}
-        for name, part in parts.items()
+def _coverage(items: NDArray[np.int32], groups: Groups, allow: Items | None) -> float:
+    """Share of the groups that may be returned which are in anybody's list."""
+    possible = int((groups.permitted(None, allow) >= 0).sum())
+    return len(np.unique(groups.of_item[items[items >= 0]])) / max(possible, 1)
+
+
+def _split_by_count(rank: NDArray[np.int32], count: NDArray[np.number]) -> dict[str, Any]:
+    """Metrics of rows by how often their target's group was a training target: ever (warm), never, and in buckets."""
+    parts = {"warm": rank[count > 0], "cold": rank[count == 0]}
+    buckets = {
+        f"{low}+" if high is None else f"{low}-{high}" if high > low else f"{low}": rank[
+            (count >= low) & (count <= (np.inf if high is None else high))
+        ]
+        for low, high in BUCKETS
+    }
+
+    def shown(part: NDArray[np.int32]) -> dict[str, Any]:
+        return {"n_users": len(part), **{m: v for m, v in summary(part).items() if m in SHOWN}}
+
+    return {name: shown(part) for name, part in parts.items()} | {
+        "by_popularity": {name: shown(part) for name, part in buckets.items()}
     }

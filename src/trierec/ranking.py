@@ -5,9 +5,10 @@ Dimension key: B users, I items, G groups, K returned items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,7 @@ from trierec.errors import UserError
 
 Items = Sequence[int] | NDArray[np.integer[Any]]
 ItemLists = Sequence[Items]
+SCORES_AT_ONCE = 1 << 24  # scores of items held at one time
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,15 @@ class Recommender(Protocol):
         ...
 
 
+@runtime_checkable
+class ItemScorer(Recommender, Protocol):
+    """A recommender that gives every item a score of its own; `trierec.counting` ranks its targets unsorted."""
+
+    def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
+        """Scores (B, I) float32 of all items, higher is better; filters are no business of theirs."""
+        ...
+
+
 @dataclass(frozen=True)
 class Groups:
     """Items that are told apart by nothing a user sees (equal titles) are one unit of ranking.
@@ -102,11 +113,27 @@ class Groups:
         if exclude is not None:
             allowed[checked_items(exclude, self.n_items)] = False
         representative = np.full(self.n_groups, -1, dtype=np.int32)
-        items = np.flatnonzero(allowed)
-        # The last write wins: most training targets last, among those the lowest index last.
-        items = items[np.lexsort((-items, self.priority[items]))]
-        representative[self.of_item[items]] = items
+        items = self.preference[::-1]
+        items = items[allowed[items]]
+        representative[self.of_item[items]] = items  # the last write wins
         return representative
+
+    @cached_property
+    def preference(self) -> NDArray[np.int64]:
+        """(I,) items, those first that rather represent their group: most training targets, then lowest index."""
+        return np.lexsort((np.arange(self.n_items), -self.priority))
+
+    @cached_property
+    def by_group(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Items (I,) group by group, in each by `preference`, and where each group begins (G+1,)."""
+        member = self.preference[np.argsort(self.of_item[self.preference], kind="stable")]
+        return member, np.searchsorted(self.of_item[member], np.arange(self.n_groups + 1))
+
+    def scores(self, item_scores: NDArray[np.floating]) -> NDArray[np.floating]:
+        """(B, G) scores of groups from those of items (B, I): of the best member, whatever is filtered."""
+        member, start = self.by_group
+        best: NDArray[np.floating] = np.maximum.reduceat(item_scores[:, member], start[:-1], axis=1)
+        return best
 
 
 def checked_items(items: Items, n_items: int) -> NDArray[np.int64]:
@@ -125,7 +152,7 @@ def checked_items(items: Items, n_items: int) -> NDArray[np.int64]:
     return index
 
 
-def check_lists(n_users: int, **lists: Sequence[Any] | None) -> None:
+def check_lists(n_users: int, **lists: Sized | None) -> None:
     """UserError when a list that has an entry for each user has another length."""
     for name, given in lists.items():
         if given is not None and len(given) != n_users:
@@ -218,6 +245,27 @@ def rank_groups(
     return items, best
 
 
+def rank_items(
+    scorer: ItemScorer,
+    histories: ItemLists,
+    k: int | None = 10,
+    exclude: ItemLists | str | None = None,
+    allow: ItemLists | None = None,
+) -> Ranking:
+    """What ``recommend`` of an item scorer returns: its scores, sorted; a group counts as its best member."""
+    groups = scorer.groups
+    without, only = resolve_filters(histories, exclude, allow)
+    check_k(k)
+    items = np.full((len(histories), k or groups.n_groups), -1, dtype=np.int32)
+    ranked = np.full(items.shape, -np.inf, dtype=np.float32)
+    block = max(1, SCORES_AT_ONCE // groups.n_items)
+    for start in range(0, len(histories), block):
+        part = slice(start, start + block)
+        scores = groups.scores(scorer.item_scores(histories[part]))
+        items[part], ranked[part] = rank_groups(scores, groups, k, without[part], only[part])
+    return Ranking(items, ranked, np.ones(len(histories), dtype=bool), {})
+
+
 @dataclass(frozen=True)
 class MostPopular:
     """Everybody gets the items with most training interactions; the row every method has to beat.
@@ -230,6 +278,11 @@ class MostPopular:
     groups: Groups
     counts: NDArray[np.int64]
 
+    def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
+        """(B, I) the counts, for everybody alike; a view that takes no memory."""
+        check_histories(histories, self.groups)
+        return np.broadcast_to(self.counts.astype(np.float32), (len(histories), len(self.counts)))
+
     def recommend(
         self,
         histories: ItemLists,
@@ -238,9 +291,4 @@ class MostPopular:
         allow: ItemLists | None = None,
     ) -> Ranking:
         """The most popular allowed groups; a group counts as its best member."""
-        check_histories(histories, self.groups)
-        best = np.zeros(self.groups.n_groups)
-        np.maximum.at(best, self.groups.of_item, self.counts.astype(float))
-        scores = np.broadcast_to(best, (len(histories), len(best)))
-        items, ranked = rank_groups(scores, self.groups, k, *resolve_filters(histories, exclude, allow))
-        return Ranking(items, ranked, np.ones(len(histories), dtype=bool), {})
+        return rank_items(self, histories, k, exclude, allow)
