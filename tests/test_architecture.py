@@ -16,7 +16,7 @@ ORDER = """
     fetch hub tables interactions readers splits published catalog lint sources dataset
     prompts trie decisiveness
     examples cautions losses adapters backbones packing forward checkpoints train
-    ranking counting filters treecache engine growth search grounding card generative
+    ranking counting neighbours filters treecache engine growth search grounding card generative
     metrics evaluate choice analysis figures report terminal
     runs compare demo cli
 """.split()  # noqa: SIM905

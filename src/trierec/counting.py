@@ -32,6 +32,7 @@ from trierec.ranking import (
 from trierec.splits import Ragged
 
 Scores = NDArray[np.floating]
+_NONE = np.zeros(0, dtype=np.int64)
 _PARTS = 1024  # parts of a row whose maxima bound its top; see _at_least
 
 
@@ -119,7 +120,8 @@ class _Columns:
         self.of_group = np.full(groups.n_groups, -1, dtype=np.int64)
         self.of_group[group] = np.arange(len(self.item))
         member, start = groups.by_group
-        self.shared = np.flatnonzero(np.diff(start)[group] > 1)  # columns of groups with several items
+        self.is_shared = np.diff(start)[group] > 1  # columns of groups with several items
+        self.shared = np.flatnonzero(self.is_shared)
         self.members = [member[start[g] : start[g + 1]] for g in group[self.shared]]
         self.place = {int(c): i for i, c in enumerate(self.shared)}
 
@@ -140,15 +142,16 @@ class _Columns:
 
     def without(self, exclude: Items | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Columns that excluded items change, and what represents them then (-1: nothing)."""
-        gone = checked_items([] if exclude is None else exclude, self.groups.n_items)
-        column = self.of_group[self.groups.of_item[gone]]
-        column = np.unique(column[column >= 0])
+        if exclude is None or not len(exclude):
+            return _NONE, _NONE
+        gone = checked_items(exclude, self.groups.n_items)
+        column = np.sort(self.of_group[self.groups.of_item[gone]])
+        column = column[(column >= 0) & np.append(True, column[1:] != column[:-1])]
         item = np.full(len(column), -1, dtype=np.int64)
-        for i, c in enumerate(column.tolist() if self.place else ()):
-            if c in self.place:
-                member = self.members[self.place[c]]
-                left = member[self.allowed[member] & ~np.isin(member, gone)]
-                item[i] = left[0] if len(left) else -1
+        for i in np.flatnonzero(self.is_shared[column]):
+            member = self.members[self.place[int(column[i])]]
+            left = member[self.allowed[member] & (member[:, None] != gone).all(axis=1)]
+            item[i] = left[0] if len(left) else -1
         return column, item
 
     def rank(
