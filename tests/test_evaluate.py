@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from tests.worlds import catalog, split
-from trierec.evaluate import evaluate, interval, paired_interval
+from trierec.evaluate import evaluate, interval, paired_interval, paired_p
 from trierec.files import read_json
 from trierec.ranking import Groups, MostPopular
 
@@ -31,6 +31,42 @@ def test_ranks_by_hand() -> None:
     assert result.metrics["by_id"]["HR@5"] == pytest.approx(3 / 5)  # item 4 stands for the group of 3
     assert result.metrics["cold"]["n_users"] == 1
     assert result.metrics["warm"]["HR@5"] == 1.0
+
+
+def test_coverage_and_popularity_by_hand() -> None:
+    """Everybody's first three are 0, 1, 2 but for what is excluded; coverage looks at ten places whatever is kept."""
+    rows = split([[0], [1], [2], [0]], [1, 3, 8, 0])
+    result = evaluate(POPULAR, rows, name="p", k=3, train_interactions=np.array([9, 20, 4, 1, 3, 0, 0, 0, 0]))
+    assert result.metrics["coverage@10"] == 1.0
+    assert result.metrics["by_popularity"] == {
+        "0": {"n_users": 1, "HR@5": 0.0, "NDCG@5": 0.0, "HR@10": 1.0, "NDCG@10": 1 / np.log2(9)},
+        "1-4": {  # item 3 and its equal title have four together
+            "n_users": 1,
+            "HR@5": 1.0,
+            "NDCG@5": pytest.approx(1 / np.log2(5)),
+            "HR@10": 1.0,
+            "NDCG@10": pytest.approx(1 / np.log2(5)),
+        },
+        "5-19": {"n_users": 1, "HR@5": 1.0, "NDCG@5": 1.0, "HR@10": 1.0, "NDCG@10": 1.0},
+        "20+": {
+            "n_users": 1,
+            "HR@5": 1.0,
+            "NDCG@5": pytest.approx(1 / np.log2(3)),
+            "HR@10": 1.0,
+            "NDCG@10": pytest.approx(1 / np.log2(3)),
+        },
+    }
+    assert evaluate(POPULAR, rows, name="p", depth=2).metrics["coverage@10"] == 2 / 8
+    assert evaluate(POPULAR, rows, name="p", allow=[3, 4, 7]).metrics["coverage@10"] == 1.0
+
+
+def test_every_metric_has_an_interval_around_it() -> None:
+    rng = np.random.default_rng(0)
+    rows = split([[0]] * 60, rng.integers(0, 9, 60).tolist())
+    metrics = evaluate(POPULAR, rows, name="p").metrics
+    names = [f"{m}@{k}" for k in (1, 5, 10, 20) for m in ("HR", "NDCG", "MRR")]
+    assert list(metrics["intervals"]) == names
+    assert all(metrics["intervals"][n][0] <= metrics[n] <= metrics["intervals"][n][1] for n in names)
 
 
 def test_excluded_items_leave_the_ranking_and_an_excluded_target_is_a_miss() -> None:
@@ -116,3 +152,24 @@ def test_paired_intervals_are_of_the_difference() -> None:
     assert interval(np.zeros(0)) == (0.0, 0.0)
     with pytest.raises(ValueError, match="the same users"):
         paired_interval(b, b[:2])
+
+
+def test_the_randomisation_test_equals_all_assignments_of_signs() -> None:
+    """Twelve users: each of the 4,096 ways to swap a and b is one case."""
+    rng = np.random.default_rng(4)
+    a, b = rng.integers(0, 4, 12) / 2, rng.integers(0, 3, 12) / 2
+    signs = 1 - 2 * ((np.arange(2**12)[:, None] >> np.arange(12)) & 1)
+    exact = (np.abs(signs @ (a - b)) >= abs((a - b).sum()) - 1e-9).mean()
+    assert paired_p(a, b, n=40_000) == pytest.approx(exact, abs=0.01)
+    assert paired_p(b, a) == paired_p(a, b)
+    assert paired_p(a, a) == 1.0
+    assert paired_p(np.ones(100), np.zeros(100)) == pytest.approx(1 / 10_001)
+    with pytest.raises(ValueError, match="the same users"):
+        paired_p(a, a[:2])
+
+
+def test_p_is_uniform_where_there_is_no_difference() -> None:
+    rng = np.random.default_rng(0)
+    p = [paired_p(rng.random(60), rng.random(60), seed=i, n=500) for i in range(300)]
+    assert 0.02 <= np.mean(np.array(p) <= 0.05) <= 0.085
+    assert 0.42 <= np.mean(np.array(p) <= 0.5) <= 0.58

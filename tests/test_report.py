@@ -436,3 +436,16 @@ def test_bars_beyond_the_last_drawn_position_are_accounted_for(tmp_path: Path) -
     words = page(tmp_path, replace(full(), forced=(np.linspace(0, 1, 40), weight))).words
     assert "50 % of all target tokens are forced" in words
     assert "Positions after 24 hold 40 % of the tokens and are not drawn." in words
+
+
+def test_seeds_coverage_and_popularity_are_shown_where_known(tmp_path: Path) -> None:
+    seeds = replace(rows()[0], deviations={"HR@10": 0.004})
+    more = replace(rows()[1], more={"HR@1": 0.02, "coverage@10": 0.5}, by_popularity={"20+": (1200, 0.125)})
+    write_report(tmp_path / "r.html", Report("t", "s", rows=(seeds, more)))
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "0.149 ± 0.004" in page.words
+    assert "HR@1coverage@1020+ seen (1,200 users)" in page.words
+    assert "LML0.0200.5000.125" in page.words
+    assert "MSL–––" in page.words
+    write_report(tmp_path / "r.html", Report("t", "s", rows=rows()))
+    assert "Coverage" not in (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from tests.worlds import write_msl_folder
 from trierec import load
 from trierec.compare import collect, comparisons, example_rows, load_evaluation
 from trierec.errors import UserError
-from trierec.files import read_json
-from trierec.recipe import Recipe, parse_recipe
+from trierec.files import read_json, write_text
+from trierec.recipe import Recipe, dump_recipe, parse_recipe
 from trierec.runs import evaluate_run, open_run, train_run
 from trierec.search import rank_catalogue
 
@@ -210,12 +211,37 @@ def test_only_like_is_compared_with_like(cycle: Path, runs: tuple[Path, Path]) -
 
 def test_a_report_is_collected(runs: tuple[Path, Path]) -> None:
     report = collect(list(runs))
-    assert [row.name for row in report.rows] == ["msl", "lml", "most popular"]
+    assert [row.name for row in report.rows] == ["msl", "lml", "item-kNN", "most popular"]
     assert set(report.curves) == {"msl", "lml"}
     assert len(report.examples) == 3
     for example in report.examples:
         for found in example.recommendations:
             assert "".join(token.text for token in found.tokens) == found.title
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_row(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Mean and deviation over seeds; users are compared by their mean over the runs."""
+    first, again = runs[0], tmp_path / "again"
+    shutil.copytree(runs[1], again)  # other weights stand for another seed
+    one = open_run(first)[0]
+    training = one.training.model_copy(update={"time_limit_s": 1e3, "log_every": 7})
+    other = one.model_copy(update={"seed": 1, "name": "again", "training": training})
+    write_text(again / "recipe.toml", dump_recipe(other))
+    report = collect([first, again, runs[1]])
+    several, alone = report.rows[:2]
+    each = [load_evaluation(folder).metrics["NDCG@10"] for folder in (first, again)]
+    assert (several.name, alone.name, len(report.rows)) == ("msl", "lml", 4)
+    assert several.note.endswith("; 2 seeds")
+    assert several.metrics["NDCG@10"] == pytest.approx(np.mean(each))
+    assert several.deviations["NDCG@10"] == pytest.approx(np.std(each, ddof=1))
+    low, high = several.intervals["NDCG@10"]
+    assert low <= several.metrics["NDCG@10"] <= high
+    assert not alone.deviations
+    assert list(report.curves) == ["msl", "msl, seed 1", "lml"]
+    c = report.comparisons[0]
+    assert c.difference == pytest.approx(several.metrics[c.metric] - alone.metrics[c.metric])
+    twice = collect([first, first], popular=False)
+    assert [len(r.deviations) for r in twice.rows] == [0, 0], "one run given twice is no second seed"
 
 
 def test_example_rows_are_chosen_by_rule() -> None:

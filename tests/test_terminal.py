@@ -6,6 +6,7 @@ import io
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from rich.cells import cell_len
@@ -54,6 +55,27 @@ def test_rows_and_comparisons(file: Console) -> None:
     assert lines[3].split() == ["775", "steps", "0.054-0.094", "0.129-0.169", "0.018-0.058", "0.057-0.097"]
     assert lines[-2] == "MSL - LML: HR@10 +0.031 (+0.009 to +0.053), excludes zero"
     assert lines[-1] == "MSL - most popular: NDCG@10 -0.001 (-0.020 to +0.020), includes zero"
+
+
+def test_seeds_coverage_popularity_and_significance(file: Console) -> None:
+    seeds = replace(rows()[0], deviations={"HR@10": 0.004})
+    more = replace(
+        rows()[1], more={"HR@1": 0.02, "coverage@10": 0.5}, by_popularity={"0": (1200, 0.01), "1-4": (5, 0.2)}
+    )
+    compared = [Comparison("MSL", "LML", "HR@10", 0.031, 0.009, 0.053, p) for p in (0.0412, 0.0001)]
+    print_rows([seeds, more], compared, file)
+    lines = printed(file).splitlines()
+    assert lines[2].split() == ["MSL", "0.074", "0.149±0.004", "0.038", "0.077"]
+    second = next(i for i, line in enumerate(lines) if i and line.startswith("method"))
+    assert lines[second].split() == ["method", "HR@1", "cover", "0", "1-4"]
+    assert lines[second + 2].split() == ["MSL", "-", "-", "-", "-"]
+    assert lines[second + 3].split() == ["LML", "0.020", "0.500", "0.010", "0.200"]
+    assert "cover: share of titles in anybody's first ten" in lines
+    assert "training interactions of the true next title (1,200, 5 users)" in " ".join(lines)
+    assert "±: standard deviation over seeds" in lines
+    assert lines[-2].endswith("(+0.009 to +0.053), excludes zero, p = 0.041")
+    assert lines[-1].endswith("(+0.009 to +0.053), excludes zero, p < 0.001")
+    assert max(map(len, lines)) <= 80
 
 
 def test_rows_without_intervals_or_with_missing_metrics(file: Console) -> None:

@@ -4,26 +4,67 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from trierec.analysis import Example, describe, explain, forced_by_position
 from trierec.dataset import Dataset, load_dataset
 from trierec.decisiveness import information_gain
 from trierec.errors import UserError
-from trierec.evaluate import SHOWN, Evaluation, evaluate, paired_interval
+from trierec.evaluate import SHOWN, Evaluation, evaluate, interval, paired_interval, paired_p
 from trierec.files import read_json
 from trierec.generative import GenerativeRecommender
-from trierec.ranking import Groups, MostPopular
+from trierec.neighbours import ItemKNN
+from trierec.ranking import Groups, MostPopular, Recommender
+from trierec.recipe import Recipe
 from trierec.report import Comparison, Report, Row, write_report
 from trierec.runs import allowed_items, first_rows, load_run, open_run
 from trierec.splits import Split
 
-POPULAR = "most popular"
+POPULAR, KNN = "most popular", "item-kNN"
+MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")
+JUDGED = ("split", "exclude", "allow")  # what rows of one table have in common
+# Of two runs of one recipe these may differ: what is reported and when, and when a clock stops it.
+FREE: dict[str, Any] = {
+    "seed": True,
+    "name": True,
+    "title": True,
+    "evaluation": True,
+    "training": {"log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "time_limit_s"},
+}
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Runs of one recipe with different seeds, judged as one: the value of a user is the mean over the runs.
+
+    Attributes:
+        name: What the row is called.
+        runs: Two or more evaluations of the same rows.
+    """
+
+    name: str
+    runs: tuple[Evaluation, ...]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """How the runs were evaluated: what ``metrics.json`` of the first says."""
+        return self.runs[0].metrics
+
+    @property
+    def target(self) -> NDArray[np.int32]:
+        """(B,) targets, the same for all runs."""
+        return self.runs[0].target
+
+    def per_user(self, metric: str) -> NDArray[np.float64]:
+        """(B,) means over the runs."""
+        mean: NDArray[np.float64] = np.mean([run.per_user(metric) for run in self.runs], axis=0)
+        return mean
 
 
 def load_evaluation(run: Path) -> Evaluation:
@@ -44,37 +85,78 @@ def load_evaluation(run: Path) -> Evaluation:
     )
 
 
-def most_popular(dataset: Dataset, like: Evaluation) -> Evaluation:
-    """The row every method has to beat, on the rows and with the exclusions of another evaluation."""
+def baselines(dataset: Dataset, like: Evaluation) -> list[Evaluation]:
+    """The rows every method has to beat, on the rows and with the exclusions of another evaluation: no training."""
     counts = dataset.train_interactions
-    recommender = MostPopular(Groups.from_labels(dataset.catalog.group, counts), counts)
+    groups = Groups.from_labels(dataset.catalog.group, counts)
     shared = like.metrics
+    allow = None if shared["allow"] is None else allowed_items(Path(shared["allow"]), dataset.catalog)
+    rows: dict[str, Recommender] = {
+        KNN: ItemKNN.fit(dataset.train, groups),
+        POPULAR: MostPopular(groups, counts),
+    }
     facts = {"search": "catalogue", "support": "none", "allow": shared["allow"], "seed": shared["seed"]}
-    return evaluate(
-        recommender,
-        _rows(dataset, like),
-        name=POPULAR,
-        split_name=shared["split"],
-        k=like.items.shape[1],
-        exclude=shared["exclude"],
-        allow=None if shared["allow"] is None else allowed_items(Path(shared["allow"]), dataset.catalog),
-        facts=facts,
-        train_targets=dataset.train_targets,
-        seed=shared["seed"],
+    return [
+        evaluate(
+            recommender,
+            _rows(dataset, like),
+            name=name,
+            split_name=shared["split"],
+            k=like.items.shape[1],
+            exclude=shared["exclude"],
+            allow=allow,
+            facts=facts,
+            train_targets=dataset.train_targets,
+            train_interactions=counts,
+            seed=shared["seed"],
+        )
+        for name, recommender in rows.items()
+    ]
+
+
+def row(evaluation: Evaluation | Repeats, note: str = "") -> Row:
+    """A line of the metrics table; of runs with several seeds their mean and standard deviation."""
+    runs = evaluation.runs if isinstance(evaluation, Repeats) else (evaluation,)
+    facts = [run.metrics for run in runs]
+    metrics = {name: float(np.mean([f[name] for f in facts])) for name in SHOWN}
+    intervals = {name: (low, high) for name, (low, high) in facts[0]["intervals"].items() if name in SHOWN}
+    deviations = {}
+    if len(runs) > 1:
+        intervals = {name: interval(evaluation.per_user(name), seed=facts[0]["seed"]) for name in SHOWN}
+        deviations = {name: float(np.std([f[name] for f in facts], ddof=1)) for name in SHOWN}
+        note = "; ".join(part for part in (note, f"{len(runs)} seeds") if part)
+    return Row(
+        evaluation.name,
+        metrics,
+        intervals,
+        note,
+        float(np.mean([f["timing"]["seconds"] for f in facts])),
+        deviations,
+        {name: float(np.mean([f[name] for f in facts])) for name in MORE if all(name in f for f in facts)},
+        {
+            bucket: (part["n_users"], float(np.mean([f["by_popularity"][bucket]["HR@10"] for f in facts])))
+            for bucket, part in facts[0].get("by_popularity", {}).items()
+            if all("by_popularity" in f for f in facts)
+        },
     )
 
 
-def row(evaluation: Evaluation, note: str = "") -> Row:
-    """A line of the metrics table."""
-    intervals = {
-        name: (low, high) for name, (low, high) in evaluation.metrics["intervals"].items() if name in SHOWN
-    }
-    metrics = {name: evaluation.metrics[name] for name in SHOWN}
-    return Row(evaluation.name, metrics, intervals, note, evaluation.metrics["timing"]["seconds"])
+def repeats(recipes: Sequence[Recipe], evaluations: Sequence[Evaluation]) -> list[list[int]]:
+    """Which runs are one row: places of runs that differ in nothing but the seed, in order of their first."""
+    found: dict[str, list[int]] = {}
+    seeds: set[tuple[str, int]] = set()
+    for i, (recipe, evaluation) in enumerate(zip(recipes, evaluations, strict=True)):
+        judged = {n: evaluation.metrics.get(n) for n in (*JUDGED, "n_users")}
+        key = json.dumps([recipe.model_dump(mode="json", exclude=FREE), judged])
+        if (key, recipe.seed) in seeds:  # the same run twice
+            key = f"{key} {i}"
+        seeds.add((key, recipe.seed))
+        found.setdefault(key, []).append(i)
+    return list(found.values())
 
 
 def comparisons(
-    evaluations: Sequence[Evaluation], names: Sequence[str] = ("HR@10", "NDCG@10")
+    evaluations: Sequence[Evaluation | Repeats], names: Sequence[str] = ("HR@10", "NDCG@10")
 ) -> tuple[Comparison, ...]:
     """The first evaluation against each of the others, user by user.
 
@@ -84,7 +166,7 @@ def comparisons(
     first = evaluations[0]
     found = []
     for other in evaluations[1:]:
-        for key in ("split", "exclude", "allow"):
+        for key in JUDGED:
             if first.metrics.get(key) != other.metrics.get(key):
                 raise UserError(
                     f"{first.name} was evaluated with {key} = {first.metrics[key]!r} and {other.name} with "
@@ -97,7 +179,8 @@ def comparisons(
         for name in names:
             a, b = first.per_user(name), other.per_user(name)
             low, high = paired_interval(a, b)
-            found.append(Comparison(first.name, other.name, name, float((a - b).mean()), low, high))
+            difference, p = float((a - b).mean()), paired_p(a, b)
+            found.append(Comparison(first.name, other.name, name, difference, low, high, p))
     return tuple(found)
 
 
@@ -160,23 +243,33 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
         )
     recipe, facts = opened[0]
     dataset = load_dataset(Path(facts["data"]["folder"]))
-    names = _names(runs, [r.title or r.name for r, _ in opened])
-    evaluations = [replace(load_evaluation(run), name=name) for run, name in zip(runs, names, strict=True)]
+    evaluations = [load_evaluation(run) for run in runs]
+    together = repeats([r for r, _ in opened], evaluations)
+    first = [group[0] for group in together]
+    names = _names([runs[i] for i in first], [opened[i][0].title or opened[i][0].name for i in first])
+    named: list[Evaluation | Repeats] = []
+    logs: dict[str, Path] = {}
+    for name, group in zip(names, together, strict=True):
+        several = tuple(replace(evaluations[i], name=name) for i in group)
+        named.append(Repeats(name, several) if len(group) > 1 else several[0])
+        for i in group:
+            logs[name if i == group[0] else f"{name}, seed {opened[i][0].seed}"] = runs[i]
+    notes = [_row_note(opened[i][1]) for i in first]
     if popular:
-        evaluations.append(most_popular(dataset, evaluations[0]))
+        named += baselines(dataset, evaluations[0])
+        notes += ["neighbours of the history's items", "counts of the training split"]
     recommender = load_run(runs[0], recipe)
     return Report(
-        title=f"{dataset.info['source']}: {', '.join(e.name for e in evaluations)}",
+        title=f"{dataset.info['source']}: {', '.join(e.name for e in named)}",
         subtitle=_protocol(evaluations[0], dataset),
-        rows=tuple(
-            row(e, _row_note(facts))
-            for e, (_, facts) in zip(evaluations, [*opened, (None, {})], strict=False)
-        ),
-        comparisons=comparisons(evaluations),
-        curves={name: read_log(run) for name, run in zip(names, runs, strict=True)},
+        rows=tuple(row(e, note) for e, note in zip(named, notes, strict=True)),
+        comparisons=comparisons(named),
+        curves={name: read_log(run) for name, run in logs.items()},
         facts=describe(dataset, recommender.prompts, recommender.trie, recommender.counts),
         forced=forced_by_position(recommender.trie, recommender.counts),
-        examples=examples(runs[0], evaluations[0], dataset, example_rows(evaluations[0])),
+        examples=examples(
+            runs[0], replace(evaluations[0], name=names[0]), dataset, example_rows(evaluations[0])
+        ),
         notes=tuple(dataset.info["notes"])
         + tuple(_stopped(r.title or r.name, f) for r, f in opened if _stopped(r.name, f)),
         provenance=_provenance(facts, [r.seed for r, _ in opened]),
@@ -231,8 +324,6 @@ def _protocol(evaluation: Evaluation, dataset: Dataset) -> str:
 
 
 def _row_note(facts: dict[str, Any]) -> str:
-    if not facts:
-        return "counts of the training split"
     training = facts["training"]
     size, seconds = facts["parameters"] / 1e6, facts["timing"]["seconds"]
     return f"{size:.2f} M parameters, {training['steps']} steps in {seconds:.0f} s"

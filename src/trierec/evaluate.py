@@ -31,7 +31,7 @@ CUTS = (1, 5, 10, 20)
 SHOWN = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
 RESAMPLES = 2000
 COVERED = 10  # first places that coverage looks at
-BUCKETS = ((0, 0), (1, 4), (5, 19), (20, None))  # training targets of a target's group, from and to
+BUCKETS = ((0, 0), (1, 4), (5, 19), (20, None))  # training interactions of a target's group, from and to
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def evaluate(
     allow: Items | None = None,
     facts: dict[str, Any] | None = None,
     train_targets: NDArray[np.int64] | None = None,
+    train_interactions: NDArray[np.int64] | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Rank the whole catalogue for every row of a split.
@@ -112,6 +113,8 @@ def evaluate(
         facts: Further keys of ``metrics.json`` (support, search, ...).
         train_targets: (I,) how often each item is a training target; splits metrics into warm and cold
             targets.
+        train_interactions: (I,) how often each item occurs in training; splits metrics by popularity of the target.
+            Unlike ``train_targets`` it does not depend on a recipe: parts have the same users for every row.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -143,8 +146,16 @@ def evaluate(
     metrics["by_id"] = {m: v for m, v in summary(np.where(places.itself, rank, -1)).items() if m in SHOWN}
     metrics[f"coverage@{COVERED}"] = _coverage(places.items[:, :COVERED], groups, allow)
     if train_targets is not None:
-        count = np.bincount(groups.of_item, weights=train_targets)[groups.of_item[split.target]]
-        metrics |= _split_by_count(rank, count)
+        n = groups.total(train_targets)[split.target]
+        metrics |= {"warm": _shown(rank[n > 0]), "cold": _shown(rank[n == 0])}
+    if train_interactions is not None:
+        n = groups.total(train_interactions)[split.target]
+        metrics["by_popularity"] = {
+            f"{low}+" if high is None else f"{low}-{high}" if high > low else str(low): _shown(
+                rank[(n >= low) & (n <= (n if high is None else high))]
+            )
+            for low, high in BUCKETS
+        }
     metrics["certified"] = int(certified.sum())
     metrics["certified_at"] = depth  # so many of the best titles; None: all of them
     metrics["counters"] = counters
@@ -189,6 +200,27 @@ def paired_interval(
     if a.shape != b.shape:
         raise ValueError(f"wanted values of the same users, got {a.shape} and {b.shape}")
     return interval(a - b, seed=seed, n=n)
+
+
+def paired_p(a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0, n: int = 10_000) -> float:
+    """Two-sided p of the paired randomisation test: how often as large a difference comes from swapping a and b.
+
+    Fisher's test with random signs (Smucker et al., CIKM 2007); the smallest value is ``1 / (n + 1)``.
+
+    Args:
+        a: (B,) one value per user.
+        b: (B,) the same users.
+        seed: Seed of the signs.
+        n: Number of random assignments.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"wanted values of the same users, got {a.shape} and {b.shape}")
+    size, count = np.unique(np.abs(a - b), return_counts=True)
+    rng = np.random.default_rng(seed)
+    # Users with equally large differences need only how many of them keep their sign.
+    signed = (2 * rng.binomial(count, 0.5, size=(n, len(count))) - count) @ size
+    as_large = np.abs(signed) >= abs((a - b).sum()) - 1e-9
+    return float((1 + as_large.sum()) / (1 + n))
 
 
 def _excluded(split: Split, exclude: str) -> Ragged | None:
@@ -251,19 +283,6 @@ def _coverage(items: NDArray[np.int32], groups: Groups, allow: Items | None) -> 
     return len(np.unique(groups.of_item[items[items >= 0]])) / max(possible, 1)
 
 
-def _split_by_count(rank: NDArray[np.int32], count: NDArray[np.number]) -> dict[str, Any]:
-    """Metrics of rows by how often their target's group was a training target: ever (warm), never, and in buckets."""
-    parts = {"warm": rank[count > 0], "cold": rank[count == 0]}
-    buckets = {
-        f"{low}+" if high is None else f"{low}-{high}" if high > low else f"{low}": rank[
-            (count >= low) & (count <= (np.inf if high is None else high))
-        ]
-        for low, high in BUCKETS
-    }
-
-    def shown(part: NDArray[np.int32]) -> dict[str, Any]:
-        return {"n_users": len(part), **{m: v for m, v in summary(part).items() if m in SHOWN}}
-
-    return {name: shown(part) for name, part in parts.items()} | {
-        "by_popularity": {name: shown(part) for name, part in buckets.items()}
-    }
+def _shown(rank: NDArray[np.int32]) -> dict[str, Any]:
+    """Metrics of some of the rows."""
+    return {"n_users": len(rank), **{m: v for m, v in summary(rank).items() if m in SHOWN}}

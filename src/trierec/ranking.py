@@ -129,6 +129,10 @@ class Groups:
         member = self.preference[np.argsort(self.of_item[self.preference], kind="stable")]
         return member, np.searchsorted(self.of_item[member], np.arange(self.n_groups + 1))
 
+    def total(self, counts: NDArray[np.integer]) -> NDArray[np.float64]:
+        """(I,) sum of ``counts`` (I,) over the group of each item."""
+        return np.bincount(self.of_item, weights=counts).astype(np.float64)[self.of_item]
+
     def scores(self, item_scores: NDArray[np.floating]) -> NDArray[np.floating]:
         """(B, G) scores of groups from those of items (B, I): of the best member, whatever is filtered."""
         member, start = self.by_group

@@ -48,6 +48,9 @@ class Row:
         intervals: Their 95 % intervals (low, high), where known.
         note: A few words under the name.
         seconds: Wall time of the evaluation.
+        deviations: Standard deviations of the metrics over seeds; the metrics are means then.
+        more: Further values, by name: other cuts and coverage.
+        by_popularity: Users and HR@10 of targets with so many training interactions, by bucket.
     """
 
     name: str
@@ -55,11 +58,17 @@ class Row:
     intervals: dict[str, tuple[float, float]]
     note: str = ""
     seconds: float | None = None
+    deviations: dict[str, float] = field(default_factory=dict)
+    more: dict[str, float] = field(default_factory=dict)
+    by_popularity: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Method a against method b, user by user: mean difference a - b of a metric and its 95 % interval."""
+    """Method a against method b, user by user: mean difference a - b of a metric and its 95 % interval.
+
+    ``p`` is that of the paired randomisation test, None where it is not known.
+    """
 
     a: str
     b: str
@@ -67,6 +76,7 @@ class Comparison:
     difference: float
     low: float
     high: float
+    p: float | None = None
 
     @property
     def excludes_zero(self) -> bool:
@@ -76,7 +86,10 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """What the interval says about zero, in words."""
-        return "excludes zero" if self.excludes_zero else "includes zero"
+        said = "excludes zero" if self.excludes_zero else "includes zero"
+        return (
+            said if self.p is None else f"{said}, p {'<' if self.p < 0.001 else '='} {max(self.p, 0.001):.3f}"
+        )
 
 
 @dataclass(frozen=True)
@@ -214,7 +227,7 @@ def _metrics(report: Report, colour: Mapping[str, str]) -> str:
     rows = []
     for row in report.rows:
         cells = [
-            _cell(f"{row.metrics[n]:.3f}", row.intervals.get(n), ".3f", row.metrics[n] == best[n])
+            _cell(_value(row, n), row.intervals.get(n), ".3f", row.metrics[n] == best[n])
             if n in row.metrics
             else "–"
             for n in names
@@ -223,7 +236,29 @@ def _metrics(report: Report, colour: Mapping[str, str]) -> str:
     tables = (
         f'{_table("method", names, rows)}<p class="note">{_METRICS_NOTE}</p>{_paired(report.comparisons)}'
     )
-    return _section("Who finds the next title?", tables + _dots(report, names, colour))
+    more = _more(report.rows, colour)
+    return _section("Who finds the next title?", tables + _dots(report, names, colour) + more)
+
+
+def _value(row: Row, name: str) -> str:
+    deviation = f" ± {row.deviations[name]:.3f}" if name in row.deviations else ""
+    return f"{row.metrics[name]:.3f}{deviation}"
+
+
+def _more(rows: Sequence[Row], colour: Mapping[str, str]) -> str:
+    """Other cuts, coverage, and hits by popularity of the target."""
+    names = list(dict.fromkeys(name for row in rows for name in row.more))
+    sizes = {bucket: n for row in rows for bucket, (n, _) in row.by_popularity.items()}
+    if not names and not sizes:
+        return ""
+    lines = []
+    for row in rows:
+        values = [row.more.get(name) for name in names]
+        values += [row.by_popularity[b][1] if b in row.by_popularity else None for b in sizes]
+        key = f'<i class="key {colour[row.name]}"></i>{escape(row.name)}'
+        lines.append((key, ["–" if value is None else f"{value:.3f}" for value in values]))
+    heads = [f"{bucket} seen ({n:,} users)" for bucket, n in sizes.items()]
+    return f'{_table("method", [*names, *heads], lines)}<p class="note">{_MORE_NOTE}</p>'
 
 
 def _paired(comparisons: Sequence[Comparison]) -> str:
@@ -428,8 +463,10 @@ def _figure(panels: str, caption: str) -> str:
 
 # Line breaks inside these are white space to HTML.
 _METRICS_NOTE = """HR@K: share of users whose true next title is among the first K. NDCG@K: the same,
-but a hit counts less the further down it stands. Small print: 95\xa0% interval. Bold: best of the
-column."""
+but a hit counts less the further down it stands. Small print: 95\xa0% interval. ±: standard
+deviation over seeds, of a mean over them. Bold: best of the column."""
+_MORE_NOTE = """Coverage: share of all titles that are in anybody's first ten. Last columns: HR@10 of the
+users whose true next title occurs so many times in training."""
 _CURVES_NOTE = """One line per run, over training steps; a point is the mean since the point before it.
 Losses in nats. Zero-gain tokens decide nothing: all training titles that begin so go on so. w = 1 − p
 of the target token says how strongly it still pulls. A loss over the valid tokens (MSL) and one over

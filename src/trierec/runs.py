@@ -254,6 +254,7 @@ def evaluate_run(
         | _adapter(recommender.backbone)
         | {"seed": recipe.seed},
         train_targets=recommender.counts,
+        train_interactions=dataset.train_interactions,
         seed=recipe.seed,
     )
     evaluation = judge(recommender, depth=_depth(settings))

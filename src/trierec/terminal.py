@@ -46,6 +46,9 @@ def print_rows(
             first.append(f"\n{clean(row.note)}", style="not bold dim")
         table.add_row(first, *(_cell(row, name) for name in names))
     console.print(table)
+    _print_more(rows, console)
+    if any(row.deviations for row in rows):
+        _hang(console, "", Text("±: standard deviation over seeds", style="dim"))
     if comparisons or any(row.intervals for row in rows):
         _hang(console, "", Text("small print and parentheses: 95 % interval over users", style="dim"))
     for c in comparisons:
@@ -103,10 +106,38 @@ def print_facts(facts: Mapping[str, Any], console: Console | None = None) -> Non
         _hang(console, f"{name:<{wide}}  ", Text(value, style="bold"))
 
 
+def _print_more(rows: Sequence[Row], console: Console) -> None:
+    """A second table: other cuts, coverage, and hits by popularity of the target."""
+    names = list(dict.fromkeys(name for row in rows for name in row.more if name != "NDCG@20"))
+    sizes = {bucket: n for row in rows for bucket, (n, _) in row.by_popularity.items()}
+    if not names and not sizes:
+        return
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for name in (*names, *sizes):
+        table.add_column(Text(clean(name.replace("coverage@10", "cover"))), justify="right", no_wrap=True)
+    for row in rows:
+        values = [row.more.get(name) for name in names]
+        values += [row.by_popularity[b][1] if b in row.by_popularity else None for b in sizes]
+        cells = ["-" if value is None else f"{value:.3f}" for value in values]
+        table.add_row(Text(clean(row.name), style="bold"), *cells)
+    console.print(table)
+    said = ["cover: share of titles in anybody's first ten"] if "coverage@10" in names else []
+    if sizes:
+        users = ", ".join(f"{n:,}" for n in sizes.values())
+        said.append(
+            f"{' '.join(sizes)}: HR@10 by training interactions of the true next title ({users} users)"
+        )
+    for line in said:
+        _hang(console, "", Text(clean(line), style="dim"))
+
+
 def _cell(row: Row, name: str) -> Text:
     if name not in row.metrics:
         return Text("-")
     cell = Text(f"{row.metrics[name]:.3f}")
+    if name in row.deviations:
+        cell.append(f"±{row.deviations[name]:.3f}")
     if name in row.intervals:
         low, high = row.intervals[name]
         cell.append(f"\n{low:.3f}-{high:.3f}", style="dim")
