@@ -15,7 +15,7 @@ ORDER = """
     errors files progress recipe processes
     fetch hub tables interactions readers splits published catalog lint sources dataset
     prompts trie decisiveness
-    examples cautions losses adapters backbones packing forward checkpoints train
+    examples cautions losses adapters backbones packing forward contrast preferences checkpoints train
     ranking counting neighbours filters treecache engine growth search grounding card generative
     metrics evaluate choice analysis figures report terminal
     runs compare demo cli

@@ -109,3 +109,30 @@ def plain_exact_ats(rows: list[tuple[float, list[float]]], eta: float, clamp: tu
         else:
             high = middle
     return (low + high) / 2
+
+
+def plain_cft(
+    with_history: Tensor, without: Tensor, target: Tensor, weight: list[float], strength: float
+) -> Tensor:
+    """CFT of one batch as its authors write it: probabilities of f and of f - f0, token by token, in float64."""
+    total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    for f, f_0, y, w in zip(with_history.double(), without.double(), target.tolist(), weight, strict=True):
+        first, second = f.exp() / f.exp().sum(), (f - f_0).exp() / (f - f_0).exp().sum()
+        total = total - w * first[y].log() - strength * w * second[y].log()
+        weights += w
+    return total / weights
+
+
+def plain_sdpo(
+    theta_chosen: Tensor, ref_chosen: Tensor, theta_rejected: Tensor, ref_rejected: Tensor, beta: float
+) -> list[Tensor]:
+    """-log sigmoid(-log sum exp) row by row and one rejected title after the other, in float64."""
+    losses = []
+    for row in range(len(theta_chosen)):
+        s_w = theta_chosen[row].double() - ref_chosen[row].double()
+        total = torch.zeros((), dtype=torch.float64)
+        for d in range(theta_rejected.shape[1]):
+            s_d = theta_rejected[row, d].double() - ref_rejected[row, d].double()
+            total = total + torch.exp(beta * (s_d - s_w))
+        losses.append(-torch.log(1 / (1 + torch.exp(torch.log(total)))))
+    return losses
