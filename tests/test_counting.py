@@ -116,11 +116,13 @@ def test_popularity_is_judged_alike_by_counting_and_by_its_ranking(exclude: str,
 )
 @example(0, 300, 20000, 10**6)
 def test_the_top_of_a_long_row_is_all_there(seed: int, n: int, length: int, values: int) -> None:
-    row = np.random.default_rng(seed).integers(0, values, length).astype(np.float32)
-    found = _at_least(row, n)
-    wanted = np.argsort(-row, kind="stable")[:n]
-    assert set(wanted.tolist()) <= set(found.tolist())
-    assert (np.diff(found) > 0).all()
+    rows = np.random.default_rng(seed).integers(0, values, (2, length)).astype(np.float32)
+    user, column = _at_least(rows, n)
+    for b, row in enumerate(rows):
+        found = column[user == b].tolist()
+        assert set(np.argsort(-row, kind="stable")[:n].tolist()) <= set(found)
+        assert found == sorted(set(found))
+    assert (np.diff(user) >= 0).all()
 
 
 def test_few_scores_are_held_at_a_time() -> None:

@@ -33,7 +33,7 @@ from trierec.splits import Ragged
 
 Scores = NDArray[np.floating]
 _NONE = np.zeros(0, dtype=np.int64)
-_PARTS = 1024  # parts of a row whose maxima bound its top; see _at_least
+_IN_CACHE = 1 << 18  # scores that are counted together
 
 
 @dataclass(frozen=True)
@@ -91,20 +91,32 @@ def count_places(
         np.full((n_users, k), -1, np.int32),
         np.full((n_users, k), -np.inf, np.float32),
     )
-    block = max(1, at_once // scorer.groups.n_items)
+    block, slab = (max(1, size // scorer.groups.n_items) for size in (at_once, _IN_CACHE))
     for start in range(0, n_users, block):
-        rows = range(start, min(start + block, n_users))
-        scores = columns.of(scorer.item_scores([histories[b] for b in rows]))
+        scores = columns.of(
+            scorer.item_scores([histories[b] for b in range(start, min(start + block, n_users))])
+        )
         check_numbers(np.atleast_1d(scores.min(initial=0.0)))  # NaN where one is
-        for b in rows:
-            changed, item = columns.without(None if exclude is None else exclude[b])
-            row = scores[b - start]
-            found.rank[b], stands = columns.rank(row, int(target[b]), changed, item)
-            found.itself[b] = stands == target[b]
-            best, value = columns.top(row, k, changed, item)
-            found.items[b, : len(best)], found.scores[b, : len(best)] = best, value
-        advance(len(rows))
+        for low in range(0, len(scores), slab):
+            part = scores[low : low + slab]
+            rows = slice(start + low, start + low + len(part))
+            changed = columns.without(
+                [] if exclude is None else [exclude[b] for b in range(rows.start, rows.stop)]
+            )
+            found.rank[rows], stands = columns.rank(part, target[rows], changed)
+            found.itself[rows] = stands == target[rows]
+            found.items[rows], found.scores[rows] = columns.top(part, k, changed)
+        advance(len(scores))
     return found
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """Columns that a filter changes for some users (E,): ascending by user, then column."""
+
+    user: NDArray[np.int64]
+    column: NDArray[np.int64]
+    item: NDArray[np.int64]  # what represents the column then, -1: nothing
 
 
 class _Columns:
@@ -140,67 +152,84 @@ class _Columns:
             scores[:, self.shared] = np.maximum.reduceat(item_scores[:, flat], start, axis=1)
         return scores
 
-    def without(self, exclude: Items | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Columns that excluded items change, and what represents them then (-1: nothing)."""
-        if exclude is None or not len(exclude):
-            return _NONE, _NONE
-        gone = checked_items(exclude, self.groups.n_items)
-        column = np.sort(self.of_group[self.groups.of_item[gone]])
-        column = column[(column >= 0) & np.append(True, column[1:] != column[:-1])]
-        item = np.full(len(column), -1, dtype=np.int64)
-        for i in np.flatnonzero(self.is_shared[column]):
+    def without(self, exclude: Sequence[Items | None]) -> _Changed:
+        """What lists of excluded items change, one list a user."""
+        lists = [checked_items([] if one is None else one, self.groups.n_items) for one in exclude]
+        gone = np.concatenate([_NONE, *lists])
+        user = np.repeat(np.arange(len(lists)), [len(one) for one in lists])
+        column = self.of_group[self.groups.of_item[gone]]
+        n_columns = max(len(self.item), 1)
+        key = np.sort((user * n_columns + column)[column >= 0])
+        key = key[np.append(True, key[1:] != key[:-1])] if len(key) else key
+        user, column = key // n_columns, key % n_columns
+        item = np.full(len(key), -1, dtype=np.int64)
+        for i in np.flatnonzero(self.is_shared[column]).tolist() if self.members else ():
             member = self.members[self.place[int(column[i])]]
-            left = member[self.allowed[member] & (member[:, None] != gone).all(axis=1)]
+            left = member[self.allowed[member] & (member[:, None] != lists[user[i]]).all(axis=1)]
             item[i] = left[0] if len(left) else -1
-        return column, item
+        return _Changed(user, column, item)
 
     def rank(
-        self, row: Scores, target: int, changed: NDArray[np.int64], item: NDArray[np.int64]
-    ) -> tuple[int, int]:
-        """Rank of the target's group and the item that stands there; (-1, -1) where it may not be returned."""
-        own = int(self.of_group[self.groups.of_item[target]])
-        if own < 0:
-            return -1, -1
-        place = int(np.searchsorted(changed, own))
-        is_changed = place < len(changed) and changed[place] == own
-        stands = int(item[place] if is_changed else self.item[own])
-        if stands < 0:
-            return -1, -1
-        score = row[own]
+        self, scores: Scores, target: NDArray[np.integer], changed: _Changed
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ranks (B,) of the targets' groups and the items that stand there; -1 where none may be returned."""
+        own = self.of_group[self.groups.of_item[target]]
+        if not len(self.item):
+            return own, own
+        stands = np.where(own >= 0, self.item[own], -1).astype(np.int64)
+        user, column, item = changed.user, changed.column, changed.item
+        is_own = column == own[user]
+        stands[user[is_own]] = item[is_own]
+        score = np.take_along_axis(scores, np.maximum(own, 0)[:, None], axis=1)
+        rank = np.array([np.count_nonzero(row) for row in scores > score], dtype=np.int64)
+        tied = np.array([np.count_nonzero(row) for row in scores >= score]) - rank > 1
         before = np.searchsorted(self.item, stands)  # columns whose representative has a lower index
-        rank = np.count_nonzero(row > score) + np.count_nonzero(row[:before] == score)
-        if len(changed):
-            other = row[changed]
-            tie = other == score
-            rank -= np.count_nonzero((other > score) | (tie & (self.item[changed] < stands)))
-            # The own group has its own representative, which does not stand before itself.
-            rank += np.count_nonzero((item >= 0) & ((other > score) | (tie & (item < stands))))
-        return int(rank), stands
+        for b in np.flatnonzero(tied).tolist():
+            rank[b] += np.count_nonzero(scores[b, : before[b]] == score[b])
+        # A target alone with its score, and one that another item represents now, stands before itself.
+        alone = ~tied & (own >= 0) & (own < before)
+        rank += alone
+        if len(user):
+            other, wanted = scores[user, column], score[user, 0]
+            above, tie = other > wanted, other == wanted
+            rank -= np.bincount(user[above | (tie & (self.item[column] < stands[user]))], minlength=len(rank))
+            again = (item >= 0) & (above | (tie & (item < stands[user])))  # under another item
+            rank += np.bincount(user[again], minlength=len(rank))
+        return np.where(stands >= 0, rank, -1), stands
 
-    def top(
-        self, row: Scores, k: int, changed: NDArray[np.int64], item: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], Scores]:
-        """The best ``k`` items and their scores."""
-        column = _at_least(row, k + len(changed))
+    def top(self, scores: Scores, k: int, changed: _Changed) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The best ``k`` items (B, K) and their scores, padded with -1 and -inf."""
+        n_users, n_columns = scores.shape
+        items = np.full((n_users, k), -1, dtype=np.int32)
+        best = np.full((n_users, k), -np.inf, dtype=np.float32)
+        most = int(np.bincount(changed.user).max(initial=0))
+        user, column = _at_least(scores, k + most)
         stands = self.item[column].astype(np.int64)
-        if len(changed):
-            place = np.minimum(np.searchsorted(changed, column), len(changed) - 1)
-            stands = np.where(changed[place] == column, item[place], stands)
-            column, stands = column[stands >= 0], stands[stands >= 0]
-        order = np.lexsort((stands, -row[column]))[:k]
-        return stands[order], row[column[order]]
+        if len(changed.user):
+            key, wanted = changed.user * n_columns + changed.column, user * n_columns + column
+            place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
+            stands = np.where(key[place] == wanted, changed.item[place], stands)
+            left = stands >= 0
+            user, column, stands = user[left], column[left], stands[left]
+        value = scores[user, column]
+        order = np.lexsort((stands, -value, user))
+        place = np.arange(len(user)) - np.searchsorted(user, user)  # the users stay where they are
+        kept, place = order[place < k], place[place < k]
+        items[user[kept], place], best[user[kept], place] = stands[kept], value[kept]
+        return items, best
 
 
-def _at_least(row: Scores, n: int) -> NDArray[np.intp]:
-    """Places of the ``n`` largest scores of a row and of all that may tie with them, ascending; mostly few more."""
-    if n >= len(row):
-        return np.arange(len(row))
-    parts = _PARTS
-    while parts < 4 * n:
-        parts *= 2
-    if len(row) < 4 * parts:
-        return np.flatnonzero(row >= np.partition(row, len(row) - n)[len(row) - n])
-    # Of disjoint parts, the n-th largest maximum is reached by n scores: no smaller score is among the best n.
-    whole = len(row) // parts * parts
-    best = row[:whole].reshape(-1, parts).max(axis=0)
-    return np.flatnonzero(row >= np.partition(best, parts - n)[parts - n])
+def _at_least(scores: Scores, n: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and columns of the ``n`` largest scores of each row and of all that may tie with them; mostly few more."""
+    n_users, length = scores.shape
+    if n >= length:
+        return np.repeat(np.arange(n_users), length), np.tile(np.arange(length), n_users)
+    parts = 4 * n
+    best = scores
+    if length >= 4 * parts:
+        # Of disjoint parts, the n-th largest maximum is reached by n scores: no smaller score is among the best n.
+        whole = length // parts * parts
+        best = scores[:, :whole].reshape(n_users, -1, parts).max(axis=1)
+    bound = np.partition(best, best.shape[1] - n, axis=1)[:, best.shape[1] - n]
+    user, column = np.nonzero(scores >= bound[:, None])
+    return user, column
