@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.worlds import split
+from trierec import counting
 from trierec.counting import _at_least, count_places
 from trierec.errors import UserError
 from trierec.evaluate import evaluate
+from trierec.metrics import metrics_from_rank
 from trierec.ranking import Groups, ItemLists, ItemScorer, MostPopular, Ranking, rank_items
 
 SCORES = [-np.inf, -1.0, 0.0, 0.5, 2.0]
@@ -71,7 +73,7 @@ def worlds(draw: st.DrawFn) -> tuple[Table, list[int], list[list[int]], list[int
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(worlds(), st.integers(1, 40))
 def test_counting_equals_the_sorted_ranking(world: tuple[Any, ...], at_once: int) -> None:
     scorer, targets, exclude, allow, k = world
@@ -93,7 +95,10 @@ def test_counting_equals_the_sorted_ranking(world: tuple[Any, ...], at_once: int
 
 @pytest.mark.parametrize("exclude", ["none", "history", "seen"])
 @pytest.mark.parametrize("allow", [None, list(range(0, 300, 3))])
-def test_popularity_is_judged_alike_by_counting_and_by_its_ranking(exclude: str, allow: Any) -> None:
+def test_popularity_is_judged_alike_by_counting_and_by_its_ranking(
+    exclude: str, allow: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counting, "_IN_CACHE", 3 * 300)  # three users at a time
     rng = np.random.default_rng(0)
     counts = rng.zipf(1.6, size=300).clip(max=40) - 1
     popular = MostPopular(Groups.from_labels(rng.integers(0, 270, 300), counts), counts)
@@ -108,6 +113,29 @@ def test_popularity_is_judged_alike_by_counting_and_by_its_ranking(exclude: str,
     assert metrics[0] == metrics[1]
     for name in ("rank", "items", "scores", "certified"):
         assert np.array_equal(getattr(both[0], name), getattr(both[1], name)), name
+
+
+@pytest.mark.parity
+def test_metrics_of_counted_ranks_equal_ir_measures() -> None:
+    """The run's scores descend strictly with the rank: ties are broken as ours are."""
+    ir_measures = pytest.importorskip("ir_measures")
+    rng = np.random.default_rng(5)
+    scorer = Table(Groups.from_labels(np.arange(60)), rng.integers(0, 25, (60, 60)).astype(np.float32))
+    histories, target = [[u] for u in range(60)], rng.integers(0, 60, 60)
+    full = scorer.recommend(histories, k=None).items
+    qrels = [ir_measures.Qrel(str(u), str(t), 1) for u, t in enumerate(target)]
+    run = [
+        ir_measures.ScoredDoc(str(u), str(item), float(-place))
+        for u, ranked in enumerate(full)
+        for place, item in enumerate(ranked)
+    ]
+    named = {"HR": ir_measures.Success, "NDCG": ir_measures.nDCG, "MRR": ir_measures.RR}
+    measures = {named[name] @ k: f"{name}@{k}" for name in named for k in (1, 5, 10, 20)}
+    ours = metrics_from_rank(count_places(scorer, histories, target).rank, (1, 5, 10, 20))
+    values = list(ir_measures.iter_calc(list(measures), qrels, run))
+    assert len(values) == 12 * 60
+    for value in values:
+        assert ours[measures[value.measure]][int(value.query_id)] == pytest.approx(value.value, abs=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
