@@ -121,6 +121,7 @@ def _print_more(rows: Sequence[Row], console: Console) -> None:
         values += [row.by_popularity[b][1] if b in row.by_popularity else None for b in sizes]
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
         table.add_row(Text(clean(row.name), style="bold"), *cells)
+    console.print()
     console.print(table)
     said = ["cover: share of titles in anybody's first ten"] if "coverage@10" in names else []
     if sizes:
