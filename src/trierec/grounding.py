@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from trierec.prompts import Prompts
 from trierec.ranking import (
     Groups,
     ItemLists,
+    ItemScorer,
     Ranking,
     check_histories,
     check_k,
@@ -40,14 +41,6 @@ from trierec.treecache import Counters, TokenLists, pad
 TOKENS_AT_ONCE = 8192  # of texts that are embedded in one forward
 POPULARITY_GAMMAS = tuple(float(g) for g in range(100))  # the grids of BIGRec's code
 COLLABORATIVE_GAMMAS = tuple(g / 100 for g in range(1, 101)) + tuple(float(g) for g in range(1, 100))
-
-
-class Collaborator(Protocol):
-    """Another recommender that gives every item a score."""
-
-    def item_scores(self, histories: ItemLists) -> NDArray[Any]:
-        """(B, I) scores, higher is better."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ class GroundedRecommender:
     max_tokens: int = 128
     gamma: float = 0.0
     batch_users: int = 16
-    collaborator: Collaborator | None = None
+    collaborator: ItemScorer | None = None
     kept: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def recommend(
@@ -137,9 +130,7 @@ class GroundedRecommender:
                 f"wanted finite scores of {groups.n_items} items for {len(histories)} users from the collaborator, "
                 f"got shape {scores.shape}; train both on one catalogue"
             )
-        best = np.full((groups.n_groups, len(histories)), -np.inf)
-        np.maximum.at(best, groups.of_item, scores.T)
-        return _to_unit(best.T)
+        return _to_unit(groups.scores(scores))
 
     def write(self, histories: ItemLists, counters: Counters | None = None) -> list[str]:
         """What the model writes for each history, without the quotes or the newline of the template."""
