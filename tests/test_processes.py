@@ -122,6 +122,8 @@ def test_gradients_and_weights_are_equal_on_both_and_those_of_one(
 ) -> None:
     one, first, second = (found[name] for found in one_and_two)
     assert first["tau"] == second["tau"]
+    if "ats" in name:
+        assert len(set(first["tau"])) == STEPS and min(first["tau"]) > 0.11 and max(first["tau"]) < 4.9
     for step in range(STEPS):
         for key in one["gradients"][step]:
             ours, theirs = first["gradients"][step][key], second["gradients"][step][key]
@@ -299,6 +301,13 @@ def test_batches_that_cannot_be_dealt_out() -> None:
     )
     with pytest.raises(UserError, match=line):
         config.share(4)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharding_by_the_launcher_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(UserError, match=f"wanted whole weights in each process .DDP., got {kind}"):
+        processes.start()
 
 
 def test_a_lost_process_is_one_line_and_other_errors_stay() -> None:

@@ -28,7 +28,17 @@ PATIENCE = timedelta(hours=2)
 
 
 def start() -> None:
-    """Meet the other processes, where `torchrun` or ``accelerate launch`` started several."""
+    """Meet the other processes, where `torchrun` or ``accelerate launch`` started several.
+
+    Raises:
+        UserError: ``accelerate launch`` is to shard what is trained.
+    """
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise UserError(
+                f"wanted whole weights in each process (DDP), got {kind}: validation and checkpoints of sharded ones "
+                "are not there yet; launch without it"
+            )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
     backend = "gloo"
