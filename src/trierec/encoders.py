@@ -1,0 +1,293 @@
+"""Sequential encoders: item numbers to states, and states to scores of all items.
+
+Items are 0..I-1 outside. Inside, a row holds ``item + 1``; 0 is padding and I + 1 the mask of BERT4Rec, so
+padding is never an item and the first item is one like any other. Rows are padded on the right: the state at
+a place depends on that place and those before it (GRU4Rec, SASRec, LRURec), or on all that is no padding
+(BERT4Rec), so padding changes nothing.
+
+Shape key: B rows, L places, D width, H state of a recurrence, I items, M target places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trierec.errors import UserError
+
+Kind = Literal["gru4rec", "sasrec", "bert4rec", "lrurec"]
+PAD = 0
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of a model.
+
+    Attributes:
+        kind: Which encoder.
+        n_items: Items I.
+        max_length: Items of a history that are read, the last ones.
+        width: D, of item embeddings and states.
+        blocks: Layers.
+        heads: Attention heads (SASRec, BERT4Rec).
+        dropout: Of embeddings, attention and layers, in training.
+        head: ``tied`` scores with the item embeddings, ``linear`` with weights of its own; both have a bias.
+    """
+
+    kind: Kind
+    n_items: int
+    max_length: int
+    width: int = 64
+    blocks: int = 2
+    heads: int = 2
+    dropout: float = 0.2
+    head: Literal["tied", "linear"] = "tied"
+
+    @property
+    def mask(self) -> int:
+        """Number of the mask inside a row."""
+        return self.n_items + 1
+
+
+class SequentialModel(nn.Module):
+    """An encoder with item embeddings and a head.
+
+    Args:
+        config: Its shape.
+        seed: Of the initial weights.
+
+    Raises:
+        UserError: An unknown encoder, or a width that the heads do not divide.
+    """
+
+    def __init__(self, config: EncoderConfig, seed: int = 0) -> None:
+        super().__init__()
+        if config.kind not in BODIES:
+            raise UserError(f"wanted an encoder among {', '.join(BODIES)}, got {config.kind!r}")
+        if config.width % config.heads:
+            raise UserError(
+                f"wanted a width that is a multiple of heads, got {config.width} and {config.heads}"
+            )
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.items = nn.Embedding(config.n_items + 2, config.width, padding_idx=PAD)
+            self.body = BODIES[config.kind](config)
+            self.bias = nn.Parameter(torch.zeros(config.n_items))
+            self.head = (
+                nn.Linear(config.width, config.n_items, bias=False) if config.head == "linear" else None
+            )
+            nn.init.normal_(self.items.weight, std=0.02)
+            with torch.no_grad():
+                self.items.weight[PAD] = 0
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether a state sees what comes after it; such a model reads its prediction at a mask."""
+        return self.config.kind == "bert4rec"
+
+    @property
+    def weight(self) -> Tensor:
+        """(I, D) weights of the head."""
+        weight: Tensor = self.items.weight[1:-1] if self.head is None else self.head.weight
+        return weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """States (B, L, D) of rows of numbers (B, L), int64."""
+        states: Tensor = self.body(self.items(ids), ids != PAD)
+        return states
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Scores (M, I) of all items for states (M, D)."""
+        return F.linear(states, self.weight, self.bias)
+
+    def scores_of(self, states: Tensor, items: Tensor) -> Tensor:
+        """Scores (M, C) of some items (M, C), 0..I-1, for states (M, D)."""
+        return torch.einsum("md,mcd->mc", states, self.weight[items]) + self.bias[items]
+
+    def last_scores(self, ids: Tensor) -> Tensor:
+        """Scores (B, I) of what comes after each row (B, L); a row without items is scored by the bias alone.
+
+        A bidirectional model gets a mask behind each row.
+        """
+        length = (ids != PAD).sum(1)
+        rows = torch.arange(len(ids), device=ids.device)
+        if self.bidirectional:
+            ids = F.pad(ids, (0, 1))
+            ids[rows, length] = self.config.mask
+            return self.scores(self(ids)[rows, length])
+        states = self(ids)[rows, (length - 1).clamp(min=0)]
+        return self.scores(states * (length > 0)[:, None])
+
+
+class _GRU(nn.Module):
+    """GRU4Rec as recommenders of this field compare with it: an embedding, a GRU, a head (no session batches)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        drop = config.dropout if config.blocks > 1 else 0.0
+        self.dropout = nn.Dropout(config.dropout)
+        self.gru = nn.GRU(config.width, config.width, config.blocks, batch_first=True, dropout=drop)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        states: Tensor = self.gru(self.dropout(x))[0]
+        dropped: Tensor = self.dropout(states)
+        return dropped
+
+
+class _Attention(nn.Module):
+    """Multi-head attention; queries may be another tensor than keys and values."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.heads, self.p = config.heads, config.dropout
+        self.q, self.k, self.v, self.out = (nn.Linear(config.width, config.width) for _ in range(4))
+
+    def forward(self, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``mask`` (B, L): the keys that may be looked at; None: those up to the query's place."""
+        q, k, v = (
+            layer(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, t in ((self.q, query), (self.k, x), (self.v, x))
+        )
+        allowed = None if mask is None else mask[:, None, None, :]
+        p = self.p if self.training else 0.0
+        found = F.scaled_dot_product_attention(q, k, v, allowed, dropout_p=p, is_causal=mask is None)
+        mixed: Tensor = self.out(found.transpose(1, 2).flatten(2))
+        return mixed
+
+
+class _Positions(nn.Module):
+    """Adds a learned vector to each place, then dropout."""
+
+    def __init__(self, config: EncoderConfig, places: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.position, self.scale = nn.Embedding(places, config.width), scale
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.normal_(self.position.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        summed: Tensor = self.dropout(x * self.scale + self.position.weight[: x.shape[1]])
+        return summed
+
+
+class _SASRec(nn.Module):
+    """Causal attention as in the authors' code: queries are normalised, keys and values are not."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        d, n = config.width, config.blocks
+        self.positions = _Positions(config, config.max_length)
+        self.attention = nn.ModuleList(_Attention(config) for _ in range(n))
+        self.query_norm, self.norm = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
+        self.feed_forward = nn.ModuleList(_feed_forward(d, d, nn.ReLU, config.dropout) for _ in range(n))
+        self.last_norm = nn.LayerNorm(d)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        x = self.positions(x)
+        for attention, query_norm, norm, feed_forward in zip(
+            self.attention, self.query_norm, self.norm, self.feed_forward, strict=True
+        ):
+            query = query_norm(x)
+            x = norm(query + self.dropout(attention(query, x, None)))
+            x = x + feed_forward(x)
+        states: Tensor = self.last_norm(x)
+        return states
+
+
+class _BERT4Rec(nn.Module):
+    """Attention to every place that is no padding; one place more than a history, for the mask."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        d, n = config.width, config.blocks
+        self.positions = _Positions(config, config.max_length + 1)
+        self.attention = nn.ModuleList(_Attention(config) for _ in range(n))
+        self.before, self.between = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
+        self.feed_forward = nn.ModuleList(_feed_forward(d, 4 * d, nn.GELU, config.dropout) for _ in range(n))
+        self.last_norm = nn.LayerNorm(d)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        x = self.positions(x)
+        for attention, before, between, feed_forward in zip(
+            self.attention, self.before, self.between, self.feed_forward, strict=True
+        ):
+            y = before(x)
+            x = x + self.dropout(attention(y, y, real))
+            x = x + feed_forward(between(x))
+        states: Tensor = self.last_norm(x)
+        return states
+
+
+class _LRURec(nn.Module):
+    """Blocks of a linear recurrent unit and a feed-forward layer, each followed by its norm."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        d, n = config.width, config.blocks
+        self.first_norm = nn.LayerNorm(d)
+        self.unit = nn.ModuleList(_LinearRecurrence(d) for _ in range(n))
+        self.norm, self.last_norm = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
+        self.feed_forward = nn.ModuleList(_feed_forward(d, 4 * d, nn.GELU, config.dropout) for _ in range(n))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        x = self.first_norm(self.dropout(x))
+        for unit, norm, feed_forward, last_norm in zip(
+            self.unit, self.norm, self.feed_forward, self.last_norm, strict=True
+        ):
+            x = norm(x + self.dropout(unit(x)))
+            x = last_norm(x + feed_forward(x))
+        return x
+
+
+class _LinearRecurrence(nn.Module):
+    """``h_k = lambda h_{k-1} + gamma B x_k`` with complex diagonal lambda, ``y = Re(C h)``; H = 2 D.
+
+    ``lambda = exp(-exp(nu) + i exp(theta))``; at the start its modulus is drawn from the ring [.8, .99], its
+    phase from [0, 2 pi), and gamma is ``sqrt(1 - |lambda|^2)`` (arXiv:2310.02367).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        low, high = 0.8, 0.99
+        modulus = (torch.rand(2 * width) * (high**2 - low**2) + low**2).sqrt()
+        self.nu = nn.Parameter((-modulus.log()).log())
+        self.theta = nn.Parameter((2 * math.pi * torch.rand(2 * width).clamp(min=1e-6)).log())
+        self.gamma = nn.Parameter((1 - modulus**2).sqrt().log())
+        self.into, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        eigenvalue = torch.polar((-self.nu.exp()).exp(), self.theta.exp())
+        h = torch.view_as_complex(self.into(x).unflatten(-1, (-1, 2))) * self.gamma.exp()
+        step = 1
+        while step < x.shape[1]:  # each place has the sum of the last ``step`` ones
+            h = h + F.pad(h[:, :-step] * eigenvalue, (0, 0, step, 0))
+            eigenvalue, step = eigenvalue * eigenvalue, 2 * step
+        mixed: Tensor = self.out(torch.view_as_real(h).flatten(-2))
+        return mixed
+
+
+def _feed_forward(width: int, inner: int, activation: Callable[[], nn.Module], dropout: float) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(width, inner),
+        activation(),
+        nn.Dropout(dropout),
+        nn.Linear(inner, width),
+        nn.Dropout(dropout),
+    )
+
+
+BODIES: dict[str, Callable[[EncoderConfig], nn.Module]] = {
+    "gru4rec": _GRU,
+    "sasrec": _SASRec,
+    "bert4rec": _BERT4Rec,
+    "lrurec": _LRURec,
+}
