@@ -17,6 +17,7 @@ ORDER = """
     prompts trie decisiveness
     examples cautions losses adapters backbones packing forward contrast preferences checkpoints train
     ranking counting neighbours filters treecache engine growth search grounding card generative
+    encoders sequential
     metrics evaluate choice analysis figures report terminal
     runs compare demo cli
 """.split()  # noqa: SIM905

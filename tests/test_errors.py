@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -184,8 +184,9 @@ def sections() -> dict[str, str]:
     def walk(model: Any, key: str) -> Iterator[tuple[str, str]]:
         yield model.__name__, key or "recipe"
         for name, info in model.model_fields.items():
-            if hasattr(info.annotation, "model_fields"):
-                yield from walk(info.annotation, f"{key}.{name}".lstrip("."))
+            for kind in (info.annotation, *get_args(info.annotation)):
+                if hasattr(kind, "model_fields"):
+                    yield from walk(kind, f"{key}.{name}".lstrip("."))
 
     return dict(walk(Recipe, ""))
 

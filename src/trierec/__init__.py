@@ -15,6 +15,7 @@ from trierec.errors import UserError
 
 if TYPE_CHECKING:
     from trierec.generative import GenerativeRecommender
+    from trierec.sequential import SequentialRecommender
 
 __all__ = ["UserError", "load"]
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ def load(
     dtype: str = "auto",
     base: str | Path | None = None,
     trust_remote_code: bool = False,
-) -> GenerativeRecommender:
+) -> GenerativeRecommender | SequentialRecommender:
     """Load a recommender from a run folder, a folder of ``save_pretrained``, or the Hugging Face hub.
 
     Args:
@@ -45,11 +46,16 @@ def load(
     Raises:
         UserError: Not a recommender, or its parts do not belong together.
     """
-    from trierec.generative import GenerativeRecommender
+    from trierec.files import read_json
+    from trierec.generative import MANIFEST, GenerativeRecommender, local_folder
 
+    run = local_folder(run, revision)
+    if read_json(run / MANIFEST).get("kind") == "sequential":
+        from trierec.sequential import SequentialRecommender
+
+        return SequentialRecommender.from_pretrained(run, device=device)
     return GenerativeRecommender.from_pretrained(
         run,
-        revision=revision,
         device=device,
         dtype=dtype,
         base=base,

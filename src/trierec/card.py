@@ -74,8 +74,7 @@ def model_card(facts: CardFacts, where: str = ".") -> str:
     """
     parts = [
         f"---\n{_header(facts)}---\n\n# {escape(facts.name)}",
-        f"A recommender that lets a language model write the title of the next item, along the prefix tree of "
-        f"{facts.n_items:,} items. Made with trierec.",
+        f"{_kind(facts)} Made with trierec.",
         _usage(facts, where),
         _data(facts),
         _model(facts),
@@ -150,6 +149,20 @@ def _adapter(origin: Mapping[str, Any]) -> bool:
     return "lora" in origin and not origin.get("merged")
 
 
+def _of_ids(facts: CardFacts) -> bool:
+    """Whether it is a sequential model over item ids and no language model."""
+    return facts.origin.get("kind") == "sequential"
+
+
+def _kind(facts: CardFacts) -> str:
+    if _of_ids(facts):
+        return f"A sequential recommender: a model over item ids that scores all {facts.n_items:,} items."
+    return (
+        "A recommender that lets a language model write the title of the next item, along the prefix tree of "
+        f"{facts.n_items:,} items."
+    )
+
+
 def _usage(facts: CardFacts, where: str) -> str:
     code = f"""import trierec
 
@@ -195,16 +208,17 @@ def _model(facts: CardFacts) -> str:
         named.append(str(origin["repository"]))
     if origin.get("revision"):
         named.append(f"revision {origin['revision']}")
-    lines = [f"- language model: {escape(', '.join(named))}"]
+    kind = "encoder of item ids" if _of_ids(facts) else "language model"
+    lines = [f"- {kind}: {escape(', '.join(named))}"]
     if origin.get("quantisation", "none") != "none":
         lines.append(f"- base quantised to {origin['quantisation']} with bitsandbytes")
     if "lora" in origin:
         lora = origin["lora"]
         targets = lora["targets"] if isinstance(lora["targets"], str) else ", ".join(lora["targets"])
-        kind = "LoRA adapter" if _adapter(origin) else "merged LoRA adapter"
+        adapter = "LoRA adapter" if _adapter(origin) else "merged LoRA adapter"
         scale = f"rank {lora['rank']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}"
-        lines.append(f"- {kind} of {scale}, on {escape(targets)}")
-    if facts.recipe is not None:
+        lines.append(f"- {adapter} of {scale}, on {escape(targets)}")
+    if facts.recipe is not None and not _of_ids(facts):
         lines.append(f"- prompt template: {facts.recipe.template}")
     if facts.run is not None:
         training, size = facts.run["training"], facts.run["parameters"]
@@ -262,12 +276,17 @@ def _recipe(facts: CardFacts) -> str:
 
 
 def _limits(facts: CardFacts) -> str:
+    needed = "training anew." if _of_ids(facts) else "a new prefix tree, and training to be ranked well."
+    scores = (
+        "numbers that order items, not probabilities"
+        if _of_ids(facts)
+        else "log-probabilities of titles under this model, not of anybody liking an item"
+    )
     lines = [
-        f"- Only the {facts.n_items:,} items it was made with can be recommended; others need a new prefix tree, and "
-        "training to be ranked well.",
+        f"- Only the {facts.n_items:,} items it was made with can be recommended; others need {needed}",
         "- It repeats what users of one data set did, with its favourites and its gaps; it knows nothing else about a "
         "user than the history.",
-        "- Scores are log-probabilities of titles under this model, not of anybody liking an item.",
+        f"- Scores are {scores}.",
     ]
     if facts.metrics is None:
         lines.append("- No metrics are recorded.")
@@ -277,6 +296,8 @@ def _limits(facts: CardFacts) -> str:
 
 
 def _citing(facts: CardFacts) -> str:
+    if _of_ids(facts):
+        return ""
     text = "Training and ranking follow, as far as the recipe says so, these two papers:"
     return f"## Citing\n\n{text}\n\n{fenced(MSL_BIBTEX + chr(10) * 2 + IGD_BIBTEX, 'bibtex')}"
 

@@ -38,10 +38,10 @@ Run = Annotated[Path, typer.Argument(help="A run folder.")]
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="60 seconds: few steps, 100 users.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of both trainings.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all trainings.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """The main job on real data: MovieLens 100K, MSL against LML and most-popular, a report (10 minutes)."""
+    """The main job on real data: MovieLens 100K, MSL against LML, SASRec and most-popular, a report (10 minutes)."""
     from trierec.demo import run_demo
     from trierec.terminal import print_examples, print_rows
 

@@ -206,6 +206,7 @@ def examples(
 ) -> tuple[Example, ...]:
     """Users with history, target and the tokens that decided each of their top recommendations."""
     recommender = load_run(run, open_run(run)[0])
+    assert isinstance(recommender, GenerativeRecommender)
     split = _rows(dataset, evaluation)
     gain = information_gain(recommender.trie, recommender.counts)
     return tuple(_example(recommender, evaluation, split, gain, r, top) for r in rows)
@@ -241,7 +242,7 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
         raise UserError(
             "wanted runs on the same data for one report, got different data hashes; make a report of each"
         )
-    recipe, facts = opened[0]
+    facts = opened[0][1]
     dataset = load_dataset(Path(facts["data"]["folder"]))
     evaluations = [load_evaluation(run) for run in runs]
     together = repeats([r for r, _ in opened], evaluations)
@@ -258,22 +259,34 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
     if popular:
         named += baselines(dataset, evaluations[0])
         notes += ["neighbours of the history's items", "counts of the training split"]
-    recommender = load_run(runs[0], recipe)
+    # Tokens, forced shares and decisions are those of the first run that writes titles, where there is one.
+    writes = next((i for i, (r, _) in enumerate(opened) if r.sequential is None), None)
+    looks = {}
+    if writes is not None:
+        name = next(name for name, group in zip(names, together, strict=True) if writes in group)
+        looks = _looks(runs[writes], opened[writes][0], replace(evaluations[writes], name=name), dataset)
     return Report(
         title=f"{dataset.info['source']}: {', '.join(e.name for e in named)}",
         subtitle=_protocol(evaluations[0], dataset),
         rows=tuple(row(e, note) for e, note in zip(named, notes, strict=True)),
         comparisons=comparisons(named),
         curves={name: read_log(run) for name, run in logs.items()},
-        facts=describe(dataset, recommender.prompts, recommender.trie, recommender.counts),
-        forced=forced_by_position(recommender.trie, recommender.counts),
-        examples=examples(
-            runs[0], replace(evaluations[0], name=names[0]), dataset, example_rows(evaluations[0])
-        ),
+        **looks,
         notes=tuple(dataset.info["notes"])
         + tuple(_stopped(r.title or r.name, f) for r, f in opened if _stopped(r.name, f)),
         provenance=_provenance(facts, [r.seed for r, _ in opened]),
     )
+
+
+def _looks(run: Path, recipe: Recipe, evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
+    """The parts of a report that need a model that writes titles."""
+    recommender = load_run(run, recipe)
+    assert isinstance(recommender, GenerativeRecommender)
+    return {
+        "facts": describe(dataset, recommender.prompts, recommender.trie, recommender.counts),
+        "forced": forced_by_position(recommender.trie, recommender.counts),
+        "examples": examples(run, evaluation, dataset, example_rows(evaluation)),
+    }
 
 
 def report_runs(runs: Sequence[Path], out: Path) -> Report:

@@ -269,7 +269,7 @@ class GenerativeRecommender:
             UserError: Something is missing, or the tokenizer, the trie, the catalogue and the base model do not
                 belong together.
         """
-        folder = _local_folder(folder_or_hub_id, revision)
+        folder = local_folder(folder_or_hub_id, revision)
         facts = read_json(folder / MANIFEST)
         if facts.get("format") != FORMAT:
             raise UserError(
@@ -355,7 +355,7 @@ def save_catalog(catalog: Catalog, counts: NDArray[np.int64], path: Path) -> Non
         catalog.to_frame(counts.astype(np.int32)).write_parquet(temporary)
 
 
-def _local_folder(name: Path | str, revision: str | None) -> Path:
+def local_folder(name: Path | str, revision: str | None) -> Path:
     """The folder itself, or the downloaded one of a hub id."""
     if Path(name).is_dir():
         return Path(name)

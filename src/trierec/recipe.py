@@ -11,9 +11,17 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from trierec.errors import UserError
 
@@ -235,8 +243,57 @@ class EvaluationSettings(_Section):
         return self
 
 
+class SequentialSettings(_Section):
+    """An encoder of item ids with its loss, in the place of a language model and its objective."""
+
+    encoder: Literal["gru4rec", "sasrec", "bert4rec", "lrurec"]
+    width: int = Field(64, ge=1)
+    blocks: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1, description="of attention: sasrec and bert4rec")
+    dropout: float = Field(0.2, ge=0, lt=1)
+    head: Literal["tied", "linear"] = Field(
+        "tied", description="tied: scores with the item embeddings; linear: with weights of its own"
+    )
+    loss: Literal["cross-entropy", "bce", "cloze"] = Field(
+        "cross-entropy", description="cross-entropy: over all items; cloze: the same at masks, for bert4rec"
+    )
+    negatives: int = Field(1, ge=1, description="uniform ones of each target (bce)")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mask_probability: float = Field(0.15, ge=0, le=1, description="cloze")
+    mask_last: float = Field(
+        0.5, ge=0, le=1, description="share of sequences with one mask, behind which nothing follows (cloze)"
+    )
+    dros_alpha: float = Field(0.0, ge=0, description="weight of DROS, added to the loss; 0: none")
+    dros_beta0: float = Field(1.0, gt=0)
+    half_life_days: float | None = Field(
+        None, gt=0, description="a row that much older than the newest weighs half; supervision = 'last'"
+    )
+    optimizer: Literal["adamw", "adam"] = Field(
+        "adamw", description="adam: training.weight_decay is an L2 term of the gradient"
+    )
+    device: str = "auto"
+
+    @model_validator(mode="after")
+    def _together(self) -> SequentialSettings:
+        if (self.loss == "cloze") != (self.encoder == "bert4rec"):
+            raise ValueError(f"loss = 'cloze' and encoder = 'bert4rec' need each other, got {self.loss!r}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        return self
+
+
+# What only a language model has a use for; the values that change nothing.
+_OF_LANGUAGE_MODELS = {
+    "training": ("accumulation", "log_parts"),
+    "evaluation": (
+        *("search", "choose", "support", "length_penalty", "alpha", "scope", "gamma"),
+        *("against_exact", "merge_adapter"),
+    ),
+}
+
+
 class Recipe(_Section):
-    """One run: data, backbone, objective, training, evaluation, seed."""
+    """One run: data, backbone, objective, training, evaluation, seed; or [sequential] for backbone and objective."""
 
     name: str
     title: str = ""
@@ -244,6 +301,7 @@ class Recipe(_Section):
     data: DataSettings
     backbone: BackboneSettings = BackboneSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
+    sequential: SequentialSettings | None = None
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -251,6 +309,28 @@ class Recipe(_Section):
     def template(self) -> str:
         """Prompt template: what the recipe says, else ``plain`` for models trained from scratch, ``msl`` otherwise."""
         return self.backbone.template or ("plain" if self.backbone.name == "tiny" else "msl")
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        if self.sequential is not None:
+            values.pop("backbone", None)
+            values.pop("objective", None)
+        return values
+
+    @model_validator(mode="after")
+    def _sequential_alone(self) -> Recipe:
+        if self.sequential is None:
+            return self
+        unused: list[str] = [name for name in ("backbone", "objective") if name in self.model_fields_set]
+        for section, keys in _OF_LANGUAGE_MODELS.items():
+            chosen, default = getattr(self, section), type(getattr(self, section))()
+            unused += [f"{section}.{key}" for key in keys if getattr(chosen, key) != getattr(default, key)]
+        if unused:
+            raise ValueError(f"[sequential] has no use for {unused[0]}; leave it out")
+        if self.sequential.half_life_days is not None and self.training.supervision != "last":
+            raise ValueError("sequential.half_life_days needs training.supervision = 'last'")
+        return self
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
@@ -381,6 +461,7 @@ def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, info in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            keys.extend(_keys(info.annotation, f"{prefix}{name}."))
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys.extend(_keys(kind, f"{prefix}{name}."))
     return keys

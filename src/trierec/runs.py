@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trierec import processes
-from trierec.backbones import Backbone, load_backbone
+from trierec.backbones import Backbone, load_backbone, resolve_device
 from trierec.card import CardFacts, model_card
 from trierec.catalog import Catalog
 from trierec.cautions import cautions
@@ -31,6 +31,7 @@ from trierec.checkpoints import clear
 from trierec.choice import choose_search
 from trierec.dataset import Dataset, load_dataset, prepare
 from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
+from trierec.encoders import EncoderConfig, SequentialModel
 from trierec.errors import UserError
 from trierec.evaluate import SHOWN, Evaluation, evaluate
 from trierec.examples import Examples, Windows, along_titles, make_windows, target_counts
@@ -40,6 +41,7 @@ from trierec.losses import AdaptiveTemperature, Objective
 from trierec.progress import note
 from trierec.prompts import Prompts, build_prompts
 from trierec.recipe import EvaluationSettings, ObjectiveSettings, Recipe, dump_recipe, load_recipe
+from trierec.sequential import LossConfig, Sequences, SequentialRecommender, fit
 from trierec.sources import settings_of
 from trierec.splits import Split
 from trierec.train import TrainConfig, TrainResult, train
@@ -57,6 +59,21 @@ class Parts:
     trie: Trie
     windows: Windows
     counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a recipe and a data set become: something to train that can be ranked with.
+
+    Attributes:
+        recommender: Ranks with the model as it is now.
+        facts: What ``run.json`` says of it.
+        fit: ``fit(config, out, validate=..., resume=..., title=...)`` trains it.
+    """
+
+    recommender: GenerativeRecommender | SequentialRecommender
+    facts: dict[str, Any]
+    fit: Callable[..., TrainResult]
 
 
 def open_data(recipe: Recipe) -> Dataset:
@@ -144,11 +161,10 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
         raise UserError(
             "evaluation.exclude = 'seen' needs what users had before, which this data set does not know; use 'history'"
         )
-    parts = processes.first_then_others(lambda: assemble(recipe, dataset))
+    learn = _generative if recipe.sequential is None else _sequential
+    learner = processes.first_then_others(lambda: learn(recipe, dataset))
     started = time.time()
-    facts = _facts(recipe, dataset, parts)
-    recommender = _recommender(recipe, dataset, parts)
-    examples, objective = _examples(recipe, parts), _objective(recipe.objective)
+    facts, recommender = _facts(recipe, dataset, learner), learner.recommender
     validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
     if going_on is None:
         processes.on_first(lambda: _begin(recipe, out, facts))
@@ -159,30 +175,22 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
         raise UserError(
             f"the {changed} changed since {out} was started; restore it, or start anew with --overwrite"
         )
-    result = train(
-        parts.backbone.model,
-        examples,
-        objective,
-        config,
-        out,
-        validate=validate,
-        resume=going_on is not None,
-        title=recipe.name,
-    )
-    n_dropped = sum(processes.gather_objects(parts.prompts.n_dropped))
-    if n_dropped:
-        note(
-            f"{recipe.name}: {n_dropped} titles dropped from prompts longer than "
-            f"{parts.prompts.max_tokens} tokens"
-        )
-    parts.backbone.model.eval()
+    result = learner.fit(config, out, validate=validate, resume=going_on is not None, title=recipe.name)
     training = {
         "steps": result.steps_done,
         "stopped": result.stopped,
         "best_step": result.best_step,
         "best_metric": result.best_metric,
-        "titles_dropped_from_prompts": n_dropped,
     }
+    if isinstance(recommender, GenerativeRecommender):
+        n_dropped = sum(processes.gather_objects(recommender.prompts.n_dropped))
+        if n_dropped:
+            note(
+                f"{recipe.name}: {n_dropped} titles dropped from prompts longer than "
+                f"{recommender.prompts.max_tokens} tokens"
+            )
+        recommender.backbone.model.eval()
+        training["titles_dropped_from_prompts"] = n_dropped
     if going_on and going_on["status"] == "trained" and going_on["training"]["steps"] == result.steps_done:
         return result
     if not processes.is_first():
@@ -230,11 +238,12 @@ def evaluate_run(
                 f"the {part} of the recommender in {run} is not the one of its training (hash {value[:12]}, run.json "
                 f"says {facts['hashes'][part][:12]}); restore its files, or train again"
             )
-    recommender = recommender.with_settings(**_search_settings(settings))
+    if isinstance(recommender, GenerativeRecommender):
+        recommender = recommender.with_settings(**_search_settings(settings))
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
     allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
     name, chosen = name or recipe.title or recipe.name, None
-    if settings.choose:
+    if settings.choose and isinstance(recommender, GenerativeRecommender):
         valid = first_rows(dataset.valid, settings.users)
         settings, chosen = choose_search(recommender, valid, settings, allow)
         recommender = recommender.with_settings(**_search_settings(settings))
@@ -249,23 +258,21 @@ def evaluate_run(
         k=settings.k,
         exclude=settings.exclude,
         allow=allow,
-        facts=_used(settings)
-        | ({"chosen": chosen} if chosen else {})
-        | _adapter(recommender.backbone)
-        | {"seed": recipe.seed},
+        facts=_used(settings, recommender) | ({"chosen": chosen} if chosen else {}) | {"seed": recipe.seed},
         train_targets=recommender.counts,
         train_interactions=dataset.train_interactions,
         seed=recipe.seed,
     )
     evaluation = judge(recommender, depth=_depth(settings))
-    if settings.against_exact:
+    if settings.against_exact and isinstance(recommender, GenerativeRecommender):
         exact = judge(recommender.with_settings(search="exact"), depth=max(settings.k, 10))
         evaluation.metrics["against_exact"] = _against(evaluation, exact)
-    dropped = recommender.prompts.dropped
-    evaluation.metrics["titles_dropped_from_prompts"] = dropped.titles
-    if dropped.titles:
-        limit = recommender.prompts.max_tokens
-        note(f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {limit} tokens")
+    if isinstance(recommender, GenerativeRecommender):
+        dropped = recommender.prompts.dropped
+        evaluation.metrics["titles_dropped_from_prompts"] = dropped.titles
+        if dropped.titles:
+            limit = recommender.prompts.max_tokens
+            note(f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {limit} tokens")
     evaluation.save(run)
     done = recipe.model_copy(update={"evaluation": settings})
     write_text(
@@ -288,8 +295,10 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
     return load_recipe(run / "recipe.toml"), facts
 
 
-def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender:
+def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender | SequentialRecommender:
     """The recommender of a run with the device, dtype and trust of its recipe, and its adapter merged or not."""
+    if recipe.sequential is not None:
+        return SequentialRecommender.from_pretrained(run, device=recipe.sequential.device)
     settings = recipe.backbone
     recommender = GenerativeRecommender.from_pretrained(
         run, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
@@ -334,6 +343,61 @@ def data_hash(dataset: Dataset) -> str:
 def first_rows(split: Split, n: int | None) -> Split:
     """The first ``n`` rows of a split (all for None)."""
     return split if n is None or n >= split.n_rows else split.take(np.arange(n))
+
+
+def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
+    parts = assemble(recipe, dataset)
+    model = parts.backbone.model
+    facts = {
+        "hashes": hashes(parts.prompts, parts.trie, parts.counts),
+        "origin": parts.backbone.origin,
+        "parameters": model.num_parameters(),
+        "trained_parameters": model.num_parameters(only_trainable=True),
+        "windows": len(parts.windows),
+        "targets": int(parts.counts.sum()),
+    }
+    examples, objective = _examples(recipe, parts), _objective(recipe.objective)
+    fit_it = functools.partial(train, model, examples, objective)
+    return Learner(_recommender(recipe, dataset, parts), facts, fit_it)
+
+
+def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
+    settings = recipe.sequential
+    assert settings is not None
+    if processes.count() > 1:
+        raise UserError(
+            "a sequential model is trained in one process; start it without torchrun or accelerate"
+        )
+    rows, n_items = _training_rows(recipe, dataset), dataset.catalog.n_items
+    windows = make_windows(rows, recipe.training.supervision)
+    counts = target_counts(windows, n_items)
+    weight = None
+    if settings.half_life_days is not None:  # one window a row
+        if (rows.timestamp < 0).any():
+            raise UserError(
+                "sequential.half_life_days needs the time of every training row, which this data set does not know; "
+                "leave it out"
+            )
+        age_days = (rows.timestamp.max() - rows.timestamp) / 86400
+        weight = np.exp2(-age_days / settings.half_life_days)
+    sequences = Sequences.from_windows(windows, weight)
+    shape = settings.model_dump(include={"width", "blocks", "heads", "dropout", "head"})
+    encoder = EncoderConfig(settings.encoder, n_items, recipe.data.max_history, **shape)
+    model = SequentialModel(encoder, recipe.seed).to(resolve_device(settings.device))
+    origin = {"name": settings.encoder, "kind": "sequential"}
+    recommender = SequentialRecommender(model, dataset.catalog, counts, origin=origin)
+    size = sum(p.numel() for p in model.parameters())
+    facts = {
+        "hashes": recommender.hashes | {"sequences": sequences.fingerprint()},
+        "origin": origin,
+        "parameters": size,
+        "trained_parameters": size,
+        "windows": len(windows),
+        "targets": int(counts.sum()),
+    }
+    chosen = settings.model_dump(include={f.name for f in fields(LossConfig)})
+    loss = LossConfig(base=settings.loss, **chosen)
+    return Learner(recommender, facts, functools.partial(fit, model, sequences, counts, loss))
 
 
 def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
@@ -388,12 +452,18 @@ def _search_settings(settings: EvaluationSettings) -> dict[str, Any]:
     return settings.model_dump(include=set(SETTINGS))
 
 
-def _used(settings: EvaluationSettings) -> dict[str, Any]:
+def _used(
+    settings: EvaluationSettings, recommender: GenerativeRecommender | SequentialRecommender
+) -> dict[str, Any]:
     """The settings a ranking depends on, for ``metrics.json``."""
+    if isinstance(recommender, SequentialRecommender):
+        return settings.model_dump(include={"search", "allow"}, mode="json") | {"support": "items"}
     grounding = {"text_beams", "text_tokens", "gamma"}
     if settings.search == "grounding":
-        return settings.model_dump(include={"search", "allow", *grounding}, mode="json") | {"support": "none"}
-    return settings.model_dump(include={*SETTINGS, "allow"} - grounding - {"batch_users"}, mode="json")
+        used = settings.model_dump(include={"search", "allow", *grounding}, mode="json") | {"support": "none"}
+    else:
+        used = settings.model_dump(include={*SETTINGS, "allow"} - grounding - {"batch_users"}, mode="json")
+    return used | _adapter(recommender.backbone)
 
 
 def _depth(settings: EvaluationSettings) -> int | None:
@@ -414,7 +484,7 @@ def _against(evaluation: Evaluation, exact: Evaluation) -> dict[str, Any]:
 
 
 def _validator(
-    recipe: Recipe, dataset: Dataset, recommender: GenerativeRecommender
+    recipe: Recipe, dataset: Dataset, recommender: GenerativeRecommender | SequentialRecommender
 ) -> Callable[[Any], dict[str, float]]:
     """Metrics of the model as it is now on rows of the validation split, drawn once."""
     n_rows = dataset.valid.n_rows
@@ -469,7 +539,7 @@ def _settled(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude={"training": free, "evaluation": True, "title": True})
 
 
-def _facts(recipe: Recipe, dataset: Dataset, parts: Parts) -> dict[str, Any]:
+def _facts(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]:
     """What ``run.json`` says before training starts."""
     return {
         "format": 1,
@@ -481,12 +551,8 @@ def _facts(recipe: Recipe, dataset: Dataset, parts: Parts) -> dict[str, Any]:
         "processes": processes.count(),
         "machine": f"{platform.system()} {platform.machine()}, {_threads()} threads",
         "data": {"folder": str(dataset.folder.resolve()), "source": dataset.info["source"]},
-        "hashes": {"data": data_hash(dataset), **hashes(parts.prompts, parts.trie, parts.counts)},
-        "origin": parts.backbone.origin,
-        "parameters": parts.backbone.model.num_parameters(),
-        "trained_parameters": parts.backbone.model.num_parameters(only_trainable=True),
-        "windows": len(parts.windows),
-        "targets": int(parts.counts.sum()),
+        **learner.facts,
+        "hashes": {"data": data_hash(dataset), **learner.facts["hashes"]},
     }
 
 
@@ -501,15 +567,17 @@ def _card_facts(
     recipe: Recipe,
     facts: dict[str, Any],
     dataset: Dataset,
-    recommender: GenerativeRecommender,
+    recommender: GenerativeRecommender | SequentialRecommender,
     evaluation: Evaluation,
 ) -> CardFacts:
-    saved = replace(recommender.backbone, origin=facts["origin"])  # before its adapter was merged
+    origin = facts["origin"]
+    if isinstance(recommender, GenerativeRecommender):  # as before its adapter was merged
+        origin = replace(recommender.backbone, origin=origin).anonymous().origin
     return CardFacts(
         name=recipe.title or recipe.name,
         n_items=dataset.catalog.n_items,
         example=dataset.catalog.title[int(np.argmax(recommender.counts))],
-        origin=saved.anonymous().origin,
+        origin=origin,
         settings=_search_settings(recipe.evaluation),
         recipe=recipe,
         data=dataset.info,

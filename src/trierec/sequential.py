@@ -511,6 +511,11 @@ class SequentialRecommender:
         """Groups of items with the same title."""
         return Groups.from_labels(self.catalog.group, self.counts)
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hex SHA-256 of what training and ranking must have in common."""
+        return {"counts": hashlib.sha256(self.counts.astype("<i8").tobytes()).hexdigest()}
+
     def with_settings(self, **changes: Any) -> SequentialRecommender:
         """The same: a sequential model scores every item and has no settings of its search.
 
