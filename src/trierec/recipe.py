@@ -284,7 +284,7 @@ class SequentialSettings(_Section):
 
 # What only a language model has a use for; the values that change nothing.
 _OF_LANGUAGE_MODELS = {
-    "training": ("accumulation", "log_parts"),
+    "training": ("accumulation", "log_parts", "order", "packing"),
     "evaluation": (
         *("search", "choose", "support", "length_penalty", "alpha", "scope", "gamma"),
         *("against_exact", "merge_adapter"),
