@@ -187,6 +187,7 @@ def loss_and_gradients(model: Any, examples: Examples, objective: Objective, pac
     module = TitleLoss(model, objective, examples.trie).train()
     batch = MicroBatches(examples, objective, rows, packing)[0]
     contribution, counts = batch.pop("contribution"), batch.pop("counts")
+    assert counts.pop("places") == batch["input_ids"].numel() + len(batch.get("prefix_ids", ()))
     model.zero_grad()
     out = module(**batch)
     out["loss"].backward()

@@ -122,6 +122,7 @@ def test_the_module_equals_the_models_own_logits(
         "zero_gain": int(zero.sum()),
         "positive_gain": int((~zero).sum()),
         "decisions": int(decision.sum()),
+        "places": inputs["input_ids"].numel(),
     }
 
 
@@ -239,7 +240,15 @@ def test_a_row_of_the_log(tmp_path: Path) -> None:
     assert [row["step"] for row in result.history] == [4, 6]
     last = result.history[-1]
     assert set(last) == {
-        *("step", "loss", "loss_zero_gain", "loss_positive_gain", "w", "tokens_per_second"),
+        *(
+            "step",
+            "loss",
+            "loss_zero_gain",
+            "loss_positive_gain",
+            "w",
+            "tokens_per_place",
+            "tokens_per_second",
+        ),
         *("temperature", "learning_rate", "grad_norm", "epoch", "seconds"),
     }
     assert last["temperature"] == ats.value != 1.5

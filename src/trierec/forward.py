@@ -179,6 +179,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
         if self.objective.support == "trie":
             arrays["tokens"] = trie.continuations(arrays["node"])
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        counts["places"] = arrays["input_ids"].size + len(arrays.get("prefix_ids", ()))
         n_edges = int(trie.n_children[arrays["node"]].sum())
         return tensors | {"n_edges": n_edges, "contribution": float(share.sum()), "counts": counts}
 
@@ -261,7 +262,11 @@ class Meter:
             self.since = time.monotonic()
 
     def row(self) -> dict[str, float | None]:
-        """Means since the last row, over all processes; then it starts anew."""
+        """Means since the last row, over all processes; then it starts anew.
+
+        ``tokens_per_place`` are tokens of rows for each position that went through the body: below 1 where rows are
+        padded, above 1 where what they share runs once.
+        """
         with self.pause():
             n, (loss, zero, positive, w) = self.totals()
         values = {
@@ -269,6 +274,7 @@ class Meter:
             "loss_zero_gain": zero / n["zero_gain"] if n["zero_gain"] else None,
             "loss_positive_gain": positive / n["positive_gain"] if n["positive_gain"] else None,
             "w": w / n["decisions"] if n["decisions"] else None,
+            "tokens_per_place": n["tokens"] / n["places"] if n["places"] else None,
             "tokens_per_second": n["tokens"] / max(self.seconds, 1e-9),
         }
         self.sums.zero_()
