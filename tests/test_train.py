@@ -159,7 +159,8 @@ class Gradients(TrainerCallback):  # type: ignore[misc]
         self.steps: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.steps.append({n: p.grad.clone() for n, p in model.model.named_parameters()})
+        model = getattr(model, "titles", model).model
+        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters()})
 
 
 def weighted_examples() -> Examples:
@@ -622,7 +623,12 @@ def test_shipped_recipes_load_and_those_of_a_published_split_train(
 ) -> None:
     recipe = load_recipe(file)
     if recipe.data.source.startswith("msl:") and recipe.backbone.name == "tiny":
-        result = train_run(load_recipe(file, published), tmp_path / "run")
+        changes = published
+        if recipe.objective.preference.reference:
+            train_run(load_recipe("office/lml", published), tmp_path / "reference")
+            where = (tmp_path / "reference").as_posix()
+            changes = [*published, f"objective.preference.reference={where}"]
+        result = train_run(load_recipe(file, changes), tmp_path / "run")
         assert (result.steps_done, result.stopped) == (2, "steps")
         assert math.isfinite(result.history[-1]["loss"])
 

@@ -134,6 +134,13 @@ def load_lora(model: Any, folder: Path) -> Any:
         ) from None
 
 
+def unfreeze_lora(model: Any) -> None:
+    """Let a loaded adapter be trained on."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(True)
+
+
 def save_lora(model: Any, folder: Path, base: str, revision: str | None) -> None:
     """Write an ordinary PEFT adapter folder; ``base`` is what its config names as the base."""
     model.save_pretrained(folder, save_embedding_layers=False)

@@ -3,14 +3,25 @@ r"""CFT: what a title gains from the history, learned beside the title itself.
 The counterfactual pass runs the same model on a prompt without history (`Prompts.without_history`). The
 difference of both logits is the effect of the history, and it is trained to predict the target too.
 
-Shape key: M target positions, V vocabulary.
+Shape key: M target positions, V vocabulary, B windows of a micro-batch, L tokens, U different target titles.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import functools
+from dataclasses import dataclass
+from typing import Any
 
-from trierec.losses import Objective, Parts
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from trierec.errors import UserError
+from trierec.examples import Examples
+from trierec.forward import MicroBatches, TitleLoss, title_sums
+from trierec.losses import AdaptiveTemperature, Columns, Objective, Parts
 from trierec.trie import DeviceTrie, Trie
 
 
@@ -24,6 +35,7 @@ def contrast_parts(
     trie: Trie | DeviceTrie,
     weight: Tensor | None = None,
     n_edges: int | None = None,
+    columns: Columns | None = None,
 ) -> Parts:
     r"""The loss of CFT per token, with the support, temperature and weights of ``objective``.
 
@@ -42,6 +54,7 @@ def contrast_parts(
         trie: The trie of all items.
         weight: Token weights (M,) >= 0; None: 1.
         n_edges: As in `losses.trie_nll`.
+        columns: The same.
 
     Returns:
         ``loss`` of both terms; ``contribution`` and ``nll`` of the first, so that the divisor is the sum of the
@@ -49,7 +62,116 @@ def contrast_parts(
 
     Source: the code of CFT and of IGD, which agree; the formula of the CFT paper was not read.
     """
-    factual = objective.parts(logits, target, node, trie, weight, n_edges)
+    factual = objective.parts(logits, target, node, trie, weight, n_edges, columns)
     effect = logits.float() - without.float()
-    contrast = objective.parts(effect, target, node, trie, weight, n_edges)
+    contrast = objective.parts(effect, target, node, trie, weight, n_edges, columns)
     return factual._replace(loss=factual.loss + strength * contrast.loss)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """CFT: an objective, and the same on what the history adds.
+
+    Attributes:
+        objective: Of both terms. Its authors' is Pos: vocabulary support and position weights.
+        strength: Lambda, > 0.
+        without_history: Which prompt stands in the second pass; see `Prompts.without_history`.
+
+    Raises:
+        UserError: A strength that is not > 0, or an adaptive temperature.
+    """
+
+    objective: Objective
+    strength: float
+    without_history: str = "no-input"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not self.strength > 0:
+            raise UserError(
+                f"wanted a strength of the contrast > 0, got {self.strength}; or train without it"
+            )
+        if self.objective.is_adaptive:
+            raise UserError(
+                "a contrast needs a fixed temperature: an adaptive one is found for the logits with history, "
+                "not for differences; give a number"
+            )
+
+    @property
+    def tau(self) -> float:
+        """The temperature."""
+        return self.objective.tau
+
+    @property
+    def temperature(self) -> float | AdaptiveTemperature:
+        """The temperature; never an adaptive one."""
+        return self.objective.temperature
+
+    def settings(self) -> dict[str, Any]:
+        """What training does not change."""
+        contrast = {"strength": self.strength, "without_history": self.without_history}
+        return self.objective.settings() | {"contrast": contrast}
+
+    def divisor(self, total: Tensor) -> Tensor:
+        """That of the objective."""
+        return self.objective.divisor(total)
+
+    def module(self, model: Any, trie: Trie) -> ContrastLoss:
+        """What training wraps and calls."""
+        return ContrastLoss(model, self, trie)
+
+    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> ContrastBatches:
+        """Arguments of that module."""
+        return ContrastBatches(examples, self, rows, packing)
+
+
+class ContrastLoss(nn.Module):
+    """A causal LM and a `Contrast` as one module, with the contract of `TitleLoss`.
+
+    The second pass runs each different target title of the micro-batch once; where dropout is on, both passes
+    have their own.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: Any, contrast: Contrast, trie: Trie) -> None:
+        super().__init__()
+        self.titles, self.contrast = TitleLoss(model, contrast.objective, trie), contrast
+
+    def forward(self, alone_ids: Tensor, alone_position: Tensor, **inputs: Any) -> dict[str, Tensor]:
+        """Sum of the weighted losses of both terms; ``sums`` are those of the first.
+
+        Args:
+            alone_ids: Target titles behind the prompt without history (U, L), int64.
+            alone_position: For each target its place in the flattened ``alone_ids`` (M,), int64.
+            inputs: Arguments of `TitleLoss.forward`.
+        """
+        score = functools.partial(contrast_parts, self.contrast.objective, self.contrast.strength)
+        alone = {"input_ids": alone_ids, "position": alone_position}
+        loss, nll = self.titles.losses(inputs, score, alone)
+        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), inputs["zero_gain"], inputs["decision"])}
+
+
+class ContrastBatches(Dataset[dict[str, Any]]):
+    """Micro-batches in a given order, as `MicroBatches`; their titles once more without history, never packed."""
+
+    def __init__(
+        self, examples: Examples, contrast: Contrast, rows: NDArray[np.int64], packing: bool = False
+    ) -> None:
+        self.titles = MicroBatches(examples, contrast.objective, rows, packing)
+        self.prompt = examples.prompts.without_history(contrast.without_history)
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return len(self.titles)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Arguments of `ContrastLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
+        item, examples = self.titles[index], self.titles.examples
+        alone = examples.alone(self.titles.rows[index], self.prompt)
+        kept = np.ones(len(alone.node), dtype=np.bool_)
+        if self.titles.objective.support == "trie":
+            kept = examples.trie.branching[alone.node]
+        counts = item["counts"] | {"tokens": item["counts"]["tokens"] + alone.n_tokens}
+        second = {"alone_ids": alone.input_ids, "alone_position": alone.position[kept]}
+        return item | {name: torch.from_numpy(array) for name, array in second.items()} | {"counts": counts}

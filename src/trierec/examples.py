@@ -10,6 +10,7 @@ titles, T tokens.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,23 @@ class Batch:
     n_tokens: int
 
 
+@dataclass(frozen=True)
+class Alone:
+    """The target titles of a `Batch` behind a prompt that is the same for all.
+
+    Attributes:
+        input_ids: int64 (U, L); one row for each different title, padded on the right with 0.
+        position: int64 (M,); as in `Batch`, in the same order, but into (U * L).
+        node: int64 (M,); as in `Batch`.
+        n_tokens: Tokens of ``input_ids`` without the padding.
+    """
+
+    input_ids: NDArray[np.int64]
+    position: NDArray[np.int64]
+    node: NDArray[np.int64]
+    n_tokens: int
+
+
 def make_windows(split: Split, supervision: str, prompts: Prompts | None = None) -> Windows:
     """The windows of a split.
 
@@ -139,6 +157,49 @@ def chains(windows: Windows) -> NDArray[np.int64]:
             chain[w] = chain[before.pop()]
         waiting.setdefault(row[-longest:].tobytes(), []).append(w)
     return np.unique(chain, return_inverse=True)[1].astype(np.int64)
+
+
+def draw_rejected(windows: Windows, group: Ints, n: int, seed: int) -> NDArray[np.int32]:
+    """Titles that were not chosen, for S-DPO: uniform over all items, the same in every epoch.
+
+    Left out are the titles of the window, its target included, and titles that were drawn already.
+
+    Args:
+        windows: One target in each.
+        group: A number per item (I,), equal for items of equal titles, such as ``trie.leaf``.
+        n: How many for each window, >= 1.
+        seed: Of ``default_rng([seed, n])``.
+
+    Returns:
+        Item indices, int32 (W, n).
+
+    Raises:
+        UserError: Windows with several targets, or fewer than n other titles.
+
+    Source: S-DPO draws from a list of 20 candidates of its own task; uniform over all titles is Flower's, which
+    does not leave the history out.
+    """
+    if (windows.items.lengths - windows.n_context != 1).any():
+        raise UserError("S-DPO wants one target in each window; use training.supervision = 'last'")
+    n_groups = int(group.max()) + 1
+    row_I = np.repeat(np.arange(len(windows)), windows.items.lengths)
+    taken = np.unique(row_I * n_groups + group[windows.items.values])
+    fewest = len(np.unique(group)) - int(np.bincount(taken // n_groups).max())
+    if fewest < n:
+        raise UserError(
+            f"wanted {n} rejected titles for each row, got a row that leaves {fewest} others; set fewer "
+            "objective.preference.negatives"
+        )
+    rng = np.random.default_rng([seed, n])
+    drawn = rng.integers(len(group), size=(len(windows), n))
+    while True:
+        code = np.arange(len(windows))[:, None] * n_groups + group[drawn]
+        again = np.isin(code, taken)
+        for j in range(1, n):
+            again[:, j] |= (code[:, :j] == code[:, j : j + 1]).any(1)
+        if not again.any():
+            return drawn.astype(np.int32)
+        drawn[again] = rng.integers(len(group), size=int(again.sum()))
 
 
 def schedule(
@@ -233,6 +294,18 @@ class Examples:
         length = self.prompts.title_tokens.lengths[self.windows.items.values]
         return np.add.reduceat(length, self.windows.items.offsets[:-1])
 
+    @cached_property
+    def of_title(self) -> dict[str, NDArray[np.int64]]:
+        """How many tokens of each title (I,) are ``tokens``, ``zero_gain``, ``positive_gain``, ``decisions``."""
+        is_T = {
+            "tokens": np.ones(len(self._zero_T), dtype=np.bool_),
+            "zero_gain": self._zero_T,
+            "positive_gain": ~self._zero_T,
+            "decisions": self.trie.branching[self._node_T],
+        }
+        first = self.prompts.title_tokens.offsets[:-1]
+        return {name: np.add.reduceat(is_t.astype(np.int64), first) for name, is_t in is_T.items()}
+
     def fingerprint(self) -> str:
         """Hex SHA-256 of all that batches depend on."""
         digest = hashlib.sha256((self.prompts.hash + self.trie.fingerprint()).encode())
@@ -278,6 +351,50 @@ class Examples:
             zero_gain=self._zero_T[token_T.at],
             n_tokens=int(length_B.sum()),
         )
+
+    def alone(self, indices: Sequence[int] | Ints, prompt: Sequence[int]) -> Alone:
+        """The target titles of some windows, each different one once, behind a prompt without history.
+
+        Args:
+            indices: Window numbers (B,), as for `batch`.
+            prompt: Ids in front of every title, at least one.
+        """
+        index_B = np.asarray(indices, dtype=np.int64)
+        items, title = self.windows.items, self.prompts.title_tokens
+        first_B = items.offsets[index_B] + self.windows.n_context[index_B]
+        item_S = items.values[_ranges(first_B, items.offsets[index_B + 1] - first_B).at]
+        item_U, row_S = np.unique(item_S, return_inverse=True)
+        ids_U, place_U = (
+            _ranges(start, title.lengths[item_U]) for start in (title.offsets[item_U], 0 * item_U)
+        )
+        input_ids = np.zeros((len(item_U), len(prompt) + int(place_U.at.max(initial=-1)) + 1), dtype=np.int64)
+        input_ids[:, : len(prompt)] = prompt
+        input_ids[place_U.row, len(prompt) + place_U.at] = title.values[ids_U.at]
+        length_S = title.lengths[item_S]
+        place_T, token_T = _ranges(0 * item_S, length_S), _ranges(title.offsets[item_S], length_S).at
+        position = row_S[place_T.row] * input_ids.shape[1] + len(prompt) + place_T.at - 1
+        n_tokens = len(item_U) * len(prompt) + len(ids_U.at)
+        return Alone(input_ids, position.astype(np.int64), self._node_T[token_T], n_tokens)
+
+    def against(self, rejected: NDArray[np.int32]) -> Examples:
+        """Each window once with its target and then once with each rejected title in its place.
+
+        Args:
+            rejected: Item indices (W, n); each window has one target.
+
+        Returns:
+            Examples of ``W * (1 + n)`` windows; window w is number ``w * (1 + n)``.
+        """
+        items, n = self.windows.items, rejected.shape[1]
+        times = np.full(len(self.windows), 1 + n)
+        start, length = (np.repeat(array, times) for array in (items.offsets[:-1], items.lengths))
+        more = Ragged.windows(items.values, start, length)
+        target = np.column_stack([items.values[items.offsets[1:] - 1], rejected])
+        more.values[more.offsets[1:] - 1] = target.ravel()
+        other = copy.copy(self)
+        other.windows = Windows(more, np.repeat(self.windows.n_context, times))
+        other.__dict__.pop("size", None)
+        return other
 
 
 def along_titles(trie: Trie, value_per_node: NDArray[Any]) -> NDArray[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from trierec import processes
 from trierec.backbones import body, hand_head_matches, head_bias, head_weight
 from trierec.examples import Batch, Examples
-from trierec.losses import Columns, Objective, gradient_weight, lml_parts
+from trierec.losses import Columns, Objective, Parts, gradient_weight, lml_parts
 from trierec.packing import hidden_states, pack
 from trierec.progress import note
 from trierec.trie import Trie
@@ -113,32 +113,51 @@ class TitleLoss(nn.Module):
             ``loss``, a scalar; ``sums`` (3,), detached: nll of tokens without and with gain, and the gradient
             weight w = 1 - P(target) of the decisions.
         """
-        batch = {"input_ids": input_ids, "position": position}
-        batch |= {"position_ids": position_ids, "subtree_end": subtree_end, "prefix_ids": prefix_ids}  # type: ignore[dict-item]
+        batch = {"input_ids": input_ids, "position": position, "n_edges": n_edges, "tokens": tokens}
+        batch |= {"target": target, "node": node, "weight": weight}
+        batch |= {"position_ids": position_ids, "subtree_end": subtree_end, "prefix_ids": prefix_ids}
+        loss, nll = self.losses(batch, self.objective.parts)
+        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), zero_gain, decision)}
+
+    def losses(
+        self, batch: Mapping[str, Any], score: Callable[..., Parts], *more: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and nll (M,) of the targets of a micro-batch.
+
+        Args:
+            batch: Arguments of `forward`, those for the log left out.
+            score: As `Objective.parts`; it is given the logits of ``batch``, then those of each of ``more``, then
+                target and what follows.
+            more: Further passes over other inputs (``input_ids`` and ``position``) for the same targets.
+        """
+        tokens, passes = batch.get("tokens"), (batch, *more)
         n_vocabulary = head_weight(self.model).shape[0]
         columns = None if tokens is None else Columns(tokens, n_vocabulary)
-        arguments = (target, node, weight)
-        at_once = max(1, LOGITS_AT_ONCE // (n_vocabulary if tokens is None else max(len(tokens), 1)))
-        if not self.by_hand or len(target) <= at_once or tokens is not None:
-            logits = self.logits(batch, tokens)
-            if self.training:
-                self.objective.observe(logits, target, node, self.trie, columns)
-            parts = self.objective.parts(logits, *arguments[:2], self.trie, weight, n_edges, columns)
-            loss, nll = parts.loss, parts.nll
-        else:
-            hidden = self.hidden(batch)
-            blocks = zip(*(torch.split(a, at_once) for a in (hidden, *arguments)), strict=True)
-            done = [checkpoint(self._block, *block, use_reentrant=False) for block in blocks]
+        arguments = (batch["target"], batch["node"], batch["weight"])
+        at_once = max(1, LOGITS_AT_ONCE // n_vocabulary)
+        if self.by_hand and tokens is None and len(batch["target"]) > at_once:
+            arrays = (*(self.hidden(one) for one in passes), *arguments)
+            blocks = zip(*(torch.split(a, at_once) for a in arrays), strict=True)
+            done = [checkpoint(self._block, score, *block, use_reentrant=False) for block in blocks]
             loss, nll = (torch.cat(pieces) for pieces in zip(*done, strict=True))
-        nll = nll.detach()
-        groups = torch.stack([zero_gain, ~zero_gain, decision]).to(nll.dtype)
-        sums = (groups * torch.stack([nll, nll, gradient_weight(nll)])).sum(1)
-        return {"loss": loss.sum(), "sums": sums}
-
-    def _block(self, hidden: Tensor, target: Tensor, node: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and nll (m,) of some positions over the whole vocabulary; run again for the backward pass."""
-        parts = self.objective.parts(self.head(hidden, None), target, node, self.trie, weight)
+            return loss, nll
+        logits = [self.logits(one, tokens) for one in passes]
+        if self.training:
+            self.objective.observe(logits[0], *arguments[:2], self.trie, columns)
+        parts = score(*logits, *arguments[:2], self.trie, arguments[2], batch["n_edges"], columns)
         return parts.loss, parts.nll
+
+    def _block(self, score: Callable[..., Parts], *arrays: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and nll (m,) of some positions over the whole vocabulary; run again for the backward pass."""
+        *hidden, target, node, weight = arrays
+        parts = score(*(self.head(states, None) for states in hidden), target, node, self.trie, weight)
+        return parts.loss, parts.nll
+
+
+def title_sums(nll: Tensor, zero_gain: Tensor, decision: Tensor) -> Tensor:
+    """What the log wants to know of tokens (M,): sums (3,) of nll without and with gain, and of w in decisions."""
+    groups = torch.stack([zero_gain, ~zero_gain, decision]).to(nll.dtype)
+    return (groups * torch.stack([nll, nll, gradient_weight(nll)])).sum(1)
 
 
 class MicroBatches(Dataset[dict[str, Any]]):

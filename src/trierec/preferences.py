@@ -1,12 +1,33 @@
 r"""S-DPO: titles that a user chose against several that were not, relative to a frozen reference model.
 
-Shape key: B rows, n rejected titles of each.
+The reference is the model that training starts from. What it thinks of every title that will be compared is
+computed once, before the first step, and kept in a file.
+
+Shape key: W windows, B windows of a micro-batch, n rejected titles of each, M title tokens, L tokens.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.utils.data import Dataset
+
+from trierec.errors import UserError
+from trierec.examples import Examples
+from trierec.files import atomic_path
+from trierec.forward import MicroBatches, TitleLoss, title_sums
+from trierec.losses import Objective
+from trierec.progress import note, progress
+from trierec.trie import Trie
 
 
 def sdpo_loss(
@@ -43,3 +64,228 @@ def sdpo_loss(
     chosen = logp_theta_chosen - logp_ref_chosen
     ahead = logp_theta_rejected - logp_ref_rejected - chosen[:, None]
     return softplus((beta * ahead).logsumexp(1))
+
+
+@dataclass(frozen=True, eq=False)
+class Preferences:
+    """S-DPO with everything that stays the same while it trains.
+
+    Attributes:
+        rejected: Item indices (W, n), int32, from `examples.draw_rejected`.
+        reference: Log-probabilities under the reference of the target and of the rejected titles (W, 1 + n),
+            float32, nats, from `reference_logp`.
+        beta: How much a nat counts, > 0.
+        support: Which tokens a title's probability is among: ``vocabulary`` (its authors') or ``trie``.
+        reference_key: What `reference_key` says of the reference.
+
+    Raises:
+        UserError: ``beta`` <= 0, or arrays that do not fit.
+    """
+
+    rejected: NDArray[np.int32]
+    reference: NDArray[np.float32]
+    beta: float = 1.0
+    support: str = "vocabulary"
+    reference_key: str = ""
+
+    tau = 1.0
+    temperature = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if not self.beta > 0:
+            raise UserError(f"wanted a beta of S-DPO > 0, got {self.beta}")
+        rows, n = self.rejected.shape
+        if self.reference.shape != (rows, 1 + n):
+            got = f"{self.rejected.shape} and {self.reference.shape}"
+            raise UserError(f"wanted rejected (W, n) and reference (W, 1 + n), got {got}")
+
+    @property
+    def objective(self) -> Objective:
+        """What gives the probability of a token."""
+        return Objective(self.support)
+
+    def settings(self) -> dict[str, Any]:
+        """What training does not change."""
+        rejected = hashlib.sha256(np.ascontiguousarray(self.rejected, dtype="<i4").tobytes()).hexdigest()
+        known = {"beta": self.beta, "rejected": rejected, "reference": self.reference_key}
+        return self.objective.settings() | {"preference": known}
+
+    def divisor(self, total: Tensor) -> Tensor:
+        """Of a sum of `PreferenceBatches` contributions: windows, so that the loss is a mean over them."""
+        return total.clamp(min=1)
+
+    def module(self, model: Any, trie: Trie) -> PreferenceLoss:
+        """What training wraps and calls."""
+        return PreferenceLoss(model, self, trie)
+
+    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> PreferenceBatches:
+        """Arguments of that module."""
+        return PreferenceBatches(examples, self, rows, packing)
+
+
+class PreferenceLoss(nn.Module):
+    """A causal LM and `Preferences` as one module, with the contract of `TitleLoss`."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: Any, preferences: Preferences, trie: Trie) -> None:
+        super().__init__()
+        self.titles, self.beta = TitleLoss(model, preferences.objective, trie), preferences.beta
+
+    def forward(self, reference: Tensor, title: Tensor, **inputs: Any) -> dict[str, Tensor]:
+        """Sum of the losses of all windows; ``sums`` are those of the chosen titles.
+
+        Args:
+            reference: Log-probabilities under the reference (B, 1 + n), the chosen title first.
+            title: Number of the title that each target token is of (M,), int64; title b * (1 + n) is a chosen
+                one, the n after it its rejected ones.
+            inputs: Arguments of `TitleLoss.forward`.
+        """
+        logp, nll = _title_logp(self.titles, reference.shape, title, inputs)
+        chosen = title % reference.shape[1] == 0
+        loss = sdpo_loss(logp[:, 0], reference[:, 0], logp[:, 1:], reference[:, 1:], self.beta)
+        zero_gain, decision = inputs["zero_gain"][chosen], inputs["decision"][chosen]
+        return {"loss": loss.sum(), "sums": title_sums(nll.detach()[chosen], zero_gain, decision)}
+
+
+class PreferenceBatches(Dataset[dict[str, Any]]):
+    """Micro-batches in a given order; ``rows`` (n, B) are window numbers, each of which makes 1 + n rows.
+
+    Packed, the prompt of a window runs once for all its titles.
+    """
+
+    def __init__(
+        self, examples: Examples, preferences: Preferences, rows: NDArray[np.int64], packing: bool = False
+    ) -> None:
+        self.preferences, self.rows = preferences, rows
+        times = preferences.reference.shape[1]
+        against = (rows[:, :, None] * times + np.arange(times)).reshape(len(rows), -1)
+        several = examples.against(preferences.rejected)
+        self.titles = MicroBatches(several, preferences.objective, against, packing)
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Arguments of `PreferenceLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
+        item, reference = self.titles[index], self.preferences.reference[self.rows[index]]
+        examples, rows = self.titles.examples, self.titles.rows[index]
+        chosen = _targets(examples, rows[:: reference.shape[1]])
+        counts = {name: int(n_I[chosen].sum()) for name, n_I in examples.of_title.items()}
+        return item | {
+            "reference": torch.from_numpy(reference),
+            "title": torch.from_numpy(_title_numbers(examples, rows, self.preferences.support)),
+            "contribution": float(len(reference)),
+            "counts": counts | {"tokens": item["counts"]["tokens"]},
+        }
+
+
+def reference_logp(
+    model: Any,
+    examples: Examples,
+    rejected: NDArray[np.int32],
+    support: str,
+    at_once: int = 16,
+    packing: bool = False,
+) -> NDArray[np.float32]:
+    """What a model thinks of the target and the rejected titles of every window.
+
+    Args:
+        model: The reference, a causal LM; it is in evaluation mode afterwards.
+        examples: The windows, one target in each.
+        rejected: Item indices (W, n).
+        support: ``vocabulary`` or ``trie``.
+        at_once: Windows of one forward pass, >= 1.
+        packing: Whether the prompt of a window runs once for all its titles; as `train.packs` says.
+
+    Returns:
+        Log-probabilities (W, 1 + n), float32, nats.
+    """
+    empty = np.zeros((len(rejected), 1 + rejected.shape[1]), dtype=np.float32)
+    preferences, result = Preferences(rejected, empty, support=support), empty.copy()
+    order = np.argsort(examples.size, kind="stable")
+    whole = len(order) - len(order) % at_once
+    module = TitleLoss(model, preferences.objective, examples.trie).eval()
+    with torch.no_grad(), progress("reference", len(order), "rows") as tick:
+        for parts in (
+            order[:whole].reshape(-1, at_once),
+            order[whole:].reshape(-1, max(len(order) - whole, 1)),
+        ):
+            batches = PreferenceBatches(examples, preferences, parts, packing and module.by_hand)
+            for i, rows in enumerate(parts):
+                item = batches[i]
+                moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in item.items()}
+                logp, _ = _title_logp(module, moved["reference"].shape, moved["title"], moved)
+                result[rows] = logp.cpu().numpy()
+                tick(len(rows))
+    return result
+
+
+def reference_key(model: Any, examples: Examples, rejected: NDArray[np.int32], support: str) -> str:
+    """Hex SHA-256 of all that `reference_logp` depends on: weights, prompts, trie, windows, rejected titles."""
+    digest = hashlib.sha256(f"{support} {examples.against(rejected).fingerprint()}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if isinstance(tensor, Tensor):
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def kept_reference(
+    path: Path,
+    model: Any,
+    examples: Examples,
+    rejected: NDArray[np.int32],
+    support: str,
+    at_once: int = 16,
+    packing: bool = False,
+) -> tuple[NDArray[np.float32], str]:
+    """`reference_logp` from a file, or computed and written there, whole or not at all; and its `reference_key`.
+
+    A file of other weights or rows, or one that cannot be read, is replaced, with a note.
+
+    Args:
+        path: An ``.npz`` file.
+        model: The reference.
+        examples: The windows.
+        rejected: Item indices (W, n).
+        support: As of `reference_logp`.
+        at_once: As of `reference_logp`.
+        packing: As of `reference_logp`.
+    """
+    key = reference_key(model, examples, rejected, support)
+    if path.is_file():
+        try:
+            with path.open("rb") as handle, np.load(handle) as file:
+                if str(file["key"]) == key:
+                    return file["logp"], key
+            reason = "is of other weights, prompts or rows"
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            reason = f"cannot be read ({error})"
+        note(f"{path} {reason}; the reference is computed again")
+    logp = reference_logp(model, examples, rejected, support, at_once, packing)
+    with atomic_path(path) as temporary, temporary.open("wb") as written:
+        np.savez(written, key=np.array(key), logp=logp)
+    return logp, key
+
+
+def _title_logp(
+    titles: TitleLoss, shape: tuple[int, ...], title: Tensor, inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each title, in the shape (B, 1 + n) of the reference, and nll (M,) of each token."""
+    _, nll = titles.losses(inputs, titles.objective.parts)
+    return -nll.new_zeros(shape).view(-1).index_add(0, title, nll).view(shape), nll
+
+
+def _targets(examples: Examples, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+    """The last item of each window."""
+    items = examples.windows.items
+    return items.values[items.offsets[rows + 1] - 1]
+
+
+def _title_numbers(examples: Examples, rows: NDArray[np.int64], support: str) -> NDArray[np.int64]:
+    """Which of the targets of ``rows`` each token is of that `MicroBatches` keeps, int64 (M,)."""
+    kept_I = examples.of_title["decisions" if support == "trie" else "tokens"]
+    return np.repeat(np.arange(len(rows)), kept_I[_targets(examples, rows)])

@@ -30,6 +30,8 @@ _ANNOUNCEMENT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
 )
+_ALONE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+_UNKNOWN = "Unknow"  # IGD's code spells it so
 # "palyed" is the D3 authors' spelling; results depend on the exact text, so it stays.
 _BEFORE = {
     "msl": _ANNOUNCEMENT
@@ -43,6 +45,7 @@ _AFTER = {"msl": "\n \n\n### Response:\n", "d3": "\n\n### Response: \n"}
 _TITLE = {"plain": "{}", "msl": '"{}"', "d3": "{}\n"}
 _IN_HISTORY = {"msl": '"{}"', "d3": "{}"}
 TEMPLATES = tuple(_TITLE)
+WITHOUT = ("no-input", "unknown")
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # where the user's text goes while a chat template is rendered
 
 
@@ -121,12 +124,43 @@ class Prompts:
         before, after = _TITLE[self.template].split("{}")
         return str(text.removeprefix(before).removesuffix(after))
 
+    def without_history(self, style: str = "no-input") -> list[int]:
+        """Prompt ids that say nothing of a user, for CFT; a ``plain`` prompt without titles is what ``bos`` is.
+
+        Args:
+            style: ``no-input``: the instruction alone, as CFT's code; ``unknown``: one word in the place of the
+                history, as IGD's code.
+
+        Raises:
+            UserError: Unknown style, or ``unknown`` with the ``plain`` template, which has no words.
+        """
+        if style not in WITHOUT:
+            raise UserError(f"wanted without_history among {', '.join(WITHOUT)}, got {style!r}")
+        if self.template == "plain":
+            if style == "unknown":
+                raise UserError(
+                    "without_history = 'unknown' needs an instruction template (msl or d3), got 'plain'; "
+                    "use 'no-input'"
+                )
+            return list(self.bos)
+        instruction, mark, section = self.lead.rpartition("\n\n### ")
+        after = _AFTER[self.template]
+        if style == "no-input":
+            text = _ALONE + instruction.removeprefix(_ANNOUNCEMENT) + after[after.index("\n\n###") :]
+        else:
+            text = instruction + mark + section.partition("\n")[0] + "\n" + _UNKNOWN + after
+        return self._around(text)
+
     def _encode(self, items: list[int]) -> list[int]:
         if self.template == "plain":
             return [*self.bos, *itertools.chain.from_iterable(self.title_tokens[i].tolist() for i in items)]
         titles = ", ".join(_IN_HISTORY[self.template].format(self.title[i]) for i in items)
-        [text] = _plain_ids(self.tokenizer, [self.lead + titles + _AFTER[self.template]], self.special)
-        return [*self.bos, *self.before, *text, *self.after]
+        return self._around(self.lead + titles + _AFTER[self.template])
+
+    def _around(self, text: str) -> list[int]:
+        """Ids of a text between those that every prompt has."""
+        [ids] = _plain_ids(self.tokenizer, [text], self.special)
+        return [*self.bos, *self.before, *ids, *self.after]
 
 
 def build_prompts(

@@ -115,8 +115,27 @@ class AdaptiveSettings(_Section):
         return self
 
 
+class ContrastSettings(_Section):
+    """CFT: what the history adds to the logits is trained to predict the target too."""
+
+    strength: float = Field(0.0, ge=0, description="lambda; 0: off (CFT's code 0.1, IGD's script 0.025)")
+    without_history: Literal["no-input", "unknown"] = Field(
+        "no-input", description="the second prompt: the instruction alone (CFT), or one word as history (IGD)"
+    )
+
+
+class PreferenceSettings(_Section):
+    """S-DPO: the target against titles that were not chosen, relative to the model of an earlier run."""
+
+    negatives: int = Field(0, ge=0, description="rejected titles of each row; 0: off (S-DPO 3)")
+    beta: float = Field(1.0, gt=0, description="what a nat counts (S-DPO 1)")
+    reference: Path | None = Field(
+        None, description="folder of the run whose model is the reference and what training starts from"
+    )
+
+
 class ObjectiveSettings(_Section):
-    """Support x temperature x weight."""
+    """Support x temperature x weight, and what CFT and S-DPO add."""
 
     support: Literal["trie", "vocabulary"] = "trie"
     temperature: float | Literal["adaptive"] = 1.0
@@ -132,6 +151,8 @@ class ObjectiveSettings(_Section):
         False, description="MSL + alpha: the other valid tokens weigh as much as a vocabulary"
     )
     adaptive: AdaptiveSettings = AdaptiveSettings()
+    contrast: ContrastSettings = ContrastSettings()
+    preference: PreferenceSettings = PreferenceSettings()
 
     @model_validator(mode="after")
     def _positive(self) -> ObjectiveSettings:
@@ -141,6 +162,29 @@ class ObjectiveSettings(_Section):
             raise ValueError("temperature = 'adaptive' needs support = 'trie'")
         if self.expand_negatives and self.support != "trie":
             raise ValueError("expand_negatives = true needs support = 'trie'")
+        return self
+
+    @model_validator(mode="after")
+    def _added(self) -> ObjectiveSettings:
+        if self.contrast.strength and self.temperature == "adaptive":
+            raise ValueError(
+                "contrast.strength > 0 needs a fixed temperature: 'adaptive' is found for other logits"
+            )
+        if (self.preference.negatives > 0) != (self.preference.reference is not None):
+            raise ValueError(
+                "preference.negatives > 0 and preference.reference, the run to start from, go together"
+            )
+        if not self.preference.negatives:
+            return self
+        if self.contrast.strength:
+            raise ValueError("preference.negatives > 0 and contrast.strength > 0 are two objectives; use one")
+        # The loss is a mean over rows of a function of whole titles: no token has a weight or temperature.
+        for name in ("temperature", "weight", "normaliser", "expand_negatives"):
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"preference.negatives > 0 compares whole titles; leave {name} at {default!r}"
+                )
         return self
 
 
@@ -336,6 +380,12 @@ class Recipe(_Section):
     def _whole(self) -> Recipe:
         if self.training.supervision == "every" and self.template != "plain":
             raise ValueError("training.supervision = 'every' needs backbone.template = 'plain'")
+        if self.training.supervision == "every" and self.objective.preference.negatives:
+            raise ValueError("objective.preference.negatives > 0 needs training.supervision = 'last'")
+        if self.objective.contrast.without_history == "unknown" and self.template == "plain":
+            raise ValueError(
+                "objective.contrast.without_history = 'unknown' needs backbone.template = 'msl' or 'd3'"
+            )
         if self.training.batch_size % self.training.accumulation:
             raise ValueError("training.batch_size must be a multiple of training.accumulation")
         if self.training.rows == "train+valid" and self.training.evaluate_every:

@@ -23,30 +23,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trierec import processes
-from trierec.backbones import Backbone, load_backbone, resolve_device
+from trierec.adapters import unfreeze_lora
+from trierec.backbones import BASE_FACTS, Backbone, load_backbone, resolve_device
 from trierec.card import CardFacts, model_card
 from trierec.catalog import Catalog
 from trierec.cautions import cautions
 from trierec.checkpoints import clear
 from trierec.choice import choose_search
+from trierec.contrast import Contrast
 from trierec.dataset import Dataset, load_dataset, prepare
 from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
 from trierec.encoders import EncoderConfig, SequentialModel
 from trierec.errors import UserError
 from trierec.evaluate import SHOWN, Evaluation, evaluate
-from trierec.examples import Examples, Windows, along_titles, make_windows, target_counts
+from trierec.examples import (
+    Examples,
+    Windows,
+    along_titles,
+    draw_rejected,
+    make_windows,
+    target_counts,
+)
 from trierec.files import read_json, write_json, write_text
 from trierec.generative import CARD, SETTINGS, GenerativeRecommender, hashes
 from trierec.losses import AdaptiveTemperature, Objective
+from trierec.preferences import Preferences, kept_reference
 from trierec.progress import note
 from trierec.prompts import Prompts, build_prompts
 from trierec.recipe import EvaluationSettings, ObjectiveSettings, Recipe, dump_recipe, load_recipe
 from trierec.sequential import LossConfig, Sequences, SequentialRecommender, fit
 from trierec.sources import settings_of
 from trierec.splits import Split
-from trierec.train import TrainConfig, TrainResult, train
+from trierec.train import TrainConfig, TrainResult, packs, train
 from trierec.trie import Trie
 
+REFERENCE = "reference.npz"
 PACKAGES = ("trierec", "torch", "transformers", "numpy", "polars", "tokenizers")
 
 
@@ -104,18 +115,8 @@ def open_data(recipe: Recipe) -> Dataset:
 
 def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
     """Backbone, prompts, trie, training windows and target counts of a recipe."""
-    settings = recipe.backbone
-    backbone = load_backbone(
-        settings.name,
-        titles=dataset.catalog.title,
-        seed=recipe.seed,
-        device=settings.device,
-        dtype=settings.dtype,
-        tiny=settings.tiny,
-        quantisation=settings.quantisation,
-        lora=settings.lora,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    settings, reference = recipe.backbone, recipe.objective.preference.reference
+    backbone = _backbone(recipe, dataset) if reference is None else _reference_backbone(recipe, reference)
     if not any(p.requires_grad for p in backbone.model.parameters()):
         raise UserError(
             f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
@@ -132,11 +133,58 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
         chat=settings.chat,
     )
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+    if reference is not None:
+        found = open_run(reference)[1]["hashes"]
+        for part, ours in (("prompt", prompts.hash), ("trie", trie.fingerprint())):
+            if found.get(part) != ours:
+                raise UserError(
+                    f"the {part} of the reference {reference} is another one; give both the same data, "
+                    "data.max_history and backbone, or train a reference for this recipe"
+                )
     windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
     counts = target_counts(windows, dataset.catalog.n_items)
     for line in cautions(recipe.objective, prompts, trie, windows, counts):
         note(line)
     return Parts(backbone, prompts, trie, windows, counts)
+
+
+def _backbone(recipe: Recipe, dataset: Dataset) -> Backbone:
+    settings = recipe.backbone
+    return load_backbone(
+        settings.name,
+        titles=dataset.catalog.title,
+        seed=recipe.seed,
+        device=settings.device,
+        dtype=settings.dtype,
+        tiny=settings.tiny,
+        quantisation=settings.quantisation,
+        lora=settings.lora,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
+    """The model of a run as a start: all its weights, a new adapter on them, or its adapter trained on."""
+    ours, theirs, folder = recipe.backbone, open_run(reference)[0].backbone, reference / "model"
+    adapted = (folder / BASE_FACTS).is_file()
+    for key in ("name", "tiny", *(("quantisation", "lora") if adapted else ())):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise UserError(
+                f"wanted backbone.{key} = {getattr(theirs, key)} as in the reference {reference}, got "
+                f"{getattr(ours, key)}; give the same, or train a reference for this recipe"
+            )
+    backbone = load_backbone(
+        str(folder),
+        seed=recipe.seed,
+        device=ours.device,
+        dtype=ours.dtype,
+        quantisation=ours.quantisation,
+        lora=None if adapted else ours.lora,
+        trust_remote_code=ours.trust_remote_code,
+    )
+    if adapted:
+        unfreeze_lora(backbone.model)
+    return backbone
 
 
 def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -356,8 +404,13 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
         "windows": len(parts.windows),
         "targets": int(parts.counts.sum()),
     }
-    examples, objective = _examples(recipe, parts), _objective(recipe.objective)
-    fit_it = functools.partial(train, model, examples, objective)
+    examples, rejected = _examples(recipe, parts), _rejected(recipe, parts)
+
+    def fit_it(config: TrainConfig, out: Path, **how: Any) -> TrainResult:
+        kept = out / REFERENCE
+        learned = processes.first_then_others(lambda: _learned(recipe, model, examples, rejected, kept))
+        return train(model, examples, learned, config, out, **how)
+
     return Learner(_recommender(recipe, dataset, parts), facts, fit_it)
 
 
@@ -429,6 +482,28 @@ def _objective(settings: ObjectiveSettings) -> Objective:
     else:
         temperature = settings.temperature
     return Objective(settings.support, temperature, settings.normaliser, settings.expand_negatives)
+
+
+def _rejected(recipe: Recipe, parts: Parts) -> NDArray[np.int32] | None:
+    """The titles that S-DPO holds against the target of each window; None without it."""
+    n = recipe.objective.preference.negatives
+    return draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed) if n else None
+
+
+def _learned(
+    recipe: Recipe, model: Any, examples: Examples, rejected: NDArray[np.int32] | None, kept: Path
+) -> Objective | Contrast | Preferences:
+    """What is trained; for S-DPO the reference, computed or read from the file ``kept``."""
+    settings, contrast = recipe.objective, recipe.objective.contrast
+    if rejected is not None:
+        at_once = recipe.training.batch_size // recipe.training.accumulation
+        packing = recipe.training.packing and packs(model, examples)
+        reference, key = kept_reference(kept, model, examples, rejected, settings.support, at_once, packing)
+        return Preferences(rejected, reference, settings.preference.beta, settings.support, key)
+    objective = _objective(settings)
+    if not contrast.strength:
+        return objective
+    return Contrast(objective, contrast.strength, contrast.without_history)
 
 
 def _config(recipe: Recipe) -> TrainConfig:

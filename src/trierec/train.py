@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trierec import processes
@@ -49,12 +49,14 @@ from trierec.checkpoints import (
     set_random_state,
     signals_set,
 )
+from trierec.contrast import Contrast
 from trierec.errors import UserError
 from trierec.examples import Examples, chains, schedule
 from trierec.files import atomic_folder, read_json, write_json
 from trierec.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
 from trierec.losses import AdaptiveTemperature, Objective
 from trierec.packing import packing_works
+from trierec.preferences import Preferences
 from trierec.progress import progress
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -63,6 +65,7 @@ ORDERS = ("rows", "chains")
 _FREE = ("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s")
 
 Validate = Callable[[Any], dict[str, float]]
+Learned = Objective | Contrast | Preferences
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class TrainResult:
 def train(
     model: Any,
     examples: Examples,
-    objective: Objective,
+    objective: Learned,
     config: TrainConfig,
     out: Path,
     *,
@@ -194,7 +197,8 @@ def train(
     Args:
         model: A causal LM of transformers, on its device.
         examples: What is learned from.
-        objective: The loss; an adaptive temperature in it moves, once a micro-batch.
+        objective: The loss: of titles, with a contrast (CFT), or a preference (S-DPO). An adaptive temperature
+            in it moves, once a micro-batch.
         config: Budget and optimiser.
         out: Folder for the log, checkpoints and best weights.
         validate: From the model to metrics; called every ``evaluate_every`` steps.
@@ -219,7 +223,7 @@ def train(
 def _train(
     model: Any,
     examples: Examples,
-    objective: Objective,
+    objective: Learned,
     config: TrainConfig,
     out: Path,
     validate: Validate | None,
@@ -270,16 +274,17 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self,
         model: Any,
         examples: Examples,
-        objective: Objective,
+        objective: Learned,
         config: TrainConfig,
         out: Path,
         validate: Validate | None = None,
     ) -> None:
-        module = TitleLoss(model, objective, examples.trie)
+        module = _module(model, objective, examples)
         super().__init__(module, _arguments(model, config, out))
         self.lm, self.examples, self.objective, self.config = model, examples, objective, config
         self.out, self.validate = out, validate
-        self.packing = config.packing and module.by_hand and _packs(model, examples)
+        self.titles: Any = getattr(module, "titles", module)
+        self.packing = config.packing and self.titles.by_hand and packs(model, examples)
         self.checkpoint: Path | None = None
         self.first_step = 0
         self.rows = np.zeros((0, 0), dtype=np.int64)  # windows of each micro-batch that is left
@@ -311,7 +316,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             order = np.take_along_axis(order, np.argsort(size[order], axis=1, kind="stable"), axis=1)
         # The same micro-batches for any number of processes; each takes neighbours.
         self.rows = processes.part(order.reshape(-1, config.batch_size // config.accumulation))
-        left = MicroBatches(self.examples, self.objective, self.rows, self.packing)
+        left = _batches(self.examples, self.objective, self.rows, self.packing)
         # Its own generator: the loader must not draw from the one that dropout uses.
         return DataLoader(left, batch_size=None, generator=torch.Generator())
 
@@ -336,7 +341,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         with self.meter.pause(), self.compute_loss_context_manager():
             self.model.train()
             inputs = (self._prepare_inputs(batches[i]) for i in range(len(rows)))
-            parts = measure_parts(self.model, inputs)
+            parts = measure_parts(self.titles, inputs)
             set_random_state(state, self.args.device)  # looking must not change what is learned
         return parts
 
@@ -522,7 +527,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self.meter.since = time.monotonic()
 
 
-def _packs(model: Any, examples: Examples) -> bool:
+def packs(model: Any, examples: Examples) -> bool:
     """Whether rows of these examples may be packed for this model; those of several targets share nothing."""
     if int((examples.windows.items.lengths - examples.windows.n_context).max(initial=0)) > 1:
         return False
@@ -559,6 +564,20 @@ class _Conductor(TrainerCallback):  # type: ignore[misc]
 
 def _random_file(process: int) -> str:
     return f"rng-{process}.pt" if process else "rng.pt"
+
+
+def _module(model: Any, objective: Learned, examples: Examples) -> nn.Module:
+    """What is wrapped and called."""
+    if isinstance(objective, Objective):
+        return TitleLoss(model, objective, examples.trie)
+    return objective.module(model, examples.trie)
+
+
+def _batches(examples: Examples, objective: Learned, rows: Any, packing: bool) -> Dataset[dict[str, Any]]:
+    """Its arguments, micro-batch after micro-batch."""
+    if isinstance(objective, Objective):
+        return MicroBatches(examples, objective, rows, packing)
+    return objective.batches(examples, rows, packing)
 
 
 def _arguments(model: Any, config: TrainConfig, out: Path) -> TrainingArguments:
