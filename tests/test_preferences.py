@@ -174,6 +174,10 @@ def test_the_reference_equals_one_forward_pass_a_title(support: str) -> None:
     examples, model = world(), small_model(dropout=0.3).train()
     rejected = draw_rejected(examples.windows, examples.trie.leaf, 2, 0)
     found = reference_logp(model, examples, rejected, support, at_once=7)
+    for at_once in (8, 100):
+        np.testing.assert_allclose(
+            reference_logp(model, examples, rejected, support, at_once), found, rtol=1e-5
+        )
     assert found.shape == (24, 3) and found.dtype == np.float32 and not model.training
     for w in range(0, 24, 5):
         *context, target = examples.windows.items[w].tolist()

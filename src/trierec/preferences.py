@@ -160,7 +160,7 @@ class PreferenceBatches(Dataset[dict[str, Any]]):
     ) -> None:
         self.preferences, self.rows = preferences, rows
         times = preferences.reference.shape[1]
-        against = (rows[:, :, None] * times + np.arange(times)).reshape(len(rows), -1)
+        against = (rows[:, :, None] * times + np.arange(times)).reshape(len(rows), times * rows.shape[1])
         several = examples.against(preferences.rejected)
         self.titles = MicroBatches(several, preferences.objective, against, packing)
 
