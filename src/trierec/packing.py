@@ -23,7 +23,9 @@ from torch import Tensor
 from trierec.backbones import body, head_weight, is_recurrent, own_mask, shortest_window, takes_masks
 from trierec.progress import note
 
-SHARE_AT_LEAST = 16  # tokens: a shorter common beginning is not worth the attention it is masked out of
+SHARE_AT_LEAST = 8  # tokens: a shorter common beginning is not worth the attention it is masked out of
+STRETCHES = (1.0, 1.25, 1.5, 2.0)  # widths of packed sequences that are tried, over the longest part
+WIDE = 2000  # places at which masked-out attention counts as much as all the rest of a token's forward
 LONGEST = 1024  # places of a packed sequence that rows are joined up to; attention is quadratic in it
 
 
@@ -133,17 +135,22 @@ def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
 
 
 def _fill(sizes: list[int]) -> tuple[list[tuple[int, int]], int, int]:
-    """First-fit decreasing: bin and offset of each size, number of bins, and their width (the largest size)."""
-    width = max(sizes)
-    free: list[int] = []
+    """Bin and offset of each size, number of bins and their width: the cheapest of a few widths."""
+    found = [_first_fit(sizes, int(max(sizes) * stretch)) for stretch in STRETCHES]
+    return min(found, key=lambda fit: fit[1] * fit[2] * (1 + fit[2] / WIDE))
+
+
+def _first_fit(sizes: list[int], width: int) -> tuple[list[tuple[int, int]], int, int]:
+    """First-fit decreasing into bins of a width, and how wide the fullest is."""
+    used: list[int] = []
     place = [(0, 0)] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        bin_ = next((k for k, room in enumerate(free) if room >= sizes[i]), len(free))
-        if bin_ == len(free):
-            free.append(width)
-        place[i] = (bin_, width - free[bin_])
-        free[bin_] -= sizes[i]
-    return place, len(free), width
+        bin_ = next((k for k, n in enumerate(used) if n + sizes[i] <= width), len(used))
+        if bin_ == len(used):
+            used.append(0)
+        place[i] = (bin_, used[bin_])
+        used[bin_] += sizes[i]
+    return place, len(used), max(used)
 
 
 def hidden_states(
