@@ -65,6 +65,10 @@ def test_awkward_strings_round_trip() -> None:
             {"training": {"rows": "train+valid", "evaluate_every": 5}},
             "trains on the validation rows; set training.evaluate_every = 0",
         ),
+        (
+            {"training": {"rows": "train+valid"}, "evaluation": {"split": "valid"}},
+            "trains on the validation rows; set evaluation.split = 'test'",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line(change: dict, line: str) -> None:

@@ -177,3 +177,20 @@ def test_several_processes_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match="trained in one process; start it without torchrun or accelerate"):
         train_run(recipe(cycle), tmp_path / "run")
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_rows_that_were_learned_from_are_no_test(run: Path, cycle: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    train_run(recipe(cycle, training={"rows": "train+valid", "steps": 2}), both)
+    with pytest.raises(UserError, match="was trained on the validation rows; evaluate it with --split test"):
+        evaluate_run(both, recipe(cycle, evaluation={"split": "valid"}).evaluation)
+    evaluate_run(both)
+    report_runs([run, both], tmp_path / "report.html")
+    assert "trained on train+valid" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_heads_matter_to_encoders_with_heads(cycle: Path) -> None:
+    sizes = {"width": 15, "heads": 2}
+    recipe(cycle, sequential={"encoder": "gru4rec", **sizes})
+    with pytest.raises(UserError, match="width must be a multiple of heads, got 15 and 2"):
+        recipe(cycle, sequential={"encoder": "sasrec", **sizes})

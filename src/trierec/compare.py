@@ -29,6 +29,11 @@ from trierec.splits import Split
 POPULAR, KNN = "most popular", "item-kNN"
 MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")
 JUDGED = ("split", "exclude", "allow")  # what rows of one table have in common
+# How a row was ranked: runs that differ here are no repeats of each other, and a row says it.
+RANKED = (
+    *("search", "support", "beams", "length_penalty", "alpha", "scope"),
+    *("text_beams", "text_tokens", "gamma", "adapter"),
+)
 # Of two runs of one recipe these may differ: what is reported and when, and when a clock stops it.
 FREE: dict[str, Any] = {
     "seed": True,
@@ -146,7 +151,8 @@ def repeats(recipes: Sequence[Recipe], evaluations: Sequence[Evaluation]) -> lis
     found: dict[str, list[int]] = {}
     seeds: set[tuple[str, int]] = set()
     for i, (recipe, evaluation) in enumerate(zip(recipes, evaluations, strict=True)):
-        judged = {n: evaluation.metrics.get(n) for n in (*JUDGED, "n_users")}
+        ranked = JUDGED if "chosen" in evaluation.metrics else (*JUDGED, *RANKED)
+        judged = {n: evaluation.metrics.get(n) for n in (*ranked, "n_users")}
         key = json.dumps([recipe.model_dump(mode="json", exclude=FREE), judged])
         if (key, recipe.seed) in seeds:  # the same run twice
             key = f"{key} {i}"
@@ -255,10 +261,10 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
         named.append(Repeats(name, several) if len(group) > 1 else several[0])
         for i in group:
             logs[name if i == group[0] else f"{name}, seed {opened[i][0].seed}"] = runs[i]
-    notes = [_row_note(opened[i][1]) for i in first]
+    notes = [_row_note(opened[i][0], opened[i][1], evaluations[i].metrics) for i in first]
     if popular:
         named += baselines(dataset, evaluations[0])
-        notes += ["neighbours of the history's items", "counts of the training split"]
+        notes += ["neighbours of the history's items, of train", "counts of train"]
     # Tokens, forced shares and decisions are those of the first run that writes titles, where there is one.
     writes = next((i for i, (r, _) in enumerate(opened) if r.sequential is None), None)
     looks = {}
@@ -336,10 +342,18 @@ def _protocol(evaluation: Evaluation, dataset: Dataset) -> str:
     )
 
 
-def _row_note(facts: dict[str, Any]) -> str:
+def _row_note(recipe: Recipe, facts: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """What a reader has to know beside the numbers of a row: size, budget, rows learned from, how it was ranked."""
     training = facts["training"]
     size, seconds = facts["parameters"] / 1e6, facts["timing"]["seconds"]
-    return f"{size:.2f} M parameters, {training['steps']} steps in {seconds:.0f} s"
+    note = f"{size:.2f} M parameters, {training['steps']} steps in {seconds:.0f} s"
+    if recipe.training.rows != "train":
+        note += f", trained on {recipe.training.rows}"
+    if metrics["search"] in ("beam", "grounding"):
+        note += f", {metrics['search']}"
+    if metrics["support"] == "vocabulary":
+        note += ", vocabulary support"
+    return note
 
 
 def _stopped(name: str, facts: dict[str, Any]) -> str:

@@ -172,6 +172,9 @@ class ContrastBatches(Dataset[dict[str, Any]]):
         kept = np.ones(len(alone.node), dtype=np.bool_)
         if self.titles.objective.support == "trie":
             kept = examples.trie.branching[alone.node]
-        counts = item["counts"] | {"tokens": item["counts"]["tokens"] + alone.n_tokens}
+        counts = item["counts"] | {
+            "tokens": item["counts"]["tokens"] + alone.n_tokens,
+            "places": item["counts"]["places"] + alone.input_ids.size,
+        }
         second = {"alone_ids": alone.input_ids, "alone_position": alone.position[kept]}
         return item | {name: torch.from_numpy(array) for name, array in second.items()} | {"counts": counts}

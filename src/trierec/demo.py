@@ -36,7 +36,7 @@ def run_demo(out: Path = Path("runs/demo"), *, quick: bool = False, seed: int = 
     time limit (10 minutes, 1 for ``quick``) would be passed, and the report says so.
 
     Args:
-        out: Folder of the two run folders and the report.
+        out: Folder of the run folders and the report.
         quick: Few steps and 100 users, for a first look and for CI.
         seed: Seed of all runs.
     """

@@ -70,7 +70,7 @@ class SequentialModel(nn.Module):
         super().__init__()
         if config.kind not in BODIES:
             raise UserError(f"wanted an encoder among {', '.join(BODIES)}, got {config.kind!r}")
-        if config.width % config.heads:
+        if config.kind in WITH_HEADS and config.width % config.heads:
             raise UserError(
                 f"wanted a width that is a multiple of heads, got {config.width} and {config.heads}"
             )
@@ -285,6 +285,7 @@ def _feed_forward(width: int, inner: int, activation: Callable[[], nn.Module], d
     )
 
 
+WITH_HEADS = ("sasrec", "bert4rec")
 BODIES: dict[str, Callable[[EncoderConfig], nn.Module]] = {
     "gru4rec": _GRU,
     "sasrec": _SASRec,

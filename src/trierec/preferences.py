@@ -178,7 +178,7 @@ class PreferenceBatches(Dataset[dict[str, Any]]):
             "reference": torch.from_numpy(reference),
             "title": torch.from_numpy(_title_numbers(examples, rows, self.preferences.support)),
             "contribution": float(len(reference)),
-            "counts": counts | {"tokens": item["counts"]["tokens"]},
+            "counts": counts | {name: item["counts"][name] for name in ("tokens", "places")},
         }
 
 

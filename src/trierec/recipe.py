@@ -321,7 +321,7 @@ class SequentialSettings(_Section):
     def _together(self) -> SequentialSettings:
         if (self.loss == "cloze") != (self.encoder == "bert4rec"):
             raise ValueError(f"loss = 'cloze' and encoder = 'bert4rec' need each other, got {self.loss!r}")
-        if self.width % self.heads:
+        if self.encoder in ("sasrec", "bert4rec") and self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
         return self
 
@@ -396,6 +396,10 @@ class Recipe(_Section):
             raise ValueError(
                 "evaluation.choose looks at the validation rows, on which training.rows = 'train+valid' trains; "
                 "choose with training.rows = 'train' and set evaluation.search"
+            )
+        if self.training.rows == "train+valid" and self.evaluation.split == "valid":
+            raise ValueError(
+                "training.rows = 'train+valid' trains on the validation rows; set evaluation.split = 'test'"
             )
         if self.training.patience and not self.training.evaluate_every:
             raise ValueError("training.patience needs training.evaluate_every > 0")

@@ -274,6 +274,8 @@ def evaluate_run(
     """
     recipe, facts = open_run(run)
     settings = changes or recipe.evaluation
+    if settings.split == "valid" and recipe.training.rows != "train":
+        raise UserError(f"{run} was trained on the validation rows; evaluate it with --split test")
     dataset = load_dataset(Path(facts["data"]["folder"]))
     if facts["hashes"]["data"] != data_hash(dataset):
         raise UserError(

@@ -55,7 +55,7 @@ from trierec.examples import Windows, schedule
 from trierec.files import atomic_folder, read_json, write_json, write_text
 from trierec.generative import CARD, FORMAT, MANIFEST, local_folder, save_catalog
 from trierec.progress import progress
-from trierec.ranking import Groups, ItemLists, Ranking, check_histories, rank_groups, resolve_filters
+from trierec.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
 from trierec.splits import Ragged
 from trierec.train import TrainConfig, TrainResult
 
@@ -243,7 +243,8 @@ def task_loss(
     if config.dros_alpha and scores is not None and propensity is not None:
         loss = loss + config.dros_alpha * dros(scores, target, propensity, config.dros_beta0)
     weight = torch.from_numpy(np.ascontiguousarray(task.weight)).to(device)
-    return (weight * loss).sum() / weight.sum()
+    # A batch of rows that weigh nothing, or without a target, costs nothing.
+    return (weight * loss).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def fit(
@@ -572,12 +573,7 @@ class SequentialRecommender:
         Raises:
             UserError: An item outside the catalogue, or ``k < 1``.
         """
-        scores = self.item_scores(histories)
-        by_group = np.argsort(self.groups.of_item, kind="stable")
-        first = np.searchsorted(self.groups.of_item[by_group], np.arange(self.groups.n_groups))
-        best = np.maximum.reduceat(scores[:, by_group], first, axis=1)
-        items, ranked = rank_groups(best, self.groups, k, *resolve_filters(histories, exclude, allow))
-        return Ranking(items, ranked, np.ones(len(histories), dtype=bool), {})
+        return rank_items(self, histories, k, exclude, allow)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent."""
