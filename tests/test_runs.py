@@ -13,7 +13,7 @@ from tests.worlds import write_msl_folder
 from trierec import load
 from trierec.compare import collect, comparisons, example_rows, load_evaluation
 from trierec.errors import UserError
-from trierec.files import read_json, write_text
+from trierec.files import read_json, write_json, write_text
 from trierec.recipe import Recipe, dump_recipe, parse_recipe
 from trierec.runs import evaluate_run, open_run, train_run
 from trierec.search import rank_catalogue
@@ -240,6 +240,11 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(runs: tuple[Path, Path],
     assert list(report.curves) == ["msl", "msl, seed 1", "lml"]
     c = report.comparisons[0]
     assert c.difference == pytest.approx(several.metrics[c.metric] - alone.metrics[c.metric])
+    ranked = read_json(again / "metrics.json") | {"search": "beam", "support": "vocabulary"}
+    write_json(again / "metrics.json", ranked)
+    apart = collect([first, again], popular=False).rows
+    assert len(apart) == 2, "ranked in another way it is no second seed"
+    assert "beam, vocabulary support" in apart[1].note and "beam" not in apart[0].note
     twice = collect([first, first], popular=False)
     assert [len(r.deviations) for r in twice.rows] == [0, 0], "one run given twice is no second seed"
 

@@ -204,6 +204,8 @@ def test_weights_of_rows_weigh_their_targets() -> None:
     whole = task_loss(model, shifted_task(only, np.arange(3)), config, None, rng)
     alone = task_loss(model, shifted_task(sequences(ROWS[1:2]), np.arange(1)), config, None, rng)
     assert whole.item() == pytest.approx(alone.item(), rel=1e-5)
+    nothing = Sequences.from_windows(windows, np.zeros(3))
+    assert task_loss(model, shifted_task(nothing, np.arange(3)), config, None, rng).item() == 0
 
 
 def test_cloze_hides_what_it_asks_for() -> None:
