@@ -242,9 +242,10 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(runs: tuple[Path, Path],
     assert c.difference == pytest.approx(several.metrics[c.metric] - alone.metrics[c.metric])
     ranked = read_json(again / "metrics.json") | {"search": "beam", "support": "vocabulary"}
     write_json(again / "metrics.json", ranked)
-    apart = collect([first, again], popular=False).rows
-    assert len(apart) == 2, "ranked in another way it is no second seed"
-    assert "beam, vocabulary support" in apart[1].note and "beam" not in apart[0].note
+    apart = collect([first, again], popular=False)
+    assert len(apart.rows) == 2, "ranked in another way it is no second seed"
+    assert "beam, vocabulary support" in apart.rows[1].note and "beam" not in apart.rows[0].note
+    assert "exactly where a row says nothing else" in apart.subtitle
     twice = collect([first, first], popular=False)
     assert [len(r.deviations) for r in twice.rows] == [0, 0], "one run given twice is no second seed"
 

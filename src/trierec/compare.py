@@ -273,7 +273,7 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
         looks = _looks(runs[writes], opened[writes][0], replace(evaluations[writes], name=name), dataset)
     return Report(
         title=f"{dataset.info['source']}: {', '.join(e.name for e in named)}",
-        subtitle=_protocol(evaluations[0], dataset),
+        subtitle=_protocol(evaluations, dataset),
         rows=tuple(row(e, note) for e, note in zip(named, notes, strict=True)),
         comparisons=comparisons(named),
         curves={name: read_log(run) for name, run in logs.items()},
@@ -320,8 +320,8 @@ def _names(runs: Sequence[Path], titles: Sequence[str]) -> list[str]:
     return [t if titles.count(t) == 1 else f"{t} ({run.name})" for run, t in zip(runs, titles, strict=True)]
 
 
-def _protocol(evaluation: Evaluation, dataset: Dataset) -> str:
-    facts = evaluation.metrics
+def _protocol(evaluations: Sequence[Evaluation], dataset: Dataset) -> str:
+    evaluation, facts = evaluations[0], evaluations[0].metrics
     titles = f"{dataset.catalog.n_titles:,} titles"
     ranked = {
         "catalogue": f"the whole catalogue of {titles} ranked exactly for each",
@@ -329,6 +329,8 @@ def _protocol(evaluation: Evaluation, dataset: Dataset) -> str:
         "beam": f"beam search with {facts.get('beams')} beams through {titles} for each",
         "grounding": f"{titles} ranked for each by the distance to a free text",
     }[facts["search"]]
+    if len({e.metrics["search"] for e in evaluations}) > 1:
+        ranked = f"{titles} ranked for each, exactly where a row says nothing else"
     excluded = {
         "none": "nothing is excluded from the ranking",
         "history": "items of the row's history are excluded",
