@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trierec.errors import UserError
-from trierec.files import TEMPORARY, write_text
+from trierec.files import TEMPORARY, atomic_folder, write_json, write_text
 
 LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS = (
     "log.jsonl",
@@ -152,3 +152,21 @@ def signals_set(asked: threading.Event) -> Iterator[None]:
         yield
     finally:
         put_back()
+
+
+def keep_best(model: Any, out: Path, best: dict[str, Any]) -> None:
+    """Put the weights as they are, and what makes them the best, into ``best/`` of a run folder."""
+    with atomic_folder(out / BEST) as folder:
+        save_trained(model, folder / WEIGHTS)
+        write_json(folder / "best.json", best)
+
+
+def restore_folder(
+    out: Path, checkpoint: Path, best: dict[str, Any] | None, step: int
+) -> list[dict[str, Any]]:
+    """Best weights and log of a run folder as they were at a checkpoint; the rows of the log."""
+    if best is not None:
+        with atomic_folder(out / BEST) as folder:
+            link(checkpoint / BEST_WEIGHTS, folder / WEIGHTS)
+            write_json(folder / "best.json", best)
+    return cut_log(out / LOG, step)

@@ -40,11 +40,12 @@ from trierec.checkpoints import (
     WEIGHTS,
     checkpoints,
     clear,
-    cut_log,
+    keep_best,
     link,
     load_trained,
     random_state,
     remove,
+    restore_folder,
     save_trained,
     set_random_state,
     signals_set,
@@ -57,11 +58,9 @@ from trierec.generative import CARD, FORMAT, MANIFEST, local_folder, save_catalo
 from trierec.progress import progress
 from trierec.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
 from trierec.splits import Ragged
-from trierec.train import TrainConfig, TrainResult
+from trierec.train import FREE, TrainConfig, TrainResult
 
 LOSSES = ("cross-entropy", "bce", "cloze")
-# A resumed run may change these: they decide when to look and when to stop, not what is computed.
-_FREE = ("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s")
 
 Bools = NDArray[np.bool_]
 Validate = Callable[[Any], dict[str, float]]
@@ -428,9 +427,7 @@ class _Fit:
             )
         if self.best is None or values[name] > self.best["value"]:
             self.best, self.waited = {"step": self.step, "metric": name, "value": values[name]}, 0
-            with atomic_folder(self.out / BEST) as folder:
-                save_trained(self.model, folder / WEIGHTS)
-                write_json(folder / "best.json", self.best)
+            keep_best(self.model, self.out, self.best)
         else:
             self.waited += 1
         if self.stopped is None and 0 < self.config.patience <= self.waited:
@@ -438,7 +435,7 @@ class _Fit:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run that wrote the checkpoint, as JSON values."""
-        shared = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
+        shared = {name: value for name, value in asdict(self.config).items() if name not in FREE}
         shared |= {"encoder": asdict(self.model.config), "loss": asdict(self.loss)}
         shared["sequences"] = self.sequences.fingerprint()
         return dict(json.loads(json.dumps(shared)))
@@ -479,11 +476,7 @@ class _Fit:
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)
         load_trained(self.model, checkpoint / WEIGHTS)
         self.optimizer.load_state_dict(load(checkpoint / "optimizer.pt"))
-        if self.best is not None:
-            with atomic_folder(self.out / BEST) as folder:
-                link(checkpoint / BEST_WEIGHTS, folder / WEIGHTS)
-                write_json(folder / "best.json", self.best)
-        self.history = cut_log(self.out / LOG, self.step)
+        self.history = restore_folder(self.out, checkpoint, self.best, self.step)
         set_random_state(load(checkpoint / "rng.pt"), self.device)
 
 

@@ -40,11 +40,12 @@ from trierec.checkpoints import (
     WEIGHTS,
     checkpoints,
     clear,
-    cut_log,
+    keep_best,
     link,
     load_trained,
     random_state,
     remove,
+    restore_folder,
     save_trained,
     set_random_state,
     signals_set,
@@ -62,7 +63,7 @@ from trierec.progress import progress
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 ORDERS = ("rows", "chains")
 # A resumed run may change these: they decide when to look and when to stop, not what is computed.
-_FREE = ("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s")
+FREE = ("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s")
 
 Validate = Callable[[Any], dict[str, float]]
 Learned = Objective | Contrast | Preferences
@@ -420,7 +421,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         if self.best is None or values[name] > self.best["value"]:
             self.best, self.waited = {"step": self.judged, "metric": name, "value": values[name]}, 0
             with self.meter.pause():
-                processes.on_first(self.save_best)
+                processes.on_first(lambda: keep_best(self.lm, self.out, self.best or {}))
         else:
             self.waited += 1
         if self.stopped is None and 0 < self.config.patience <= self.waited:
@@ -433,18 +434,12 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         assert self.validate is not None
         return {name: float(value) for name, value in self.validate(self.lm).items()}
 
-    def save_best(self) -> None:
-        """Put the weights as they are into ``best/``."""
-        with atomic_folder(self.out / BEST) as folder:
-            save_trained(self.lm, folder / WEIGHTS)
-            write_json(folder / "best.json", self.best)
-
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the run that wrote the checkpoint, as JSON values.
 
         The number of processes is not in it: it decides nothing that is learned.
         """
-        shared = {name: value for name, value in asdict(self.config).items() if name not in _FREE}
+        shared = {name: value for name, value in asdict(self.config).items() if name not in FREE}
         shared["objective"] = self.objective.settings()
         shared["trained parameters"] = sum(p.numel() for p in self.lm.parameters() if p.requires_grad)
         shared["examples"] = self.examples.fingerprint()
@@ -501,15 +496,9 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         if processes.is_first():  # its sums are those of all processes
             self.meter.load_state_dict(state["meter"])
         load_trained(self.lm, checkpoint / WEIGHTS)
-        self.history = processes.on_first(lambda: self.put_back(checkpoint))
-
-    def put_back(self, checkpoint: Path) -> list[dict[str, Any]]:
-        """Best weights and log of a run folder as they were at a checkpoint; the rows of the log."""
-        if self.best is not None:
-            with atomic_folder(self.out / BEST) as folder:
-                link(checkpoint / BEST_WEIGHTS, folder / WEIGHTS)
-                write_json(folder / "best.json", self.best)
-        return cut_log(self.out / LOG, self.first_step)
+        self.history = processes.on_first(
+            lambda: restore_folder(self.out, checkpoint, self.best, self.first_step)
+        )
 
     def restore(self) -> None:
         """The part of a resume that needs the optimiser; the last thing before the first step."""
