@@ -28,11 +28,11 @@ from trierec.ranking import (
     check_lists,
     check_numbers,
     checked_items,
+    checked_lists,
 )
 from trierec.splits import Ragged
 
 Scores = NDArray[np.floating]
-_NONE = np.zeros(0, dtype=np.int64)
 _IN_CACHE = 1 << 18  # scores that are counted together
 
 
@@ -154,9 +154,7 @@ class _Columns:
 
     def without(self, exclude: Sequence[Items | None]) -> _Changed:
         """What lists of excluded items change, one list a user."""
-        lists = [checked_items([] if one is None else one, self.groups.n_items) for one in exclude]
-        gone = np.concatenate([_NONE, *lists])
-        user = np.repeat(np.arange(len(lists)), [len(one) for one in lists])
+        gone, user = checked_lists(exclude, self.groups.n_items)
         column = self.of_group[self.groups.of_item[gone]]
         n_columns = max(len(self.item), 1)
         key = np.sort((user * n_columns + column)[column >= 0])
@@ -165,7 +163,7 @@ class _Columns:
         item = np.full(len(key), -1, dtype=np.int64)
         for i in np.flatnonzero(self.is_shared[column]).tolist() if self.members else ():
             member = self.members[self.place[int(column[i])]]
-            left = member[self.allowed[member] & (member[:, None] != lists[user[i]]).all(axis=1)]
+            left = member[self.allowed[member] & ~np.isin(member, exclude[user[i]])]
             item[i] = left[0] if len(left) else -1
         return _Changed(user, column, item)
 
@@ -202,20 +200,29 @@ class _Columns:
         n_users, n_columns = scores.shape
         items = np.full((n_users, k), -1, dtype=np.int32)
         best = np.full((n_users, k), -np.inf, dtype=np.float32)
-        most = int(np.bincount(changed.user).max(initial=0))
-        user, column = _at_least(scores, k + most)
-        stands = self.item[column].astype(np.int64)
         if len(changed.user):
+            gone = changed.item < 0
+            scores = scores.copy()
+            scores[changed.user[gone], changed.column[gone]] = -np.inf
+        user, column = _at_least(scores, k)
+        value, stands = scores[user, column], self.item[column].astype(np.int64)
+        if len(changed.user) and (not gone.all() or np.isneginf(value).any()):
             key, wanted = changed.user * n_columns + changed.column, user * n_columns + column
             place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
             stands = np.where(key[place] == wanted, changed.item[place], stands)
             left = stands >= 0
-            user, column, stands = user[left], column[left], stands[left]
-        value = scores[user, column]
-        order = np.lexsort((stands, -value, user))
-        place = np.arange(len(user)) - np.searchsorted(user, user)  # the users stay where they are
-        kept, place = order[place < k], place[place < k]
-        items[user[kept], place], best[user[kept], place] = stands[kept], value[kept]
+            user, value, stands = user[left], value[left], stands[left]
+        # A table of candidates, one row a user, that numpy sorts row by row.
+        count = np.bincount(user, minlength=n_users)
+        place = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
+        shape = (n_users, int(count.max(initial=0)))
+        who, worse = np.full(shape, -1, dtype=np.int64), np.full(shape, np.inf, dtype=scores.dtype)
+        who[user, place], worse[user, place] = stands, -value
+        # An empty place is -1 and goes behind a score of -inf that belongs to an item.
+        order = np.lexsort((np.where(who < 0, len(self.groups.of_item), who), worse))[:, :k]
+        width = order.shape[1]
+        items[:, :width] = np.take_along_axis(who, order, axis=1)
+        best[:, :width] = -np.take_along_axis(worse, order, axis=1)
         return items, best
 
 
@@ -231,5 +238,5 @@ def _at_least(scores: Scores, n: int) -> tuple[NDArray[np.intp], NDArray[np.intp
         whole = length // parts * parts
         best = scores[:, :whole].reshape(n_users, -1, parts).max(axis=1)
     bound = np.partition(best, best.shape[1] - n, axis=1)[:, best.shape[1] - n]
-    user, column = np.nonzero(scores >= bound[:, None])
+    user, column = np.divmod(np.flatnonzero(scores >= bound[:, None]), length)
     return user, column

@@ -142,12 +142,26 @@ class Groups:
 
 def checked_items(items: Items, n_items: int) -> NDArray[np.int64]:
     """Item indices as int64 (n,); UserError when they are not a list of integers in [0, n_items)."""
+    return _inside(_integers(items), n_items)
+
+
+def checked_lists(lists: Sequence[Items | None], n_items: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Lists of items, one a user, one behind the other (n,) and the user of each (n,); errors as `checked_items`."""
+    filled = [_integers(() if one is None else one) for one in lists]
+    user = np.repeat(np.arange(len(filled)), [len(one) for one in filled])
+    return _inside(np.concatenate([_integers(()), *filled]), n_items), user
+
+
+def _integers(items: Items) -> NDArray[np.int64]:
     index = np.asarray(items)
     if index.size and (index.ndim != 1 or index.dtype.kind not in "iu"):
         raise UserError(
             f"wanted a list of item indices for each user, got {items!r}; pass a list of lists of integers"
         )
-    index = index.astype(np.int64).reshape(-1)
+    return index.astype(np.int64).reshape(-1)
+
+
+def _inside(index: NDArray[np.int64], n_items: int) -> NDArray[np.int64]:
     if index.size and (index.min() < 0 or index.max() >= n_items):
         wrong = index[(index < 0) | (index >= n_items)][0]
         raise UserError(
