@@ -112,7 +112,7 @@ def each_objective(out: Path) -> dict[str, Any]:
             "gradients": seen.gradients,
             "tau": seen.tau,
             "weights": {n: p.detach() for n, p in model.named_parameters()},
-            "log": trainer.history,
+            "log": trainer.course.history,
         }
     return found
 

@@ -15,7 +15,7 @@ ORDER = """
     errors files progress recipe processes
     fetch hub tables interactions readers splits published catalog lint sources dataset
     prompts trie decisiveness
-    examples cautions losses adapters backbones packing forward contrast preferences checkpoints train
+    examples cautions losses adapters backbones packing forward contrast preferences checkpoints course train
     ranking counting neighbours filters treecache engine growth search grounding card generative
     encoders sequential
     metrics evaluate choice analysis figures report terminal

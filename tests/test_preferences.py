@@ -252,7 +252,7 @@ def test_the_step_is_the_gradient_of_a_plain_recomputation(
     slow = plain_sdpo(logp[:, 0], reference[:, 0], logp[:, 1:], reference[:, 1:], 0.7)
     loss = torch.stack(slow).mean()
     loss.backward()
-    assert trainer.history[-1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert trainer.course.history[-1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(seen.steps[0][name], parameter.grad, rtol=1e-3, atol=1e-5)
 
@@ -299,7 +299,7 @@ def test_the_log_speaks_of_the_chosen_titles(tmp_path: Path) -> None:
     for objective in (learned(examples), Objective("vocabulary")):
         trainer = TrieTrainer(small_model(), examples, objective, config(steps=1, log_every=1), tmp_path)
         trainer.train()
-        trainers.append(trainer.history[-1])
+        trainers.append(trainer.course.history[-1])
     for name in ("loss_zero_gain", "loss_positive_gain", "w"):
         assert trainers[0][name] == pytest.approx(trainers[1][name], rel=1e-5)
 

@@ -192,7 +192,7 @@ def test_accumulation_changes_nothing(objective: Objective, tmp_path: Path) -> N
         trainer = TrieTrainer(model, weighted_examples(), objective, settings, tmp_path)
         trainer.add_callback(seen)
         trainer.train()
-        found.append((seen.steps, weights(model), trainer.history))
+        found.append((seen.steps, weights(model), trainer.course.history))
     (one, end_one, log_one), (four, end_four, log_four) = found
     for ours, theirs in zip(one, four, strict=True):
         for name in ours:
@@ -296,7 +296,7 @@ def test_logged_parts_equal_a_plain_recomputation(support: str, accumulation: in
         mean = dense_lml_parts(logits, *tensors, examples.trie)[part].mean()
         squares = [g.square().sum() for g in torch.autograd.grad(mean, tuple(model.parameters()))]
         expected.append((mean.item(), torch.stack(squares).sum().sqrt().item()))
-    found = [trainer.history[-1][name] for name in PARTS]
+    found = [trainer.course.history[-1][name] for name in PARTS]
     assert found == pytest.approx([value for pair in zip(*expected, strict=True) for value in pair], rel=1e-4)
     assert found[0] > 0, "forced tokens are paid for too, in both supports"
 
@@ -479,7 +479,7 @@ def test_every_choice_of_an_objective_is_part_of_a_checkpoint(tmp_path: Path) ->
         Objective(expand_negatives=True),
     ]
     found = [
-        TrieTrainer(small_model(), cycle_world(), o, config(), tmp_path).identity()["objective"]
+        TrieTrainer(small_model(), cycle_world(), o, config(), tmp_path).learned()["objective"]
         for o in objectives
     ]
     assert len({json.dumps(one) for one in found}) == len(objectives)

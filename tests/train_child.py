@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 import trierec.checkpoints
+import trierec.course
 import trierec.files
 import trierec.forward
-import trierec.train
 from tests.token_worlds import cycle_world
 from trierec.losses import AdaptiveTemperature, Objective
 from trierec.train import TrainConfig, TrainResult, train
@@ -73,7 +73,7 @@ def die(out: str, place: str) -> None:
     if place == "training":
         _kill_when(trierec.forward.TitleLoss, "forward", count=2 * 6 + 1)  # in the seventh step
     elif place == "before":
-        _kill_when(trierec.train, "atomic_folder", lambda path, *_: path.name == name)
+        _kill_when(trierec.course, "atomic_folder", lambda path, *_: path.name == name)
     elif place == "middle":
         _kill_when(torch, "save", lambda _, path, *__: name in str(path) and bool(_half(path)))
     else:

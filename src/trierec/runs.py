@@ -31,6 +31,7 @@ from trierec.cautions import cautions
 from trierec.checkpoints import clear
 from trierec.choice import choose_search
 from trierec.contrast import Contrast
+from trierec.course import TrainConfig, TrainResult
 from trierec.dataset import Dataset, load_dataset, prepare
 from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
 from trierec.encoders import EncoderConfig, SequentialModel
@@ -54,7 +55,7 @@ from trierec.recipe import EvaluationSettings, ObjectiveSettings, Recipe, dump_r
 from trierec.sequential import LossConfig, Sequences, SequentialRecommender, fit
 from trierec.sources import settings_of
 from trierec.splits import Split
-from trierec.train import TrainConfig, TrainResult, packs, train
+from trierec.train import packs, train
 from trierec.trie import Trie
 
 REFERENCE = "reference.npz"

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -32,24 +29,8 @@ from torch.nn import functional as F
 
 from trierec.backbones import resolve_device
 from trierec.catalog import Catalog
-from trierec.checkpoints import (
-    BEST,
-    BEST_WEIGHTS,
-    LOG,
-    STATE,
-    WEIGHTS,
-    checkpoints,
-    clear,
-    keep_best,
-    link,
-    load_trained,
-    random_state,
-    remove,
-    restore_folder,
-    save_trained,
-    set_random_state,
-    signals_set,
-)
+from trierec.checkpoints import clear, load_trained, random_state, set_random_state, signals_set
+from trierec.course import Course, TrainConfig, TrainResult, Validate
 from trierec.encoders import PAD, EncoderConfig, SequentialModel
 from trierec.errors import UserError
 from trierec.examples import Windows, schedule
@@ -58,12 +39,10 @@ from trierec.generative import CARD, FORMAT, MANIFEST, local_folder, save_catalo
 from trierec.progress import progress
 from trierec.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
 from trierec.splits import Ragged
-from trierec.train import FREE, TrainConfig, TrainResult
 
 LOSSES = ("cross-entropy", "bce", "cloze")
 
 Bools = NDArray[np.bool_]
-Validate = Callable[[Any], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -283,25 +262,14 @@ def fit(
     if config.evaluate_every and validate is None:
         raise UserError("evaluate_every > 0 needs something to validate with; give validate, or set it to 0")
     checkpoint = clear(out, resume)
-    fitting_run = _Fit(model, sequences, counts, loss, config, out, validate)
+    run = _Fit(model, sequences, counts, loss, config, Course(config, out, validate))
     if checkpoint is not None:
-        fitting_run.take_up(checkpoint)
-    if fitting_run.stopped is None:
-        left = config.steps - fitting_run.step
-        with signals_set(fitting_run.asked_to_stop), progress(title or "training", left, "steps") as advance:
-            fitting_run.run(advance)
-    if fitting_run.best is not None:
-        load_trained(model, out / BEST / WEIGHTS)
-    model.eval()
-    best = fitting_run.best or {"step": None, "value": None}
-    return TrainResult(
-        steps_done=fitting_run.step,
-        stopped=str(fitting_run.stopped),
-        best_step=best["step"],
-        best_metric=best["value"],
-        seconds=fitting_run.seconds,
-        history=fitting_run.history,
-    )
+        run.take_up(checkpoint)
+    if run.course.stopped is None:
+        left = config.steps - run.step
+        with signals_set(run.course.asked_to_stop), progress(title or "training", left, "steps") as advance:
+            run.run(advance)
+    return run.course.result(model, run.step, run.course.seconds)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -323,56 +291,37 @@ class _Fit:
         counts: NDArray[np.int64],
         loss: LossConfig,
         config: TrainConfig,
-        out: Path,
-        validate: Validate | None,
+        course: Course,
     ) -> None:
-        self.model, self.sequences, self.loss, self.config, self.out = model, sequences, loss, config, out
-        self.validate = validate
+        self.model, self.sequences, self.loss = model, sequences, loss
+        self.config, self.course = config, course
         self.device = model.bias.device
         self.propensity = torch.from_numpy(propensities(counts)).to(self.device) if loss.dros_alpha else None
         self.optimizer = _optimizer(model, loss.optimizer, config)
-        self.step, self.stopped = 0, None if config.steps else "steps"
-        self.best: dict[str, Any] | None = None
-        self.waited = 0
-        self.judged = -1
-        self.earlier_seconds, self.started = 0.0, time.monotonic()
-        self.history: list[dict[str, Any]] = []
-        self.asked_to_stop = threading.Event()
+        self.step = 0
         self.sums = torch.zeros(2, device=self.device)  # loss and gradient norm since the last row
         self.summed = 0
         torch.manual_seed(config.seed)
 
-    @property
-    def seconds(self) -> float:
-        """Wall time so far, that before a resume included."""
-        return self.earlier_seconds + time.monotonic() - self.started
-
     def run(self, advance: Callable[..., None]) -> None:
         """All steps that are left."""
-        config = self.config
+        config, course = self.config, self.course
         order = schedule(len(self.sequences.ids), config.batch_size, config.steps, config.seed)
         detail = ""
-        while self.stopped is None:
+        while course.stopped is None:
             self.one_step(order[self.step])
             self.step += 1
-            at_end = self.step >= config.steps
-            if at_end:
-                self.stopped = "steps"
-            elif self.asked_to_stop.is_set():
-                self.stopped = "interrupted"
-            elif config.time_limit_s is not None and time.monotonic() - self.started >= config.time_limit_s:
-                self.stopped = "time limit"
-            judges = config.evaluate_every > 0 and (self.step % config.evaluate_every == 0 or at_end)
-            if self.step % config.log_every == 0 or judges or self.stopped:
+            course.see(self.step)
+            if course.stopped or course.logs_at(self.step):
                 detail = self.log()
-            if judges:
-                self.judge()
-            every = config.checkpoint_every
-            if self.stopped or (every > 0 and self.step % every == 0):
+            if course.validates_at(self.step):
+                course.judge(self.model, self.step, self.device)
+            if course.saves_at(self.step):
                 self.save()
             advance(1, detail)
-        if self.stopped == "time limit" and self.judged != self.step and config.evaluate_every:
-            self.judge()  # after the checkpoint, so that a resumed run does not know of it
+        if course.stopped == "time limit" and course.judged != self.step and config.evaluate_every:
+            # After the checkpoint, so that a resumed run does not know of it.
+            course.judge(self.model, self.step, self.device)
 
     def one_step(self, index: NDArray[np.int64]) -> None:
         """One step of the optimiser; what is drawn for it depends on the seed and its number alone."""
@@ -395,64 +344,24 @@ class _Fit:
     def log(self) -> str:
         """Write a row about the steps since the last one; what the progress line says."""
         loss, norm = (self.sums / max(self.summed, 1)).tolist()
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} around step {self.step}; lower the learning rate")
         rate = learning_rate(self.config, self.step - 1)
         epoch = self.step * self.config.batch_size / len(self.sequences.ids)
         row = {"step": self.step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "epoch": epoch}
-        self.write_row(row | {"seconds": self.seconds})
+        self.course.write_row(row | {"seconds": self.course.seconds})
         self.sums.zero_()
         self.summed = 0
         return f"loss {loss:.3f}"
 
-    def write_row(self, row: dict[str, Any]) -> None:
-        """Add one line to ``log.jsonl`` and to the history."""
-        self.history.append(row)
-        with (self.out / LOG).open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def judge(self) -> None:
-        """Validate, keep the weights if they are the best, and see whether patience is at its end."""
-        assert self.validate is not None
-        self.judged, state = self.step, random_state(self.device)
-        self.model.eval()
-        with torch.no_grad():
-            values = {name: float(value) for name, value in self.validate(self.model).items()}
-        set_random_state(state, self.device)  # looking must not change what is learned
-        self.write_row({"step": self.step, "valid": values})
-        name = self.config.metric
-        if name not in values:
-            raise UserError(
-                f"wanted the metric {name}, validation gives {', '.join(values)}; choose one of them"
-            )
-        if self.best is None or values[name] > self.best["value"]:
-            self.best, self.waited = {"step": self.step, "metric": name, "value": values[name]}, 0
-            keep_best(self.model, self.out, self.best)
-        else:
-            self.waited += 1
-        if self.stopped is None and 0 < self.config.patience <= self.waited:
-            self.stopped = "patience"
-
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the run that wrote the checkpoint, as JSON values."""
-        shared = {name: value for name, value in asdict(self.config).items() if name not in FREE}
-        shared |= {"encoder": asdict(self.model.config), "loss": asdict(self.loss)}
-        shared["sequences"] = self.sequences.fingerprint()
-        return dict(json.loads(json.dumps(shared)))
+    def learned(self) -> dict[str, Any]:
+        """What a checkpoint is of; a run with anything else cannot go on from it."""
+        data = self.sequences.fingerprint()
+        return {"encoder": asdict(self.model.config), "loss": asdict(self.loss), "sequences": data}
 
     def save(self) -> None:
-        """Write ``checkpoint-N`` whole or not at all, then remove the oldest."""
-        state = {name: getattr(self, name) for name in ("step", "stopped", "seconds", "best", "waited")}
-        state |= {"sums": self.sums.tolist(), "summed": self.summed, "identity": self.identity()}
-        with atomic_folder(self.out / f"checkpoint-{self.step}") as folder:
-            save_trained(self.model, folder / WEIGHTS)
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-            torch.save(random_state(self.device), folder / "rng.pt")
-            if self.best is not None:
-                link(self.out / BEST / WEIGHTS, folder / BEST_WEIGHTS)
-            write_json(folder / STATE, state)
-        for _, old in checkpoints(self.out)[: -self.config.keep_checkpoints]:
-            remove(old)
+        """Write a checkpoint."""
+        state = {"sums": self.sums.tolist(), "summed": self.summed}
+        files = {"optimizer.pt": self.optimizer.state_dict(), "rng.pt": random_state(self.device)}
+        self.course.save(self.model, self.step, self.learned(), state, files)
 
     def take_up(self, checkpoint: Path) -> None:
         """Continue from a checkpoint.
@@ -460,23 +369,11 @@ class _Fit:
         Raises:
             UserError: The checkpoint is of another run.
         """
-        state = read_json(checkpoint / STATE)
-        ours, theirs = self.identity(), state["identity"]
-        other = [name for name in ours if theirs.get(name) != ours[name]]
-        if other:
-            raise UserError(
-                f"wanted to resume with {other[0]} = {theirs.get(other[0])} as in {checkpoint}, got "
-                f"{ours[other[0]]}; give the same settings and data, or start anew"
-            )
-        self.step = int(state["step"])
-        ended = state["stopped"] == "steps" or 0 < self.config.patience <= state["waited"]
-        self.stopped = state["stopped"] if ended else None
-        self.best, self.waited, self.earlier_seconds = state["best"], state["waited"], state["seconds"]
-        self.sums, self.summed = torch.tensor(state["sums"], device=self.device), state["summed"]
+        state = self.course.take_up(self.model, checkpoint, self.learned())
+        self.step, self.summed = int(state["step"]), state["summed"]
+        self.sums = torch.tensor(state["sums"], device=self.device)
         load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-        load_trained(self.model, checkpoint / WEIGHTS)
         self.optimizer.load_state_dict(load(checkpoint / "optimizer.pt"))
-        self.history = restore_folder(self.out, checkpoint, self.best, self.step)
         set_random_state(load(checkpoint / "rng.pt"), self.device)
 
 

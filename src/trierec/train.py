@@ -1,9 +1,8 @@
 """Training: a ``transformers.Trainer`` that owns the normaliser, the data order and its checkpoints.
 
 What is wrapped and called is one thin module, `TitleLoss`: body, hidden states at the target positions, head,
-loss. A run folder holds, while training, ``log.jsonl`` (one JSON object a line), ``checkpoint-N/`` (whole or
-absent) and ``best/`` (the weights with the best validation metric). A resumed run ends with the weights of an
-uninterrupted one; on a CPU with the same number of threads and processes they are equal bit by bit.
+loss. A resumed run ends with the weights of an uninterrupted one; on a CPU with the same number of threads and
+processes they are equal bit by bit.
 
 In several processes (`torchrun`, ``accelerate launch``; DDP) each micro-batch is dealt out: P processes take B / P
 windows each, at the same time. Divisor, adaptive temperature and log are those of all of them, so that the number
@@ -16,12 +15,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trierec import processes
-from trierec.checkpoints import (
-    BEST,
-    BEST_WEIGHTS,
-    LOG,
-    STATE,
-    WEIGHTS,
-    checkpoints,
-    clear,
-    keep_best,
-    link,
-    load_trained,
-    random_state,
-    remove,
-    restore_folder,
-    save_trained,
-    set_random_state,
-    signals_set,
-)
+from trierec.checkpoints import clear, random_state, set_random_state, signals_set
 from trierec.contrast import Contrast
+from trierec.course import Course, TrainConfig, TrainResult, Validate
 from trierec.errors import UserError
 from trierec.examples import Examples, chains, schedule
-from trierec.files import atomic_folder, read_json, write_json
 from trierec.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
 from trierec.losses import AdaptiveTemperature, Objective
 from trierec.packing import packing_works
@@ -61,118 +40,8 @@ from trierec.preferences import Preferences
 from trierec.progress import progress
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-ORDERS = ("rows", "chains")
-# A resumed run may change these: they decide when to look and when to stop, not what is computed.
-FREE = ("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s")
 
-Validate = Callable[[Any], dict[str, float]]
 Learned = Objective | Contrast | Preferences
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """The budget and the optimiser (torch's AdamW; no weight decay on norms and biases).
-
-    Attributes:
-        steps: Optimiser steps of the whole run.
-        learning_rate: Peak, after the warm-up.
-        batch_size: Windows of one optimiser step.
-        accumulation: Micro-batches of one step; changes memory and padding, not the gradient.
-        warmup_steps: Steps of linear warm-up.
-        schedule: ``linear`` (to 0), ``cosine`` (to 0) or ``constant`` after the warm-up.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients are scaled down to this norm.
-        log_every: Steps between rows of the log.
-        log_parts: Whether rows of the log have both parts of the language-modelling loss at their step and the
-            norms of their gradients (`forward.measure_parts`), null at a stop nobody could foresee. It costs a
-            forward and two backward passes per row and changes nothing in what is learned.
-        evaluate_every: Steps between validations, and one after the last step; 0: never.
-        checkpoint_every: Steps between checkpoints, and one at the end; 0: only at the end.
-        keep_checkpoints: So many of the newest checkpoints stay.
-        patience: Validations in a row without improvement that end the run; 0: none does.
-        metric: Key of what ``validate`` returns; larger is better.
-        seed: Of data order and dropout.
-        order: ``rows``: windows in random order. ``chains``: the windows of one user (`examples.chains`) follow
-            each other, users in random order; more of a micro-batch is shared and its gradient is noisier.
-        packing: Whether tokens that rows of a micro-batch begin with alike run once (`packing`); without dropout
-            it changes nothing but speed and the last digits.
-        time_limit_s: Seconds of one call of `train`, checked after each step.
-
-    Raises:
-        UserError: A value out of range.
-    """
-
-    steps: int
-    learning_rate: float
-    batch_size: int = 16
-    accumulation: int = 1
-    warmup_steps: int = 20
-    schedule: str = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    log_every: int = 25
-    log_parts: bool = False
-    evaluate_every: int = 0
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
-    patience: int = 0
-    metric: str = "NDCG@10"
-    seed: int = 0
-    order: str = "rows"
-    packing: bool = True
-    time_limit_s: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        for name in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise UserError(f"wanted {name} of at least 1, got {getattr(self, name)}")
-        if not (self.learning_rate > 0 and self.max_grad_norm > 0):
-            got = f"{self.learning_rate} and {self.max_grad_norm}"
-            raise UserError(f"wanted learning_rate and max_grad_norm > 0, got {got}")
-        if self.batch_size % self.accumulation:
-            got = f"{self.batch_size} and {self.accumulation}"
-            raise UserError(f"wanted a batch_size that is a multiple of accumulation, got {got}")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"wanted schedule among {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.order not in ORDERS:
-            raise UserError(f"wanted order among {', '.join(ORDERS)}, got {self.order!r}; choose one of them")
-        if self.patience and not self.evaluate_every:
-            raise UserError("patience counts validations; set evaluate_every > 0 or patience = 0")
-
-    def share(self, n_processes: int) -> int:
-        """Windows of one micro-batch in each of some processes.
-
-        Raises:
-            UserError: They cannot be dealt out evenly.
-        """
-        if self.batch_size % (self.accumulation * n_processes):
-            raise UserError(
-                f"wanted a batch_size that is a multiple of accumulation * processes, got {self.batch_size} and "
-                f"{self.accumulation} * {n_processes}; change one of them"
-            )
-        return self.batch_size // (self.accumulation * n_processes)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended.
-
-    Attributes:
-        steps_done: Optimiser steps, those before a resume included.
-        stopped: ``steps``, ``patience``, ``time limit`` or ``interrupted``.
-        best_step: Step of the best validation; None without validations.
-        best_metric: Its metric.
-        seconds: Wall time, that before a resume included.
-        history: The rows of ``log.jsonl``.
-    """
-
-    steps_done: int
-    stopped: str
-    best_step: int | None
-    best_metric: float | None
-    seconds: float
-    history: list[dict[str, Any]]
 
 
 def train(
@@ -237,26 +106,18 @@ def _train(
     )
     if checkpoint is not None:
         trainer.take_up(checkpoint)
-    left = config.steps - trainer.first_step
-    if trainer.stopped is None:
+    course, left = trainer.course, config.steps - trainer.first_step
+    if course.stopped is None:
         with (
-            signals_set(trainer.asked_to_stop),
+            signals_set(course.asked_to_stop),
             progress(title or "training", left, "steps") as trainer.on_progress,
         ):
             trainer.train()
-        if trainer.stopped == "time limit" and trainer.judged != trainer.state.global_step:
+        if course.stopped == "time limit" and course.judged != trainer.state.global_step:
             trainer.evaluate()  # after the checkpoint, so that a resumed run does not know of it
-    if trainer.best is not None:
-        load_trained(model, out / BEST / WEIGHTS)
-    model.eval()
-    best = trainer.best or {"step": None, "value": None}
-    return TrainResult(
-        steps_done=max(trainer.state.global_step, trainer.first_step),
-        stopped=str(trainer.stopped),
-        best_step=best["step"],
-        best_metric=best["value"],
-        seconds=trainer.seconds if trainer.state.global_step else trainer.earlier_seconds,
-        history=trainer.history,
+    step = trainer.state.global_step
+    return course.result(
+        model, max(step, trainer.first_step), course.seconds if step else course.earlier_seconds
     )
 
 
@@ -283,29 +144,17 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         module = _module(model, objective, examples)
         super().__init__(module, _arguments(model, config, out))
         self.lm, self.examples, self.objective, self.config = model, examples, objective, config
-        self.out, self.validate = out, validate
+        self.course = Course(config, out, validate)
         self.titles: Any = getattr(module, "titles", module)
         self.packing = config.packing and self.titles.by_hand and packs(model, examples)
         self.checkpoint: Path | None = None
         self.first_step = 0
         self.rows = np.zeros((0, 0), dtype=np.int64)  # windows of each micro-batch that is left
-        self.stopped: str | None = None
-        self.best: dict[str, Any] | None = None
-        self.waited = 0  # validations since the best one
-        self.judged = -1  # step of the last validation
-        self.earlier_seconds, self.started = 0.0, time.monotonic()
         self.meter = Meter(torch.zeros(4, device=self.args.device))
         self.parts: dict[str, float | None] = {}  # of the step that runs now
-        self.history: list[dict[str, Any]] = []
-        self.asked_to_stop = threading.Event()
         self.on_progress: Callable[..., None] = lambda n=1, detail="": None
         self.detail = ""
         self.add_callback(_Conductor(self))
-
-    @property
-    def seconds(self) -> float:
-        """Wall time so far, that before a resume included."""
-        return self.earlier_seconds + time.monotonic() - self.started
 
     def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This process's part of the micro-batches that are left; nothing is read to be skipped."""
@@ -333,7 +182,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
     def parts_of_next_step(self) -> dict[str, float]:
         """What ``log_parts`` adds to the row of the step that is about to begin; nothing where it has none."""
         step, n = self.state.global_step, self.config.accumulation
-        if not self.logs_at(step + 1):
+        if not self.course.logs_at(step + 1):
             return {}
         rows = self.rows[(step - self.first_step) * n :][:n]
         # Trie support leaves forced tokens out, but invalid tokens cost something there too.
@@ -345,22 +194,6 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             parts = measure_parts(self.titles, inputs)
             set_random_state(state, self.args.device)  # looking must not change what is learned
         return parts
-
-    def wishes(self) -> tuple[bool, bool]:
-        """Whether any process was asked to stop, and whether any is at its time limit."""
-        limit = self.config.time_limit_s
-        late = limit is not None and time.monotonic() - self.started >= limit
-        asked, at_limit = zip(*processes.gather([self.asked_to_stop.is_set(), late]), strict=True)
-        return any(asked), any(at_limit)
-
-    def validates_at(self, step: int) -> bool:
-        """Whether there is a validation after a step."""
-        every = self.config.evaluate_every
-        return every > 0 and (step % every == 0 or step >= self.config.steps)
-
-    def logs_at(self, step: int) -> bool:
-        """Whether there is a row of the log after a step, wherever the run is stopped."""
-        return step % self.config.log_every == 0 or step >= self.config.steps or self.validates_at(step)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -381,97 +214,50 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         if "loss" not in logs:
             return
         step, values = self.state.global_step, self.meter.row()
-        if not math.isfinite(values["loss"] or 0.0):
-            raise UserError(f"the loss is {values['loss']} around step {step}; lower the learning rate")
         row = {
             "temperature": self.objective.tau,
             "learning_rate": logs["learning_rate"],
             "grad_norm": float(logs["grad_norm"]),
             "epoch": step * self.config.batch_size / len(self.examples),
-            "seconds": self.seconds,
+            "seconds": self.course.seconds,
         }
+        self.course.write_row({"step": step, **values, **row, **self.parts})
         self.detail = f"loss {values['loss']:.3f}"
-        self.write_row({"step": step, **values, **row, **self.parts})
-
-    def write_row(self, row: dict[str, Any]) -> None:
-        """Add one line to ``log.jsonl`` and to the history."""
-        row = processes.on_first(lambda: row)
-        self.history.append(row)
-        if not processes.is_first():
-            return
-        with (self.out / LOG).open("a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(row) + "\n")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Validate, keep the weights if they are the best, and see whether patience is at its end."""
         self.control.should_evaluate = False
-        if self.validate is None:
+        if self.course.validate is None:
             return {}
-        self.judged, state = self.state.global_step, random_state(self.args.device)
-        with self.meter.pause(), torch.no_grad():
-            self.lm.eval()
-            values = processes.on_first(self.metrics)
-            set_random_state(state, self.args.device)  # looking must not change what is learned
-        self.write_row({"step": self.judged, "valid": values})
-        name = self.config.metric
-        if name not in values:
-            raise UserError(
-                f"wanted the metric {name}, validation gives {', '.join(values)}; choose one of them"
-            )
-        if self.best is None or values[name] > self.best["value"]:
-            self.best, self.waited = {"step": self.judged, "metric": name, "value": values[name]}, 0
-            with self.meter.pause():
-                processes.on_first(lambda: keep_best(self.lm, self.out, self.best or {}))
-        else:
-            self.waited += 1
-        if self.stopped is None and 0 < self.config.patience <= self.waited:
-            self.stopped = "patience"
+        with self.meter.pause():
+            values = self.course.judge(self.lm, self.state.global_step, self.args.device)
+        if self.course.stopped == "patience":
             self.control.should_save = self.control.should_training_stop = True
         return values
 
-    def metrics(self) -> dict[str, float]:
-        """What ``validate`` says of the weights as they are."""
-        assert self.validate is not None
-        return {name: float(value) for name, value in self.validate(self.lm).items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with the run that wrote the checkpoint, as JSON values.
-
-        The number of processes is not in it: it decides nothing that is learned.
-        """
-        shared = {name: value for name, value in asdict(self.config).items() if name not in FREE}
-        shared["objective"] = self.objective.settings()
-        shared["trained parameters"] = sum(p.numel() for p in self.lm.parameters() if p.requires_grad)
-        shared["examples"] = self.examples.fingerprint()
-        return dict(json.loads(json.dumps(shared)))
+    def learned(self) -> dict[str, Any]:
+        """What a checkpoint is of; a run with anything else cannot go on from it."""
+        return {
+            "objective": self.objective.settings(),
+            "trained parameters": sum(p.numel() for p in self.lm.parameters() if p.requires_grad),
+            "examples": self.examples.fingerprint(),
+        }
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write ``checkpoint-N`` whole or not at all, then remove the oldest."""
         step, t = self.state.global_step, self.objective.temperature
         with self.meter.pause():
             state = {
-                "step": step,
-                **{name: getattr(self, name) for name in ("stopped", "seconds", "best", "waited")},
                 "temperature": t.state_dict() if isinstance(t, AdaptiveTemperature) else None,
-                "identity": self.identity(),
                 "meter": self.meter.state_dict(),
             }
+            files = {
+                "optimizer.pt": self.optimizer.state_dict(),
+                "scheduler.pt": self.lr_scheduler.state_dict(),
+            }
             random_states = processes.gather_objects(random_state(self.args.device))
-            processes.on_first(lambda: self.write_checkpoint(state, random_states))
-
-    def write_checkpoint(self, state: dict[str, Any], random_states: list[dict[str, Any]]) -> None:
-        """The files of a checkpoint; ``random_states`` has one of each process."""
-        with atomic_folder(self.out / f"checkpoint-{state['step']}") as folder:
-            save_trained(self.lm, folder / WEIGHTS)
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
-            for i, numbers in enumerate(random_states):
-                torch.save(numbers, folder / _random_file(i))
-            if self.best is not None:
-                link(self.out / BEST / WEIGHTS, folder / BEST_WEIGHTS)
-            write_json(folder / STATE, state)
-        for _, old in checkpoints(self.out)[: -self.config.keep_checkpoints]:
-            remove(old)
+            files |= {_random_file(i): numbers for i, numbers in enumerate(random_states)}
+            processes.on_first(lambda: self.course.save(self.lm, step, self.learned(), state, files))
 
     def take_up(self, checkpoint: Path) -> None:
         """Continue from a checkpoint: all but what `restore` sets once the optimiser exists.
@@ -479,37 +265,25 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         Raises:
             UserError: The checkpoint is of another run.
         """
-        state = read_json(checkpoint / STATE)
-        ours, theirs = self.identity(), state["identity"]
-        other = [name for name in ours if theirs.get(name) != ours[name]]
-        if other:
-            raise UserError(
-                f"wanted to resume with {other[0]} = {theirs.get(other[0])} as in {checkpoint}, got "
-                f"{ours[other[0]]}; give the same settings and data, or start anew"
-            )
+        state = self.course.take_up(self.lm, checkpoint, self.learned())
         self.checkpoint, self.first_step = checkpoint, int(state["step"])
-        ended = state["stopped"] == "steps" or 0 < self.config.patience <= state["waited"]
-        self.stopped = state["stopped"] if ended else None
-        self.best, self.waited, self.earlier_seconds = state["best"], state["waited"], state["seconds"]
         if isinstance(self.objective.temperature, AdaptiveTemperature):
             self.objective.temperature.load_state_dict(state["temperature"])
         if processes.is_first():  # its sums are those of all processes
             self.meter.load_state_dict(state["meter"])
-        load_trained(self.lm, checkpoint / WEIGHTS)
-        self.history = processes.on_first(
-            lambda: restore_folder(self.out, checkpoint, self.best, self.first_step)
-        )
 
     def restore(self) -> None:
         """The part of a resume that needs the optimiser; the last thing before the first step."""
+        state = None
         if self.checkpoint is not None:
             load = functools.partial(torch.load, map_location="cpu", weights_only=True)
             self.optimizer.load_state_dict(load(self.checkpoint / "optimizer.pt"))
             self.lr_scheduler.load_state_dict(load(self.checkpoint / "scheduler.pt"))
             self.state.global_step = self.first_step
-        file = (self.checkpoint or self.out) / _random_file(processes.rank())
-        if self.checkpoint is not None and file.is_file():
-            set_random_state(load(file), self.args.device)
+            file = self.checkpoint / _random_file(processes.rank())
+            state = load(file) if file.is_file() else None
+        if state is not None:
+            set_random_state(state, self.args.device)
         elif not processes.is_first():  # its own dropout, where no checkpoint has one for it
             drawn = np.random.SeedSequence([self.config.seed, processes.rank(), self.first_step])
             torch.manual_seed(int(drawn.generate_state(1)[0]))
@@ -534,20 +308,13 @@ class _Conductor(TrainerCallback):  # type: ignore[misc]
         self.trainer.restore()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, config, step = self.trainer, self.trainer.config, state.global_step
+        trainer, course, step = self.trainer, self.trainer.course, state.global_step
         trainer.meter.counts["steps"] += 1
-        asked, late = trainer.wishes()
-        if step >= config.steps:
-            trainer.stopped = "steps"
-        elif asked:
-            trainer.stopped = "interrupted"
-        elif late:
-            trainer.stopped = "time limit"
-        stop = trainer.stopped is not None
-        control.should_log = stop or trainer.logs_at(step)
-        control.should_evaluate = trainer.validates_at(step)
-        control.should_save = stop or (config.checkpoint_every > 0 and step % config.checkpoint_every == 0)
-        control.should_training_stop = stop
+        course.see(step)
+        control.should_training_stop = course.stopped is not None
+        control.should_log = control.should_training_stop or course.logs_at(step)
+        control.should_evaluate = course.validates_at(step)
+        control.should_save = course.saves_at(step)
         trainer.on_progress(1, trainer.detail)
 
 
