@@ -28,10 +28,11 @@ import polars as pl
 
 from trierec.dataset import load_dataset, prepare
 from trierec.generative import GenerativeRecommender
+from trierec.learners import open_run
 from trierec.progress import progress
 from trierec.ranking import add_counters
 from trierec.recipe import load_recipe
-from trierec.runs import open_run, train_run
+from trierec.runs import train_run
 from trierec.search import beam_search, exact_search, rank_catalogue
 from trierec.splits import NAMES, Split
 

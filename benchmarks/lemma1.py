@@ -17,7 +17,7 @@ import numpy as np
 from trierec import load
 from trierec.dataset import load_dataset
 from trierec.engine import TrieEngine
-from trierec.runs import open_run
+from trierec.learners import open_run
 from trierec.search import rank_catalogue
 
 SLACK = 1e-3  # nats; float32 sums over a title

@@ -19,7 +19,7 @@ ORDER = """
     ranking counting neighbours filters treecache engine growth search grounding card generative
     encoders sequential
     metrics evaluate choice analysis figures report terminal
-    runs compare demo cli
+    learners runs compare demo cli
 """.split()  # noqa: SIM905
 
 

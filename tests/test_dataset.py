@@ -395,8 +395,8 @@ def test_a_split_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_recipe_gets_the_data_it_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from trierec.learners import open_data
     from trierec.recipe import parse_recipe
-    from trierec.runs import open_data
 
     raw = write_tables(tmp_path / "raw", rows=many_rows())
 
@@ -420,8 +420,8 @@ def test_a_recipe_gets_the_data_it_asks_for(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_recipe_reads_a_folder_of_before_there_was_a_choice(tmp_path: Path) -> None:
+    from trierec.learners import open_data
     from trierec.recipe import parse_recipe
-    from trierec.runs import open_data
 
     source = f"msl:{write_msl(tmp_path / 'raw')}"
     info = prepare(source, tmp_path / "out").info

@@ -28,9 +28,10 @@ from trierec.compare import collect, comparisons, load_evaluation, read_log
 from trierec.errors import UserError
 from trierec.evaluate import Evaluation, evaluate
 from trierec.files import read_json, write_json
+from trierec.learners import open_data
 from trierec.ranking import Groups, MostPopular
 from trierec.recipe import Recipe, parse_recipe
-from trierec.runs import evaluate_run, open_data, train_run
+from trierec.runs import evaluate_run, train_run
 from trierec.trie import Trie
 
 PACKAGE = Path(trierec.__file__).parent

@@ -332,6 +332,6 @@ def test_settings_that_do_not_go_together(evaluation: dict, training: dict, mess
 
 
 def recipe_of(run: Path) -> Recipe:
-    from trierec.runs import open_run
+    from trierec.learners import open_run
 
     return open_run(run)[0]

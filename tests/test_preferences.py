@@ -445,3 +445,18 @@ def test_references_that_do_not_fit(raw: Path, reference: Path, tmp_path: Path) 
     ):
         train_run(recipe(raw, backbone=long, objective=preference(reference)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    train_run(recipe(raw, training={"steps": 1, "rows": "train+valid"}), tmp_path / "both")
+    with pytest.raises(
+        UserError, match=r"both was trained on the validation rows; set training.rows = 'train\+valid'"
+    ):
+        train_run(recipe(raw, objective=preference(tmp_path / "both")), tmp_path / "run")
+    made = recipe(raw).model_dump(exclude={"backbone", "objective"}) | {
+        "sequential": {"encoder": "gru4rec", "width": 8}
+    }
+    made["training"] |= {"steps": 1, "warmup_steps": 0}
+    made["evaluation"] = {"users": 4}
+    train_run(parse_recipe(made, "test"), tmp_path / "items")
+    with pytest.raises(
+        UserError, match="wanted a language model as the reference, got the sequential run .*items"
+    ):
+        train_run(recipe(raw, objective=preference(tmp_path / "items")), tmp_path / "run")

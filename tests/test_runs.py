@@ -14,8 +14,9 @@ from trierec import load
 from trierec.compare import collect, comparisons, example_rows, load_evaluation
 from trierec.errors import UserError
 from trierec.files import read_json, write_json, write_text
+from trierec.learners import open_run
 from trierec.recipe import Recipe, dump_recipe, parse_recipe
-from trierec.runs import evaluate_run, open_run, train_run
+from trierec.runs import evaluate_run, train_run
 from trierec.search import rank_catalogue
 
 

@@ -125,7 +125,7 @@ def test_what_a_recipe_may_not_ask(cycle: Path, sections: dict[str, Any], proble
 
 def test_older_rows_weigh_less(cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("trierec.runs.Sequences.from_windows", _spy(seen))
+    monkeypatch.setattr("trierec.learners.Sequences.from_windows", _spy(seen))
     half = recipe(cycle, training={"steps": 1, "supervision": "last"}, sequential={"half_life_days": 1e-3})
     train_run(half, tmp_path / "half")
     age = (1000 + 199) - np.arange(1000, 1200)

@@ -174,8 +174,9 @@ def evaluate(
 ) -> None:
     """Rank the catalogue for every row of a split; writes metrics.json and predictions.parquet."""
     from trierec.compare import comparisons, load_evaluation, row
+    from trierec.learners import open_run
     from trierec.recipe import load_recipe
-    from trierec.runs import evaluate_run, open_run
+    from trierec.runs import evaluate_run
     from trierec.terminal import print_rows
 
     open_run(run)

@@ -19,11 +19,12 @@ from trierec.errors import UserError
 from trierec.evaluate import SHOWN, Evaluation, evaluate, interval, paired_interval, paired_p
 from trierec.files import read_json
 from trierec.generative import GenerativeRecommender
+from trierec.learners import open_run
 from trierec.neighbours import ItemKNN
 from trierec.ranking import Groups, MostPopular, Recommender
 from trierec.recipe import Recipe
 from trierec.report import Comparison, Report, Row, write_report
-from trierec.runs import allowed_items, first_rows, load_run, open_run
+from trierec.runs import allowed_items, first_rows, load_run
 from trierec.splits import Split
 
 POPULAR, KNN = "most popular", "item-kNN"

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trierec.compare import collect
+from trierec.learners import open_data
 from trierec.progress import note
 from trierec.recipe import Recipe, load_recipe
 from trierec.report import Report, write_report
-from trierec.runs import evaluate_run, open_data, train_run
+from trierec.runs import evaluate_run, train_run
 
 LIMIT_S = 600.0
 RESERVE_S = 90.0  # for ranking, comparing and drawing after the last training

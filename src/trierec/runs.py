@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,169 +23,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trierec import processes
-from trierec.adapters import unfreeze_lora
-from trierec.backbones import BASE_FACTS, Backbone, load_backbone, resolve_device
+from trierec.backbones import Backbone
 from trierec.card import CardFacts, model_card
 from trierec.catalog import Catalog
-from trierec.cautions import cautions
 from trierec.checkpoints import clear
 from trierec.choice import choose_search
-from trierec.contrast import Contrast
 from trierec.course import TrainConfig, TrainResult
-from trierec.dataset import Dataset, load_dataset, prepare
-from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
-from trierec.encoders import EncoderConfig, SequentialModel
+from trierec.dataset import Dataset, load_dataset
 from trierec.errors import UserError
 from trierec.evaluate import SHOWN, Evaluation, evaluate
-from trierec.examples import (
-    Examples,
-    Windows,
-    along_titles,
-    draw_rejected,
-    make_windows,
-    target_counts,
-)
 from trierec.files import read_json, write_json, write_text
-from trierec.generative import CARD, SETTINGS, GenerativeRecommender, hashes
-from trierec.losses import AdaptiveTemperature, Objective
-from trierec.preferences import Preferences, kept_reference
+from trierec.generative import CARD, SETTINGS, GenerativeRecommender
+from trierec.learners import Learner, learner_of, open_data, open_run, search_settings
 from trierec.progress import note
-from trierec.prompts import Prompts, build_prompts
-from trierec.recipe import EvaluationSettings, ObjectiveSettings, Recipe, dump_recipe, load_recipe
-from trierec.sequential import LossConfig, Sequences, SequentialRecommender, fit
-from trierec.sources import settings_of
+from trierec.recipe import EvaluationSettings, Recipe, dump_recipe, load_recipe
+from trierec.sequential import SequentialRecommender
 from trierec.splits import Split
-from trierec.train import packs, train
-from trierec.trie import Trie
 
-REFERENCE = "reference.npz"
 PACKAGES = ("trierec", "torch", "transformers", "numpy", "polars", "tokenizers")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a recipe and a data set become before training starts."""
-
-    backbone: Backbone
-    prompts: Prompts
-    trie: Trie
-    windows: Windows
-    counts: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Learner:
-    """What a recipe and a data set become: something to train that can be ranked with.
-
-    Attributes:
-        recommender: Ranks with the model as it is now.
-        facts: What ``run.json`` says of it.
-        fit: ``fit(config, out, validate=..., resume=..., title=...)`` trains it.
-    """
-
-    recommender: GenerativeRecommender | SequentialRecommender
-    facts: dict[str, Any]
-    fit: Callable[..., TrainResult]
-
-
-def open_data(recipe: Recipe) -> Dataset:
-    """The prepared folder of a recipe; prepared first where it is absent."""
-    folder = recipe.data.folder or Path("data") / recipe.data.source.replace(":", "-").replace(
-        "/", "-"
-    ).strip("-.")
-    choices = recipe.data.model_dump(include={"max_history", "clean", "k_core", "split"})
-    if (folder / "dataset.json").is_file():
-        dataset = load_dataset(folder)
-        wanted = {"source": recipe.data.source} | settings_of(recipe.data.source, **choices)
-        found = {"k_core": 0} | dataset.info["settings"] | {"source": dataset.info["source"]}
-        if any(found[name] != wanted[name] for name in ("source", "max_history")):
-            raise UserError(
-                f"{folder} was prepared from {found['source']} with histories of {found['max_history']}, the recipe "
-                f"wants {wanted['source']} and {wanted['max_history']}; give another data.folder or prepare it again"
-            )
-        other = [name for name in wanted if found[name] != wanted[name]]
-        if other:
-            raise UserError(
-                f"{folder} was prepared with {other[0]} = {found[other[0]]!r}, the recipe wants {wanted[other[0]]!r}; "
-                "give another data.folder or prepare it again"
-            )
-        return dataset
-    note(f"preparing {recipe.data.source} in {folder}")
-    return prepare(recipe.data.source, folder, **choices)
-
-
-def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
-    """Backbone, prompts, trie, training windows and target counts of a recipe."""
-    settings, reference = recipe.backbone, recipe.objective.preference.reference
-    backbone = _backbone(recipe, dataset) if reference is None else _reference_backbone(recipe, reference)
-    if not any(p.requires_grad for p in backbone.model.parameters()):
-        raise UserError(
-            f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
-            "backbone.name and set backbone.lora.rank > 0"
-        )
-    prompts = build_prompts(
-        backbone.tokenizer,
-        dataset.catalog,
-        recipe.template,
-        dataset.info["noun"],
-        dataset.info["verb"],
-        max_history=recipe.data.max_history,
-        max_tokens=settings.max_tokens,
-        chat=settings.chat,
-    )
-    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
-    if reference is not None:
-        found = open_run(reference)[1]["hashes"]
-        for part, ours in (("prompt", prompts.hash), ("trie", trie.fingerprint())):
-            if found.get(part) != ours:
-                raise UserError(
-                    f"the {part} of the reference {reference} is another one; give both the same data, "
-                    "data.max_history and backbone, or train a reference for this recipe"
-                )
-    windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
-    counts = target_counts(windows, dataset.catalog.n_items)
-    for line in cautions(recipe.objective, prompts, trie, windows, counts):
-        note(line)
-    return Parts(backbone, prompts, trie, windows, counts)
-
-
-def _backbone(recipe: Recipe, dataset: Dataset) -> Backbone:
-    settings = recipe.backbone
-    return load_backbone(
-        settings.name,
-        titles=dataset.catalog.title,
-        seed=recipe.seed,
-        device=settings.device,
-        dtype=settings.dtype,
-        tiny=settings.tiny,
-        quantisation=settings.quantisation,
-        lora=settings.lora,
-        trust_remote_code=settings.trust_remote_code,
-    )
-
-
-def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
-    """The model of a run as a start: all its weights, a new adapter on them, or its adapter trained on."""
-    ours, theirs, folder = recipe.backbone, open_run(reference)[0].backbone, reference / "model"
-    adapted = (folder / BASE_FACTS).is_file()
-    for key in ("name", "tiny", *(("quantisation", "lora") if adapted else ())):
-        if getattr(ours, key) != getattr(theirs, key):
-            raise UserError(
-                f"wanted backbone.{key} = {getattr(theirs, key)} as in the reference {reference}, got "
-                f"{getattr(ours, key)}; give the same, or train a reference for this recipe"
-            )
-    backbone = load_backbone(
-        str(folder),
-        seed=recipe.seed,
-        device=ours.device,
-        dtype=ours.dtype,
-        quantisation=ours.quantisation,
-        lora=None if adapted else ours.lora,
-        trust_remote_code=ours.trust_remote_code,
-    )
-    if adapted:
-        unfreeze_lora(backbone.model)
-    return backbone
 
 
 def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -210,8 +65,7 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
         raise UserError(
             "evaluation.exclude = 'seen' needs what users had before, which this data set does not know; use 'history'"
         )
-    learn = _generative if recipe.sequential is None else _sequential
-    learner = processes.first_then_others(lambda: learn(recipe, dataset))
+    learner = processes.first_then_others(lambda: learner_of(recipe, dataset))
     started = time.time()
     facts, recommender = _facts(recipe, dataset, learner), learner.recommender
     validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
@@ -290,14 +144,14 @@ def evaluate_run(
                 f"says {facts['hashes'][part][:12]}); restore its files, or train again"
             )
     if isinstance(recommender, GenerativeRecommender):
-        recommender = recommender.with_settings(**_search_settings(settings))
+        recommender = recommender.with_settings(**search_settings(settings))
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
     allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
     name, chosen = name or recipe.title or recipe.name, None
     if settings.choose and isinstance(recommender, GenerativeRecommender):
         valid = first_rows(dataset.valid, settings.users)
         settings, chosen = choose_search(recommender, valid, settings, allow)
-        recommender = recommender.with_settings(**_search_settings(settings))
+        recommender = recommender.with_settings(**search_settings(settings))
         name += (
             f" ({settings.search}{f', gamma {settings.gamma:g}' if settings.search == 'grounding' else ''})"
         )
@@ -330,20 +184,6 @@ def evaluate_run(
         run / CARD, model_card(_card_facts(done, facts, dataset, recommender, evaluation), _shown(run))
     )
     return evaluation
-
-
-def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe and ``run.json`` of a run folder; UserError when it is not one or its training has not ended."""
-    if not (run / "run.json").is_file():
-        raise UserError(
-            f"wanted a run folder, but {run} has no run.json; give the folder that trierec train wrote"
-        )
-    facts = read_json(run / "run.json")
-    if facts.get("status") != "trained":
-        raise UserError(
-            f"the training in {run} has not ended; go on with: trierec train {run / 'recipe.toml'} --resume --out {run}"
-        )
-    return load_recipe(run / "recipe.toml"), facts
 
 
 def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender | SequentialRecommender:
@@ -396,138 +236,10 @@ def first_rows(split: Split, n: int | None) -> Split:
     return split if n is None or n >= split.n_rows else split.take(np.arange(n))
 
 
-def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
-    parts = assemble(recipe, dataset)
-    model = parts.backbone.model
-    facts = {
-        "hashes": hashes(parts.prompts, parts.trie, parts.counts),
-        "origin": parts.backbone.origin,
-        "parameters": model.num_parameters(),
-        "trained_parameters": model.num_parameters(only_trainable=True),
-        "windows": len(parts.windows),
-        "targets": int(parts.counts.sum()),
-    }
-    examples, rejected = _examples(recipe, parts), _rejected(recipe, parts)
-
-    def fit_it(config: TrainConfig, out: Path, **how: Any) -> TrainResult:
-        kept = out / REFERENCE
-        learned = processes.first_then_others(lambda: _learned(recipe, model, examples, rejected, kept))
-        return train(model, examples, learned, config, out, **how)
-
-    return Learner(_recommender(recipe, dataset, parts), facts, fit_it)
-
-
-def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
-    settings = recipe.sequential
-    assert settings is not None
-    if processes.count() > 1:
-        raise UserError(
-            "a sequential model is trained in one process; start it without torchrun or accelerate"
-        )
-    rows, n_items = _training_rows(recipe, dataset), dataset.catalog.n_items
-    windows = make_windows(rows, recipe.training.supervision)
-    counts = target_counts(windows, n_items)
-    weight = None
-    if settings.half_life_days is not None:  # one window a row
-        if (rows.timestamp < 0).any():
-            raise UserError(
-                "sequential.half_life_days needs the time of every training row, which this data set does not know; "
-                "leave it out"
-            )
-        age_days = (rows.timestamp.max() - rows.timestamp) / 86400
-        weight = np.exp2(-age_days / settings.half_life_days)
-    sequences = Sequences.from_windows(windows, weight)
-    shape = settings.model_dump(include={"width", "blocks", "heads", "dropout", "head"})
-    encoder = EncoderConfig(settings.encoder, n_items, recipe.data.max_history, **shape)
-    model = SequentialModel(encoder, recipe.seed).to(resolve_device(settings.device))
-    origin = {"name": settings.encoder, "kind": "sequential"}
-    recommender = SequentialRecommender(model, dataset.catalog, counts, origin=origin)
-    size = sum(p.numel() for p in model.parameters())
-    facts = {
-        "hashes": recommender.hashes | {"sequences": sequences.fingerprint()},
-        "origin": origin,
-        "parameters": size,
-        "trained_parameters": size,
-        "windows": len(windows),
-        "targets": int(counts.sum()),
-    }
-    chosen = settings.model_dump(include={f.name for f in fields(LossConfig)})
-    loss = LossConfig(base=settings.loss, **chosen)
-    return Learner(recommender, facts, functools.partial(fit, model, sequences, counts, loss))
-
-
-def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
-    rows = dataset.train
-    if recipe.training.rows == "train+valid":
-        rows = rows.then(dataset.valid)
-    if recipe.training.sample is not None and recipe.training.sample < rows.n_rows:
-        drawn = np.random.default_rng(recipe.seed).permutation(rows.n_rows)[: recipe.training.sample]
-        rows = rows.take(np.sort(drawn))
-    return rows
-
-
-def _examples(recipe: Recipe, parts: Parts) -> Examples:
-    """Training examples; title tokens are weighed as the objective says, zero-gain edges marked for the log."""
-    weight, kind, beta = None, recipe.objective.weight, recipe.objective.beta
-    if kind == "position":
-        weight = position_weights(parts.prompts.title_tokens.lengths, beta)
-    elif kind != "uniform":
-        by_gain = binary_weights if kind == "igd" else linear_weights
-        weight = along_titles(parts.trie, by_gain(parts.trie, parts.counts, beta))
-    return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
-
-
-def _objective(settings: ObjectiveSettings) -> Objective:
-    temperature: float | AdaptiveTemperature
-    if settings.temperature == "adaptive":
-        ats = settings.adaptive
-        temperature = AdaptiveTemperature(**ats.model_dump())
-    else:
-        temperature = settings.temperature
-    return Objective(settings.support, temperature, settings.normaliser, settings.expand_negatives)
-
-
-def _rejected(recipe: Recipe, parts: Parts) -> NDArray[np.int32] | None:
-    """The titles that S-DPO holds against the target of each window; None without it."""
-    n = recipe.objective.preference.negatives
-    return draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed) if n else None
-
-
-def _learned(
-    recipe: Recipe, model: Any, examples: Examples, rejected: NDArray[np.int32] | None, kept: Path
-) -> Objective | Contrast | Preferences:
-    """What is trained; for S-DPO the reference, computed or read from the file ``kept``."""
-    settings, contrast = recipe.objective, recipe.objective.contrast
-    if rejected is not None:
-        at_once = recipe.training.batch_size // recipe.training.accumulation
-        packing = recipe.training.packing and packs(model, examples)
-        reference, key = kept_reference(kept, model, examples, rejected, settings.support, at_once, packing)
-        return Preferences(rejected, reference, settings.preference.beta, settings.support, key)
-    objective = _objective(settings)
-    if not contrast.strength:
-        return objective
-    return Contrast(objective, contrast.strength, contrast.without_history)
-
-
 def _config(recipe: Recipe) -> TrainConfig:
     settings = recipe.training
     shared = settings.model_dump(exclude={"supervision", "rows", "sample", "valid_users"})
     return TrainConfig(**shared, seed=recipe.seed)
-
-
-def _recommender(recipe: Recipe, dataset: Dataset, parts: Parts) -> GenerativeRecommender:
-    return GenerativeRecommender(
-        parts.backbone,
-        dataset.catalog,
-        parts.prompts,
-        parts.trie,
-        parts.counts,
-        **_search_settings(recipe.evaluation),
-    )
-
-
-def _search_settings(settings: EvaluationSettings) -> dict[str, Any]:
-    return settings.model_dump(include=set(SETTINGS))
 
 
 def _used(
@@ -656,7 +368,7 @@ def _card_facts(
         n_items=dataset.catalog.n_items,
         example=dataset.catalog.title[int(np.argmax(recommender.counts))],
         origin=origin,
-        settings=_search_settings(recipe.evaluation),
+        settings=search_settings(recipe.evaluation),
         recipe=recipe,
         data=dataset.info,
         run=facts,

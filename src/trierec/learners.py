@@ -1,0 +1,333 @@
+"""From a recipe and a data set to something that can be trained and ranked with.
+
+Everything that a recipe chooses becomes an object of the rooms above: data, backbone, prompts, trie, windows,
+weights and objective of a language model, or encoder, sequences and loss of a sequential one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trierec import processes
+from trierec.adapters import unfreeze_lora
+from trierec.backbones import BASE_FACTS, Backbone, load_backbone, resolve_device
+from trierec.cautions import cautions
+from trierec.contrast import Contrast
+from trierec.course import TrainConfig, TrainResult
+from trierec.dataset import Dataset, load_dataset, prepare
+from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
+from trierec.encoders import EncoderConfig, SequentialModel
+from trierec.errors import UserError
+from trierec.examples import (
+    Examples,
+    Windows,
+    along_titles,
+    draw_rejected,
+    make_windows,
+    target_counts,
+)
+from trierec.files import read_json
+from trierec.generative import SETTINGS, GenerativeRecommender, hashes
+from trierec.losses import AdaptiveTemperature, Objective
+from trierec.preferences import Preferences, kept_reference
+from trierec.progress import note
+from trierec.prompts import Prompts, build_prompts
+from trierec.recipe import EvaluationSettings, ObjectiveSettings, Recipe, load_recipe
+from trierec.sequential import LossConfig, Sequences, SequentialRecommender, fit
+from trierec.sources import settings_of
+from trierec.splits import Split
+from trierec.train import packs, train
+from trierec.trie import Trie
+
+REFERENCE = "reference.npz"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe and a data set become before training starts."""
+
+    backbone: Backbone
+    prompts: Prompts
+    trie: Trie
+    windows: Windows
+    counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a recipe and a data set become: something to train that can be ranked with.
+
+    Attributes:
+        recommender: Ranks with the model as it is now.
+        facts: What ``run.json`` says of it.
+        fit: ``fit(config, out, validate=..., resume=..., title=...)`` trains it.
+    """
+
+    recommender: GenerativeRecommender | SequentialRecommender
+    facts: dict[str, Any]
+    fit: Callable[..., TrainResult]
+
+
+def learner_of(recipe: Recipe, dataset: Dataset) -> Learner:
+    """A language model over titles, or a sequential model over items, as a recipe says."""
+    return (_generative if recipe.sequential is None else _sequential)(recipe, dataset)
+
+
+def open_data(recipe: Recipe) -> Dataset:
+    """The prepared folder of a recipe; prepared first where it is absent."""
+    folder = recipe.data.folder or Path("data") / recipe.data.source.replace(":", "-").replace(
+        "/", "-"
+    ).strip("-.")
+    choices = recipe.data.model_dump(include={"max_history", "clean", "k_core", "split"})
+    if (folder / "dataset.json").is_file():
+        dataset = load_dataset(folder)
+        wanted = {"source": recipe.data.source} | settings_of(recipe.data.source, **choices)
+        found = {"k_core": 0} | dataset.info["settings"] | {"source": dataset.info["source"]}
+        if any(found[name] != wanted[name] for name in ("source", "max_history")):
+            raise UserError(
+                f"{folder} was prepared from {found['source']} with histories of {found['max_history']}, the recipe "
+                f"wants {wanted['source']} and {wanted['max_history']}; give another data.folder or prepare it again"
+            )
+        other = [name for name in wanted if found[name] != wanted[name]]
+        if other:
+            raise UserError(
+                f"{folder} was prepared with {other[0]} = {found[other[0]]!r}, the recipe wants {wanted[other[0]]!r}; "
+                "give another data.folder or prepare it again"
+            )
+        return dataset
+    note(f"preparing {recipe.data.source} in {folder}")
+    return prepare(recipe.data.source, folder, **choices)
+
+
+def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe and ``run.json`` of a run folder; UserError when it is not one or its training has not ended."""
+    if not (run / "run.json").is_file():
+        raise UserError(
+            f"wanted a run folder, but {run} has no run.json; give the folder that trierec train wrote"
+        )
+    facts = read_json(run / "run.json")
+    if facts.get("status") != "trained":
+        raise UserError(
+            f"the training in {run} has not ended; go on with: trierec train {run / 'recipe.toml'} --resume --out {run}"
+        )
+    return load_recipe(run / "recipe.toml"), facts
+
+
+def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
+    """Backbone, prompts, trie, training windows and target counts of a recipe."""
+    settings, reference = recipe.backbone, recipe.objective.preference.reference
+    backbone = _backbone(recipe, dataset) if reference is None else _reference_backbone(recipe, reference)
+    if not any(p.requires_grad for p in backbone.model.parameters()):
+        raise UserError(
+            f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
+            "backbone.name and set backbone.lora.rank > 0"
+        )
+    prompts = build_prompts(
+        backbone.tokenizer,
+        dataset.catalog,
+        recipe.template,
+        dataset.info["noun"],
+        dataset.info["verb"],
+        max_history=recipe.data.max_history,
+        max_tokens=settings.max_tokens,
+        chat=settings.chat,
+    )
+    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+    if reference is not None:
+        found = open_run(reference)[1]["hashes"]
+        for part, ours in (("prompt", prompts.hash), ("trie", trie.fingerprint())):
+            if found.get(part) != ours:
+                raise UserError(
+                    f"the {part} of the reference {reference} is another one; give both the same data, "
+                    "data.max_history and backbone, or train a reference for this recipe"
+                )
+    windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
+    counts = target_counts(windows, dataset.catalog.n_items)
+    for line in cautions(recipe.objective, prompts, trie, windows, counts):
+        note(line)
+    return Parts(backbone, prompts, trie, windows, counts)
+
+
+def _backbone(recipe: Recipe, dataset: Dataset) -> Backbone:
+    settings = recipe.backbone
+    return load_backbone(
+        settings.name,
+        titles=dataset.catalog.title,
+        seed=recipe.seed,
+        device=settings.device,
+        dtype=settings.dtype,
+        tiny=settings.tiny,
+        quantisation=settings.quantisation,
+        lora=settings.lora,
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
+    """The model of a run as a start: all its weights, a new adapter on them, or its adapter trained on."""
+    started_from = open_run(reference)[0]
+    if started_from.sequential is not None:
+        raise UserError(
+            f"wanted a language model as the reference, got the sequential run {reference}; give one with a [backbone]"
+        )
+    if started_from.training.rows != "train" and recipe.training.rows == "train":
+        raise UserError(
+            f"the reference {reference} was trained on the validation rows; set training.rows = "
+            f"{started_from.training.rows!r} here too, or give one trained on train"
+        )
+    ours, theirs, folder = recipe.backbone, started_from.backbone, reference / "model"
+    adapted = (folder / BASE_FACTS).is_file()
+    for key in ("name", "tiny", *(("quantisation", "lora") if adapted else ())):
+        if getattr(ours, key) != getattr(theirs, key):
+            raise UserError(
+                f"wanted backbone.{key} = {getattr(theirs, key)} as in the reference {reference}, got "
+                f"{getattr(ours, key)}; give the same, or train a reference for this recipe"
+            )
+    backbone = load_backbone(
+        str(folder),
+        seed=recipe.seed,
+        device=ours.device,
+        dtype=ours.dtype,
+        quantisation=ours.quantisation,
+        lora=None if adapted else ours.lora,
+        trust_remote_code=ours.trust_remote_code,
+    )
+    if adapted:
+        unfreeze_lora(backbone.model)
+    return backbone
+
+
+def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
+    parts = assemble(recipe, dataset)
+    model = parts.backbone.model
+    facts = {
+        "hashes": hashes(parts.prompts, parts.trie, parts.counts),
+        "origin": parts.backbone.origin,
+        "parameters": model.num_parameters(),
+        "trained_parameters": model.num_parameters(only_trainable=True),
+        "windows": len(parts.windows),
+        "targets": int(parts.counts.sum()),
+    }
+    examples, rejected = _examples(recipe, parts), _rejected(recipe, parts)
+
+    def fit_it(config: TrainConfig, out: Path, **how: Any) -> TrainResult:
+        kept = out / REFERENCE
+        learned = processes.first_then_others(lambda: _learned(recipe, model, examples, rejected, kept))
+        return train(model, examples, learned, config, out, **how)
+
+    return Learner(_recommender(recipe, dataset, parts), facts, fit_it)
+
+
+def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
+    settings = recipe.sequential
+    assert settings is not None
+    if processes.count() > 1:
+        raise UserError(
+            "a sequential model is trained in one process; start it without torchrun or accelerate"
+        )
+    rows, n_items = _training_rows(recipe, dataset), dataset.catalog.n_items
+    windows = make_windows(rows, recipe.training.supervision)
+    counts = target_counts(windows, n_items)
+    weight = None
+    if settings.half_life_days is not None:  # one window a row
+        if (rows.timestamp < 0).any():
+            raise UserError(
+                "sequential.half_life_days needs the time of every training row, which this data set does not know; "
+                "leave it out"
+            )
+        age_days = (rows.timestamp.max() - rows.timestamp) / 86400
+        weight = np.exp2(-age_days / settings.half_life_days)
+    sequences = Sequences.from_windows(windows, weight)
+    shape = settings.model_dump(include={"width", "blocks", "heads", "dropout", "head"})
+    encoder = EncoderConfig(settings.encoder, n_items, recipe.data.max_history, **shape)
+    model = SequentialModel(encoder, recipe.seed).to(resolve_device(settings.device))
+    origin = {"name": settings.encoder, "kind": "sequential"}
+    recommender = SequentialRecommender(model, dataset.catalog, counts, origin=origin)
+    size = sum(p.numel() for p in model.parameters())
+    facts = {
+        "hashes": recommender.hashes | {"sequences": sequences.fingerprint()},
+        "origin": origin,
+        "parameters": size,
+        "trained_parameters": size,
+        "windows": len(windows),
+        "targets": int(counts.sum()),
+    }
+    chosen = settings.model_dump(include={f.name for f in fields(LossConfig)})
+    loss = LossConfig(base=settings.loss, **chosen)
+    return Learner(recommender, facts, functools.partial(fit, model, sequences, counts, loss))
+
+
+def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
+    rows = dataset.train
+    if recipe.training.rows == "train+valid":
+        rows = rows.then(dataset.valid)
+    if recipe.training.sample is not None and recipe.training.sample < rows.n_rows:
+        drawn = np.random.default_rng(recipe.seed).permutation(rows.n_rows)[: recipe.training.sample]
+        rows = rows.take(np.sort(drawn))
+    return rows
+
+
+def _examples(recipe: Recipe, parts: Parts) -> Examples:
+    """Training examples; title tokens are weighed as the objective says, zero-gain edges marked for the log."""
+    weight, kind, beta = None, recipe.objective.weight, recipe.objective.beta
+    if kind == "position":
+        weight = position_weights(parts.prompts.title_tokens.lengths, beta)
+    elif kind != "uniform":
+        by_gain = binary_weights if kind == "igd" else linear_weights
+        weight = along_titles(parts.trie, by_gain(parts.trie, parts.counts, beta))
+    return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
+
+
+def _objective(settings: ObjectiveSettings) -> Objective:
+    temperature: float | AdaptiveTemperature
+    if settings.temperature == "adaptive":
+        ats = settings.adaptive
+        temperature = AdaptiveTemperature(**ats.model_dump())
+    else:
+        temperature = settings.temperature
+    return Objective(settings.support, temperature, settings.normaliser, settings.expand_negatives)
+
+
+def _rejected(recipe: Recipe, parts: Parts) -> NDArray[np.int32] | None:
+    """The titles that S-DPO holds against the target of each window; None without it."""
+    n = recipe.objective.preference.negatives
+    return draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed) if n else None
+
+
+def _learned(
+    recipe: Recipe, model: Any, examples: Examples, rejected: NDArray[np.int32] | None, kept: Path
+) -> Objective | Contrast | Preferences:
+    """What is trained; for S-DPO the reference, computed or read from the file ``kept``."""
+    settings, contrast = recipe.objective, recipe.objective.contrast
+    if rejected is not None:
+        at_once = recipe.training.batch_size // recipe.training.accumulation
+        packing = recipe.training.packing and packs(model, examples)
+        reference, key = kept_reference(kept, model, examples, rejected, settings.support, at_once, packing)
+        return Preferences(rejected, reference, settings.preference.beta, settings.support, key)
+    objective = _objective(settings)
+    if not contrast.strength:
+        return objective
+    return Contrast(objective, contrast.strength, contrast.without_history)
+
+
+def _recommender(recipe: Recipe, dataset: Dataset, parts: Parts) -> GenerativeRecommender:
+    return GenerativeRecommender(
+        parts.backbone,
+        dataset.catalog,
+        parts.prompts,
+        parts.trie,
+        parts.counts,
+        **search_settings(recipe.evaluation),
+    )
+
+
+def search_settings(settings: EvaluationSettings) -> dict[str, Any]:
+    """What `GenerativeRecommender` takes of the settings of an evaluation."""
+    return settings.model_dump(include=set(SETTINGS))
