@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trierec.backbones import load_tokenizer
 from trierec.dataset import prepare
-from trierec.losses import Columns, trie_nll
+from trierec.losses import Columns, head_rows, trie_nll
 from trierec.prompts import build_prompts
 from trierec.trie import Trie
 
@@ -65,7 +65,7 @@ def sparse(
     hidden: Tensor, weight: Tensor, target: Tensor, node: Tensor, trie: Trie, tokens: Tensor
 ) -> Tensor:
     """Mean loss from the head rows of valid tokens."""
-    logits = torch.nn.functional.linear(hidden, weight.index_select(0, tokens))
+    logits = torch.nn.functional.linear(hidden, head_rows(weight, tokens))
     return trie_nll(logits, target, node, trie, columns=Columns(tokens, len(weight))).mean()
 
 

@@ -27,6 +27,7 @@ from trierec.losses import (
     AdaptiveTemperature,
     Objective,
     gradient_weight,
+    head_rows,
     lml_parts,
     trie_nll,
     vocabulary_nll,
@@ -176,6 +177,25 @@ def test_no_positions_give_an_empty_loss_with_a_gradient() -> None:
     logits, none = torch.zeros(0, V, requires_grad=True), torch.zeros(0, dtype=torch.int64)
     nll = trie_nll(logits, none, none, Trie.from_sequences([[1, 0], [2, 0]]))
     assert gradient(nll.sum(), logits).shape == (0, V)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_the_head_are_those_of_index_select_in_value_and_gradient(dtype: torch.dtype) -> None:
+    tokens, scale = torch.tensor([0, 3, 4, 8]), torch.randn(4, 5)
+    found = []
+    for rows in (head_rows, lambda weight, tokens: weight.index_select(0, tokens)):
+        weight = torch.linspace(-1, 1, 50).view(10, 5).to(dtype).requires_grad_()
+        used_twice = weight * 2  # a tied head is an embedding, too
+        loss = (rows(weight, tokens) * scale).sum() + used_twice.sum()
+        loss.backward()
+        found.append((loss.detach(), weight.grad))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][1].dtype == dtype
+
+
+def test_rows_of_a_frozen_head_have_no_gradient() -> None:
+    assert not head_rows(torch.ones(4, 2), torch.tensor([1, 2])).requires_grad
 
 
 def test_gradient_weight_is_one_minus_the_probability() -> None:

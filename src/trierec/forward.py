@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from trierec import processes
 from trierec.backbones import body, hand_head_matches, head_bias, head_weight
 from trierec.examples import Batch, Examples
-from trierec.losses import Columns, Objective, Parts, gradient_weight, lml_parts
+from trierec.losses import Columns, Objective, Parts, gradient_weight, head_rows, lml_parts
 from trierec.packing import hidden_states, pack
 from trierec.progress import note
 from trierec.trie import Trie
@@ -74,7 +74,7 @@ class TitleLoss(nn.Module):
         """Logits (M, V) of hidden states (M, D), or (M, C) of some tokens (C,)."""
         weight, bias = head_weight(self.model), head_bias(self.model)
         if tokens is not None:
-            weight = weight.index_select(0, tokens)
+            weight = head_rows(weight, tokens)
             bias = None if bias is None else bias.index_select(0, tokens)
         return nn.functional.linear(hidden, weight, bias)
 

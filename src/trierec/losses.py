@@ -44,6 +44,35 @@ class Columns(NamedTuple):
     n_vocabulary: int
 
 
+def head_rows(weight: Tensor, tokens: Tensor) -> Tensor:
+    """Rows (C, D) of a head (V, D) that belong to some tokens (C,), distinct; ``weight.index_select(0, tokens)``.
+
+    On a CPU the gradient of a trained head is not filled with zeros: the system hands out zeroed memory, and only
+    what the rows touch is written (docs/log.md has what it saves).
+    """
+    if weight.requires_grad and type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu":
+        rows: Tensor = _HeadRows.apply(weight, tokens)  # type: ignore[no-untyped-call]
+        return rows
+    return weight.index_select(0, tokens)
+
+
+class _HeadRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.shape = weight.shape
+        return weight.index_select(0, tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (tokens,) = ctx.saved_tensors
+        # torch.zeros writes its zeros; those of numpy are pages that nobody has touched.
+        zeros = np.zeros(math.prod(ctx.shape) * gradient.element_size(), dtype=np.uint8)
+        whole = torch.from_numpy(zeros).view(gradient.dtype).view(ctx.shape)
+        return whole.index_copy_(0, tokens, gradient), None
+
+
 def trie_nll(
     logits: Tensor,
     target: Tensor,

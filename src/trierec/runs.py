@@ -131,20 +131,7 @@ def evaluate_run(
     settings = changes or recipe.evaluation
     if settings.split == "valid" and recipe.training.rows != "train":
         raise UserError(f"{run} was trained on the validation rows; evaluate it with --split test")
-    dataset = load_dataset(Path(facts["data"]["folder"]))
-    if facts["hashes"]["data"] != data_hash(dataset):
-        raise UserError(
-            f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
-        )
-    recommender = load_run(run, recipe.model_copy(update={"evaluation": settings}))
-    for part, value in recommender.hashes.items():
-        if facts["hashes"].get(part, value) != value:
-            raise UserError(
-                f"the {part} of the recommender in {run} is not the one of its training (hash {value[:12]}, run.json "
-                f"says {facts['hashes'][part][:12]}); restore its files, or train again"
-            )
-    if isinstance(recommender, GenerativeRecommender):
-        recommender = recommender.with_settings(**search_settings(settings))
+    dataset, recommender = _as_trained(run, recipe.model_copy(update={"evaluation": settings}), facts)
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
     allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
     name, chosen = name or recipe.title or recipe.name, None
@@ -184,6 +171,27 @@ def evaluate_run(
         run / CARD, model_card(_card_facts(done, facts, dataset, recommender, evaluation), _shown(run))
     )
     return evaluation
+
+
+def _as_trained(
+    run: Path, recipe: Recipe, facts: dict[str, Any]
+) -> tuple[Dataset, GenerativeRecommender | SequentialRecommender]:
+    """Data and recommender of a run; UserError where one of them is not what was trained."""
+    dataset = load_dataset(Path(facts["data"]["folder"]))
+    if facts["hashes"]["data"] != data_hash(dataset):
+        raise UserError(
+            f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
+        )
+    recommender = load_run(run, recipe)
+    for part, value in recommender.hashes.items():
+        if facts["hashes"].get(part, value) != value:
+            raise UserError(
+                f"the {part} of the recommender in {run} is not the one of its training (hash {value[:12]}, run.json "
+                f"says {facts['hashes'][part][:12]}); restore its files, or train again"
+            )
+    if isinstance(recommender, GenerativeRecommender):
+        recommender = recommender.with_settings(**search_settings(recipe.evaluation))
+    return dataset, recommender
 
 
 def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender | SequentialRecommender:
