@@ -21,11 +21,13 @@ from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG as WHOLE
 from tests.train_child import small_model, some_metric
 from trierec import processes
+from trierec.contrast import Contrast
 from trierec.decisiveness import binary_weights, zero_gain
 from trierec.errors import UserError
-from trierec.examples import Examples, along_titles, target_counts
+from trierec.examples import Examples, along_titles, draw_rejected, target_counts
 from trierec.forward import MicroBatches, TitleLoss
 from trierec.losses import AdaptiveTemperature, Objective
+from trierec.preferences import Preferences, reference_logp
 from trierec.train import TrainConfig, TrieTrainer, train
 
 STEPS = 5
@@ -44,7 +46,15 @@ def ats(**choices: Any) -> AdaptiveTemperature:
     return AdaptiveTemperature(0.5, momentum=0.5, clamp=(0.1, 5.0), **choices)
 
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {
+def preferences() -> Preferences:
+    """S-DPO against two titles; the reference is scored by all processes together."""
+    examples = single_targets()
+    rejected = draw_rejected(examples.windows, examples.trie.leaf, 2, seed=0)
+    reference = reference_logp(learned(), examples, rejected, "vocabulary", at_once=5)
+    return Preferences(rejected, reference, beta=0.5)
+
+
+OBJECTIVES: dict[str, Callable[[], Any]] = {
     "lml": lambda: Objective("vocabulary"),
     "igd": lambda: Objective("vocabulary", normaliser="decisions"),
     "msl-ats": lambda: Objective(temperature=ats(), normaliser="decisions"),
@@ -52,6 +62,8 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "msl-ats-exact-all": lambda: Objective(temperature=ats(root="exact", rows="all")),
     "msl-ats-token": lambda: Objective(temperature=ats(scope="token")),
     "msl-sum": lambda: Objective("trie", 1.3, "sum"),
+    "cft": lambda: Contrast(Objective("vocabulary"), 0.3),
+    "sdpo": preferences,
 }
 
 
@@ -63,6 +75,13 @@ def weighted_examples() -> Examples:
     weight = along_titles(plain.trie, binary_weights(plain.trie, counts, 0.2))
     plain.windows.n_context[::2] = 3
     return Examples(plain.windows, plain.prompts, plain.trie, weight, zero_gain(plain.trie, counts))
+
+
+def single_targets() -> Examples:
+    """The same world with one target a window."""
+    examples = cycle_world()
+    examples.windows.n_context[:] = examples.windows.items.lengths - 1
+    return examples
 
 
 @functools.cache
@@ -89,11 +108,13 @@ def learned(dropout: float = 0.0) -> Any:
 class Seen(TrainerCallback):  # type: ignore[misc]
     """Gradients as the optimiser gets them, and the temperature, step by step."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Any) -> None:
         self.objective, self.gradients, self.tau = objective, [], []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.gradients.append({n: p.grad.clone() for n, p in model.model.named_parameters()})
+        self.gradients.append(
+            {n: p.grad.clone() for n, p in getattr(model, "titles", model).model.named_parameters()}
+        )
         self.tau.append(self.objective.tau)
 
 
@@ -105,7 +126,8 @@ def each_objective(out: Path) -> dict[str, Any]:
         seen = Seen(objective)
         config = TrainConfig(**CONFIG)
         (out / name).mkdir(exist_ok=True)
-        trainer = TrieTrainer(model, weighted_examples(), objective, config, out / name)
+        examples = single_targets() if name == "sdpo" else weighted_examples()
+        trainer = TrieTrainer(model, examples, objective, config, out / name)
         trainer.add_callback(seen)
         trainer.train()
         found[name] = {
@@ -113,6 +135,7 @@ def each_objective(out: Path) -> dict[str, Any]:
             "tau": seen.tau,
             "weights": {n: p.detach() for n, p in model.named_parameters()},
             "log": trainer.course.history,
+            "reference": getattr(objective, "reference", None),
         }
     return found
 

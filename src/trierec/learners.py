@@ -219,8 +219,7 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
 
     def fit_it(config: TrainConfig, out: Path, **how: Any) -> TrainResult:
         kept = out / REFERENCE
-        learned = processes.first_then_others(lambda: _learned(recipe, model, examples, rejected, kept))
-        return train(model, examples, learned, config, out, **how)
+        return train(model, examples, _learned(recipe, model, examples, rejected, kept), config, out, **how)
 
     return Learner(_recommender(recipe, dataset, parts), facts, fit_it)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.data import Dataset
 
+from trierec import processes
 from trierec.errors import UserError
 from trierec.examples import Examples
 from trierec.files import atomic_path
@@ -190,7 +191,7 @@ def reference_logp(
     at_once: int = 16,
     packing: bool = False,
 ) -> NDArray[np.float32]:
-    """What a model thinks of the target and the rejected titles of every window.
+    """What a model thinks of the target and the rejected titles of every window; processes share the work.
 
     Args:
         model: The reference, a causal LM; it is in evaluation mode afterwards.
@@ -205,21 +206,18 @@ def reference_logp(
     """
     empty = np.zeros((len(rejected), 1 + rejected.shape[1]), dtype=np.float32)
     preferences, result = Preferences(rejected, empty, support=support), empty.copy()
-    order = np.argsort(examples.size, kind="stable")
-    whole = len(order) - len(order) % at_once
+    # Rows of like length are scored together; each process takes every P-th of them.
+    ours = np.argsort(examples.size, kind="stable")[processes.rank() :: processes.count()]
     module = TitleLoss(model, preferences.objective, examples.trie).eval()
-    with torch.no_grad(), progress("reference", len(order), "rows") as tick:
-        for parts in (
-            order[:whole].reshape(-1, at_once),
-            order[whole:].reshape(-1, max(len(order) - whole, 1)),
-        ):
-            batches = PreferenceBatches(examples, preferences, parts, packing and module.by_hand)
-            for i, rows in enumerate(parts):
-                item = batches[i]
-                moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in item.items()}
-                logp, _ = _title_logp(module, moved["reference"].shape, moved["title"], moved)
-                result[rows] = logp.cpu().numpy()
-                tick(len(rows))
+    with torch.no_grad(), progress("reference", len(ours), "rows") as tick:
+        for start in range(0, len(ours), at_once):
+            rows = ours[start : start + at_once]
+            batches = PreferenceBatches(examples, preferences, rows[None], packing and module.by_hand)
+            item = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batches[0].items()}
+            logp, _ = _title_logp(module, item["reference"].shape, item["title"], item)
+            result[rows] = logp.cpu().numpy()
+            tick(len(rows))
+    processes.add_up([torch.from_numpy(result)])  # where a row is another's, ours is 0
     return result
 
 
@@ -244,7 +242,8 @@ def kept_reference(
 ) -> tuple[NDArray[np.float32], str]:
     """`reference_logp` from a file, or computed and written there, whole or not at all; and its `reference_key`.
 
-    A file of other weights or rows, or one that cannot be read, is replaced, with a note.
+    In several processes each calls it, and the first one reads and writes. A file of other weights or rows, or one
+    that cannot be read, is replaced, with a note.
 
     Args:
         path: An ``.npz`` file.
@@ -256,19 +255,32 @@ def kept_reference(
         packing: As of `reference_logp`.
     """
     key = reference_key(model, examples, rejected, support)
-    if path.is_file():
-        try:
-            with path.open("rb") as handle, np.load(handle) as file:
-                if str(file["key"]) == key:
-                    return file["logp"], key
-            reason = "is of other weights, prompts or rows"
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            reason = f"cannot be read ({error})"
-        note(f"{path} {reason}; the reference is computed again")
-    logp = reference_logp(model, examples, rejected, support, at_once, packing)
+    logp = processes.on_first(lambda: _read(path, key))
+    if logp is None:
+        logp = reference_logp(model, examples, rejected, support, at_once, packing)
+        processes.on_first(lambda: _write(path, key, logp))
+    return logp, key
+
+
+def _read(path: Path, key: str) -> NDArray[np.float32] | None:
+    """What `_write` wrote under this key; None, and a note where there is something else."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as handle, np.load(handle) as file:
+            if str(file["key"]) == key:
+                logp: NDArray[np.float32] = file["logp"]
+                return logp
+        reason = "is of other weights, prompts or rows"
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        reason = f"cannot be read ({error})"
+    note(f"{path} {reason}; the reference is computed again")
+    return None
+
+
+def _write(path: Path, key: str, logp: NDArray[np.float32]) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as written:
         np.savez(written, key=np.array(key), logp=logp)
-    return logp, key
 
 
 def _title_logp(
