@@ -27,7 +27,7 @@ from trierec.errors import UserError
 from trierec.examples import Examples, along_titles, draw_rejected, target_counts
 from trierec.forward import MicroBatches, TitleLoss
 from trierec.losses import AdaptiveTemperature, Objective
-from trierec.preferences import Preferences, reference_logp
+from trierec.preferences import Preferences, kept_reference
 from trierec.train import TrainConfig, TrieTrainer, train
 
 STEPS = 5
@@ -46,23 +46,26 @@ def ats(**choices: Any) -> AdaptiveTemperature:
     return AdaptiveTemperature(0.5, momentum=0.5, clamp=(0.1, 5.0), **choices)
 
 
-def preferences() -> Preferences:
+def preferences(out: Path) -> Preferences:
     """S-DPO against two titles; the reference is scored by all processes together."""
     examples = single_targets()
     rejected = draw_rejected(examples.windows, examples.trie.leaf, 2, seed=0)
-    reference = reference_logp(learned(), examples, rejected, "vocabulary", at_once=5)
-    return Preferences(rejected, reference, beta=0.5)
+    inputs = (out / "reference.npz", learned(), examples, rejected, "vocabulary", 5)
+    reference, key = kept_reference(*inputs)
+    again, _ = kept_reference(*inputs)
+    assert (again == reference).all()
+    return Preferences(rejected, reference, beta=0.5, reference_key=key)
 
 
-OBJECTIVES: dict[str, Callable[[], Any]] = {
-    "lml": lambda: Objective("vocabulary"),
-    "igd": lambda: Objective("vocabulary", normaliser="decisions"),
-    "msl-ats": lambda: Objective(temperature=ats(), normaliser="decisions"),
-    "msl-ats-minus-all": lambda: Objective(temperature=ats(root="minus", rows="all")),
-    "msl-ats-exact-all": lambda: Objective(temperature=ats(root="exact", rows="all")),
-    "msl-ats-token": lambda: Objective(temperature=ats(scope="token")),
-    "msl-sum": lambda: Objective("trie", 1.3, "sum"),
-    "cft": lambda: Contrast(Objective("vocabulary"), 0.3),
+OBJECTIVES: dict[str, Callable[[Path], Any]] = {
+    "lml": lambda out: Objective("vocabulary"),
+    "igd": lambda out: Objective("vocabulary", normaliser="decisions"),
+    "msl-ats": lambda out: Objective(temperature=ats(), normaliser="decisions"),
+    "msl-ats-minus-all": lambda out: Objective(temperature=ats(root="minus", rows="all")),
+    "msl-ats-exact-all": lambda out: Objective(temperature=ats(root="exact", rows="all")),
+    "msl-ats-token": lambda out: Objective(temperature=ats(scope="token")),
+    "msl-sum": lambda out: Objective("trie", 1.3, "sum"),
+    "cft": lambda out: Contrast(Objective("vocabulary"), 0.3),
     "sdpo": preferences,
 }
 
@@ -122,7 +125,7 @@ def each_objective(out: Path) -> dict[str, Any]:
     """Gradients, temperatures, last weights and log of a short run of each objective."""
     found = {}
     for name, make in OBJECTIVES.items():
-        model, objective = learned(), make()
+        model, objective = learned(), make(out)
         seen = Seen(objective)
         config = TrainConfig(**CONFIG)
         (out / name).mkdir(exist_ok=True)
@@ -216,7 +219,7 @@ def sharded(out: Path, shard: bool = True) -> dict[str, Any]:
     """
     found = {}
     for name in ("igd", "msl-ats", "msl-ats-exact-all"):
-        model, objective, examples = learned().train(), OBJECTIVES[name](), weighted_examples()
+        model, objective, examples = learned().train(), OBJECTIVES[name](out), weighted_examples()
         module = TitleLoss(model, objective, examples.trie)
         if shard:
             for layer in model.model.layers:

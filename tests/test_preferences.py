@@ -445,6 +445,12 @@ def test_references_that_do_not_fit(raw: Path, reference: Path, tmp_path: Path) 
     ):
         train_run(recipe(raw, backbone=long, objective=preference(reference)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    later = write_msl_folder(tmp_path / "other" / "office", seed=1)
+    other = recipe(later, objective=preference(reference))
+    with pytest.raises(
+        UserError, match="the reference .*lml was trained on other rows than those of .*other"
+    ):
+        train_run(other, tmp_path / "run")
     train_run(recipe(raw, training={"steps": 1, "rows": "train+valid"}), tmp_path / "both")
     with pytest.raises(
         UserError, match=r"both was trained on the validation rows; set training.rows = 'train\+valid'"

@@ -8,6 +8,7 @@ bytes. Rows are written and read a part at a time, so that a data set may be lar
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,6 +170,12 @@ def prepare(
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UserError(f"cannot write {out}: {error}; choose another folder") from None
     return Dataset.in_folder(out, catalog, info)
+
+
+def data_hash(dataset: Dataset) -> str:
+    """Hex SHA-256 over the hashes of a prepared folder's files."""
+    files = dataset.info["sha256"]
+    return hashlib.sha256("".join(f"{name}{files[name]}" for name in sorted(files)).encode()).hexdigest()
 
 
 def load_dataset(folder: Path) -> Dataset:

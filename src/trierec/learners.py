@@ -21,7 +21,7 @@ from trierec.backbones import BASE_FACTS, Backbone, load_backbone, resolve_devic
 from trierec.cautions import cautions
 from trierec.contrast import Contrast
 from trierec.course import TrainConfig, TrainResult
-from trierec.dataset import Dataset, load_dataset, prepare
+from trierec.dataset import Dataset, data_hash, load_dataset, prepare
 from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
 from trierec.encoders import EncoderConfig, SequentialModel
 from trierec.errors import UserError
@@ -142,6 +142,11 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     if reference is not None:
         found = open_run(reference)[1]["hashes"]
+        if found["data"] != data_hash(dataset):
+            raise UserError(
+                f"the reference {reference} was trained on other rows than those of {dataset.folder}; give both the "
+                "same data, split and data.max_history"
+            )
         for part, ours in (("prompt", prompts.hash), ("trie", trie.fingerprint())):
             if found.get(part) != ours:
                 raise UserError(
@@ -306,7 +311,7 @@ def _learned(
     """What is trained; for S-DPO the reference, computed or read from the file ``kept``."""
     settings, contrast = recipe.objective, recipe.objective.contrast
     if rejected is not None:
-        at_once = recipe.training.batch_size // recipe.training.accumulation
+        at_once = recipe.training.batch_size // (recipe.training.accumulation * processes.count())
         packing = recipe.training.packing and packs(model, examples)
         reference, key = kept_reference(kept, model, examples, rejected, settings.support, at_once, packing)
         return Preferences(rejected, reference, settings.preference.beta, settings.support, key)

@@ -45,10 +45,10 @@ class Columns(NamedTuple):
 
 
 def head_rows(weight: Tensor, tokens: Tensor) -> Tensor:
-    """Rows (C, D) of a head (V, D) that belong to some tokens (C,), distinct; ``weight.index_select(0, tokens)``.
+    """Rows (C, D) of a head (V, D) that belong to some tokens (C,), int64, distinct: an ``index_select``.
 
     On a CPU the gradient of a trained head is not filled with zeros: the system hands out zeroed memory, and only
-    what the rows touch is written (docs/log.md has what it saves).
+    what the rows touch is written. A tied head gains less: the gradient of the embedding is added to its own.
     """
     if weight.requires_grad and type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu":
         rows: Tensor = _HeadRows.apply(weight, tokens)  # type: ignore[no-untyped-call]

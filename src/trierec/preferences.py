@@ -209,14 +209,17 @@ def reference_logp(
     # Rows of like length are scored together; each process takes every P-th of them.
     ours = np.argsort(examples.size, kind="stable")[processes.rank() :: processes.count()]
     module = TitleLoss(model, preferences.objective, examples.trie).eval()
-    with torch.no_grad(), progress("reference", len(ours), "rows") as tick:
-        for start in range(0, len(ours), at_once):
-            rows = ours[start : start + at_once]
-            batches = PreferenceBatches(examples, preferences, rows[None], packing and module.by_hand)
-            item = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batches[0].items()}
-            logp, _ = _title_logp(module, item["reference"].shape, item["title"], item)
-            result[rows] = logp.cpu().numpy()
-            tick(len(rows))
+    whole = len(ours) - len(ours) % at_once
+    blocks = (ours[:whole].reshape(-1, at_once), ours[whole:].reshape(-1, max(len(ours) - whole, 1)))
+    what = "reference" if processes.count() == 1 else "reference, this process's share"
+    with torch.no_grad(), progress(what, len(ours), "rows") as tick:
+        for block in blocks:
+            batches = PreferenceBatches(examples, preferences, block, packing and module.by_hand)
+            for i, rows in enumerate(block):
+                item = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batches[i].items()}
+                logp, _ = _title_logp(module, item["reference"].shape, item["title"], item)
+                result[rows] = logp.cpu().numpy()
+                tick(len(rows))
     processes.add_up([torch.from_numpy(result)])  # where a row is another's, ours is 0
     return result
 

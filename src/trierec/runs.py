@@ -8,7 +8,6 @@ recommender; ``predictions.parquet`` and ``metrics.json`` how good it is. Each f
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import platform
 import subprocess
@@ -28,8 +27,8 @@ from trierec.card import CardFacts, model_card
 from trierec.catalog import Catalog
 from trierec.checkpoints import clear
 from trierec.choice import choose_search
-from trierec.course import TrainConfig, TrainResult
-from trierec.dataset import Dataset, load_dataset
+from trierec.course import FREE, TrainConfig, TrainResult
+from trierec.dataset import Dataset, data_hash, load_dataset
 from trierec.errors import UserError
 from trierec.evaluate import SHOWN, Evaluation, evaluate
 from trierec.files import read_json, write_json, write_text
@@ -57,6 +56,11 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
             resume.
     """
     processes.start()
+    with processes.together():
+        return _train_run(recipe, out, resume, overwrite)
+
+
+def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> TrainResult:
     config = _config(recipe)
     config.share(processes.count())
     going_on = processes.on_first(lambda: _check_folder(recipe, out, resume, overwrite))
@@ -233,12 +237,6 @@ def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
     return np.array([index[raw] for raw in ids], dtype=np.int32)
 
 
-def data_hash(dataset: Dataset) -> str:
-    """Hex SHA-256 over the hashes of a prepared folder's files."""
-    files = dataset.info["sha256"]
-    return hashlib.sha256("".join(f"{name}{files[name]}" for name in sorted(files)).encode()).hexdigest()
-
-
 def first_rows(split: Split, n: int | None) -> Split:
     """The first ``n`` rows of a split (all for None)."""
     return split if n is None or n >= split.n_rows else split.take(np.arange(n))
@@ -333,8 +331,7 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
 
 def _settled(recipe: Recipe) -> dict[str, Any]:
     """What may not change when a run goes on; how often it reports and when it stops may."""
-    free = {"log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"}
-    return recipe.model_dump(exclude={"training": free, "evaluation": True, "title": True})
+    return recipe.model_dump(exclude={"training": set(FREE), "evaluation": True, "title": True})
 
 
 def _facts(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]:

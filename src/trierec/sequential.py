@@ -239,7 +239,8 @@ def fit(
 ) -> TrainResult:
     """Train ``model`` in place; the weights it ends with are the best validation's, or the last ones.
 
-    A first Ctrl-C or SIGTERM finishes the step, writes a checkpoint and returns; a second one acts at once.
+    A first Ctrl-C or SIGTERM finishes the step, writes a checkpoint and returns; a second one acts at once. It is for
+    one process; a recipe refuses several.
 
     Args:
         model: On its device.

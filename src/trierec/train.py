@@ -39,7 +39,7 @@ from trierec.packing import packing_works
 from trierec.preferences import Preferences
 from trierec.progress import progress
 
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+_THEIR_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 Learned = Objective | Contrast | Preferences
 
@@ -343,7 +343,7 @@ def _arguments(model: Any, config: TrainConfig, out: Path) -> TrainingArguments:
         per_device_train_batch_size=config.share(processes.count()),
         gradient_accumulation_steps=config.accumulation,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=SCHEDULES[config.schedule],
+        lr_scheduler_type=_THEIR_SCHEDULES[config.schedule],
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
