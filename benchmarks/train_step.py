@@ -108,13 +108,14 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def plain_steps(model: Any, examples: Examples, order: np.ndarray, out: Path) -> list[float]:
-    """Seconds of each step of the plain side."""
+def plain_steps(model: Any, examples: Examples, order: np.ndarray, at_once: int, out: Path) -> list[float]:
+    """Seconds of each step of the plain side, ``at_once`` rows a forward and the rest accumulated."""
     clock = Clock()
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=len(order),
-        per_device_train_batch_size=order.shape[1],
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=order.shape[1] // at_once,
         learning_rate=1e-5,
         use_cpu=True,
         save_strategy="no",
@@ -139,9 +140,9 @@ def our_steps(model: Any, examples: Examples, config: TrainConfig, support: str,
 
 
 def gradient_gap(model: Any, examples: Examples, order: np.ndarray) -> float:
-    """Largest relative difference of a parameter's gradient on the first step, both sides, the same loss."""
+    """Largest relative difference of a parameter's gradient on some rows (1, B), both sides, the same loss."""
     module = TitleLoss(model, Objective("vocabulary"), examples.trie).train()
-    batch = MicroBatches(examples, module.objective, order[:1], packing=True)[0]
+    batch = MicroBatches(examples, module.objective, order, packing=True)[0]
     total, _ = batch.pop("contribution"), batch.pop("counts")
     model.zero_grad()
     (module(**batch)["loss"] / total).backward()
@@ -177,7 +178,7 @@ def _peak(side: str, options: argparse.Namespace, queue: Any) -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading
     with tempfile.TemporaryDirectory() as out:
         if side == "plain":
-            plain_steps(model, examples, order, Path(out))
+            plain_steps(model, examples, order, options.plain_rows, Path(out))
         else:
             our_steps(model, examples, config, options.support, Path(out))
     queue.put(_resident("VmHWM") - before)
@@ -218,22 +219,28 @@ def main() -> None:
     parser.add_argument("--order", choices=("chains", "rows"), default=None, help="default: chains for games")
     parser.add_argument("--support", choices=("vocabulary", "trie"), default="vocabulary")
     parser.add_argument("--rows", type=int, default=32, help="rows of one step")
+    parser.add_argument(
+        "--plain-rows", type=int, help="rows of a forward of the plain side, the rest is accumulated"
+    )
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     options = parser.parse_args()
     options.order = options.order or ("chains" if options.data == "games" else "rows")
+    options.plain_rows = options.rows if options.plain_rows is None else options.plain_rows
+    if options.plain_rows < 1 or options.rows % options.plain_rows:
+        parser.error("--rows must be a multiple of --plain-rows, and that at least 1")
     torch.set_num_threads(options.threads)
     model, examples = load(options.data, options.model)
     order, config = plan(examples, options, options.steps + 1)
-    gap = gradient_gap(model, examples, order)
+    gap = gradient_gap(model, examples, order[:1, : options.plain_rows])
     assert gap < 1e-3, f"gradients differ by {gap:.2g}"
     print(f"gradients: largest relative difference {gap:.2g}", file=sys.stderr)
     seconds: dict[str, list[float]] = {"plain": [], "ours": []}
     with tempfile.TemporaryDirectory() as out:
         for _ in range(options.rounds):
-            seconds["plain"] += plain_steps(model, examples, order, Path(out))[1:]
+            seconds["plain"] += plain_steps(model, examples, order, options.plain_rows, Path(out))[1:]
             seconds["ours"] += our_steps(model, examples, config, options.support, Path(out))[1:]
     rng = np.random.default_rng(0)
     a, b = (np.array(seconds[side]) for side in ("plain", "ours"))
@@ -249,6 +256,7 @@ def main() -> None:
         "rows_per_second": {side: round(options.rows * len(s) / sum(s), 2) for side, s in seconds.items()},
         "packing": factor(examples, many),
         "rows": options.rows,
+        "plain_rows": options.plain_rows,
         "model": options.model,
         "data": options.data,
         "order": options.order,
