@@ -417,6 +417,15 @@ def test_temperature_is_drawn_only_where_it_varies(tmp_path: Path) -> None:
     assert label == "Temperature: MSL from 1.75 to 2.25 at step 75"
 
 
+def test_a_loss_that_is_zero_everywhere_is_not_drawn(tmp_path: Path) -> None:
+    log = [{"step": i, "loss": 1.0, "loss_zero_gain": 0.0} for i in range(3)]
+    other = [{"step": i, "loss": 1.0, "loss_zero_gain": 0.5} for i in range(3)]
+    names = [p.split(":")[0] for p in panels(page(tmp_path, replace(full(), curves={"MSL": log})))]
+    assert not any(name.startswith("Loss of zero-gain") for name in names)
+    both = panels(page(tmp_path, replace(full(), curves={"MSL": log, "LML": other})))
+    assert any(name.startswith("Loss of zero-gain") for name in both)
+
+
 def test_values_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     values = [None, math.nan, 2.0, math.inf, "3"]
     log: list[dict[str, object]] = [{"step": step, "loss": loss} for step, loss in enumerate(values, 1)]

@@ -62,7 +62,7 @@ def dot_panel(groups: Sequence[tuple[str, Sequence[tuple[str, str, float, Interv
 
 
 def curve_panel(title: str, lines: Mapping[str, NDArray[np.float64]], colour: Mapping[str, str]) -> str:
-    """Lines over training steps, each named at its end; empty without lines.
+    """Lines over training steps, each named at its end; empty without lines, and where all of them lie on zero.
 
     Args:
         title: What is drawn.
@@ -70,7 +70,7 @@ def curve_panel(title: str, lines: Mapping[str, NDArray[np.float64]], colour: Ma
         colour: Colour class of each run.
     """
     lines = {name: points for name, points in lines.items() if len(points)}
-    if not lines:
+    if not any(points[:, 1].any() for points in lines.values()):
         return ""
     last, top = (max(float(points[:, i].max()) for points in lines.values()) for i in (0, 1))
     ticks, steps = round_ticks(0.0, top), [t for t in round_ticks(0.0, last) if t <= last]
