@@ -205,7 +205,12 @@ def plan(examples: Examples, options: argparse.Namespace, steps: int) -> tuple[n
     """The same order for both sides: whole users, or rows at random."""
     chain = chains(examples.windows) if options.order == "chains" else None
     config = TrainConfig(
-        steps=steps, learning_rate=1e-5, batch_size=options.rows, order=options.order, log_every=1000
+        steps=steps,
+        learning_rate=1e-5,
+        batch_size=options.rows,
+        order=options.order,
+        log_every=1000,
+        gradient_checkpointing=options.gradient_checkpointing,
     )
     return schedule(len(examples), options.rows, steps, config.seed, chain), config
 
@@ -225,6 +230,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="of ours")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
     options = parser.parse_args()
     options.order = options.order or ("chains" if options.data == "games" else "rows")
@@ -261,6 +267,7 @@ def main() -> None:
         "data": options.data,
         "order": options.order,
         "support": options.support,
+        "gradient_checkpointing": options.gradient_checkpointing,
         "vocabulary": int(model.get_output_embeddings().weight.shape[0]),
         "threads": options.threads,
     }

@@ -16,6 +16,7 @@ from tests.conftest import shared
 from tests.models import tiny_model
 from tests.token_worlds import make_prompts, make_split
 from trierec import forward
+from trierec.backbones import compute_again, computes_again
 from trierec.dataset import prepare
 from trierec.decisiveness import zero_gain
 from trierec.errors import UserError
@@ -90,9 +91,15 @@ def gradients(model: Any, hidden: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2"])
-def test_hidden_states_and_gradients_are_those_of_single_rows(kind: str) -> None:
+def test_hidden_states_and_gradients_are_those_of_single_rows(kind: str, again: bool) -> None:
     model = tiny_model(kind)
+    if again:
+        compute_again(model, True)
+        for module in model.train().modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     ids, position = growing()
     packed = pack(ids, position)
     assert len(packed.prefix_ids) >= 2 * SHARE_AT_LEAST and packed.n_places < 0.6 * ids.size
@@ -247,6 +254,42 @@ def test_training_with_and_without_packing_ends_with_the_same_weights(tmp_path: 
         ends.append({name: p.detach().clone() for name, p in model.named_parameters()})
     for name, weight in ends[1].items():
         torch.testing.assert_close(ends[0][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def kept_bytes(model: Any, examples: Examples, out: Path, again: bool) -> tuple[int, dict[str, Tensor]]:
+    """What a short packed training keeps for its backward passes, and the weights it ends with."""
+    sizes: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    config = TrainConfig(
+        steps=3, learning_rate=1e-3, batch_size=6, order="chains", gradient_checkpointing=again
+    )
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        train(model, examples, Objective("trie"), config, out)
+    assert not computes_again(model.train()), "it is switched off again"
+    return sum(sizes), {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_activations_that_are_computed_again_take_less_memory_and_change_nothing(tmp_path: Path) -> None:
+    found = [
+        kept_bytes(*reversed(growing_examples()), tmp_path / str(again), again) for again in (False, True)
+    ]
+    assert found[1][0] < 0.7 * found[0][0]
+    for name, weight in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_without_gradient_checkpointing_is_refused(tmp_path: Path) -> None:
+    examples, model = growing_examples()
+    model.supports_gradient_checkpointing = False
+    config = TrainConfig(steps=1, learning_rate=1e-3, batch_size=2, gradient_checkpointing=True)
+    with pytest.raises(
+        UserError, match="wanted a model with gradient checkpointing, got Qwen2ForCausalLM, which"
+    ):
+        train(model, examples, Objective("trie"), config, tmp_path)
 
 
 def test_only_models_that_can_are_packed(tmp_path: Path) -> None:

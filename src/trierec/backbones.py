@@ -270,6 +270,28 @@ def is_recurrent(model: Any) -> bool:
     return any("attention" not in kind or "linear" in kind for kind in kinds)
 
 
+def compute_again(model: Any, on: bool) -> None:
+    """Switch gradient checkpointing on or off: layers then keep no activations for the backward pass.
+
+    Raises:
+        UserError: The model has none.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"wanted a model with gradient checkpointing, got {type(model).__name__}, which has none; set "
+            "training.gradient_checkpointing = false"
+        )
+    # transformers >= 5.23 says activation where older ones say gradient.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    switch = getattr(model, f"{name}_checkpointing_{'enable' if on else 'disable'}")
+    switch(*([{"use_reentrant": False}] if on else []))
+
+
+def computes_again(model: Any) -> bool:
+    """Whether layers of a model that is being trained keep no activations; such layers take no cache."""
+    return bool(model.training) and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
 def shortest_window(model: Any) -> int | None:
     """Tokens the shortest-sighted attention layer sees, or None when all layers see everything."""
     config = _text_config(model)

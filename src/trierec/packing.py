@@ -20,7 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trierec.backbones import body, head_weight, is_recurrent, own_mask, shortest_window, takes_masks
+from trierec.backbones import (
+    body,
+    computes_again,
+    head_weight,
+    is_recurrent,
+    own_mask,
+    shortest_window,
+    takes_masks,
+)
 from trierec.progress import note
 
 SHARE_AT_LEAST = 8  # tokens: a shorter common beginning is not worth the attention it is masked out of
@@ -156,19 +164,33 @@ def _first_fit(sizes: list[int], width: int) -> tuple[list[tuple[int, int]], int
 def hidden_states(
     model: Any, input_ids: Tensor, position_ids: Tensor, subtree_end: Tensor, prefix_ids: Tensor
 ) -> Tensor:
-    """Hidden states (S, T, D) of packed rows; arguments as in `Packed`, on the model's device."""
-    n_sequences, width = input_ids.shape
+    """Hidden states (S, T, D) of packed rows; arguments as in `Packed`, on the model's device.
+
+    Layers whose activations are computed again in the backward pass take no cache: then each sequence has what all rows
+    begin with as its own.
+    """
+    (n_sequences, width), n_prefix = input_ids.shape, len(prefix_ids)
     place = torch.arange(width, device=input_ids.device)
     sees = (place[:, None] >= place) & (place[:, None] < subtree_end[:, None, :])
-    cache = None
-    if len(prefix_ids):
+    cache, own = (
+        None,
+        bool(n_prefix and computes_again(model)),
+    )
+    if own:
+        depth = torch.arange(n_prefix, device=input_ids.device)
+        input_ids = torch.cat([prefix_ids.expand(n_sequences, -1), input_ids], dim=1)
+        position_ids = torch.cat([depth.expand(n_sequences, -1), position_ids], dim=1)
+        whole = sees.new_ones(n_prefix + width, n_prefix + width).tril().repeat(n_sequences, 1, 1)
+        whole[:, n_prefix:, n_prefix:] = sees
+        sees = whole
+    elif n_prefix:
         from transformers import DynamicCache
 
         prefix = body(model)(input_ids=prefix_ids[None], past_key_values=DynamicCache(), use_cache=True)
         shape = (n_sequences, -1, -1, -1)
         layers = prefix.past_key_values.layers
         cache = DynamicCache([(layer.keys.expand(shape), layer.values.expand(shape)) for layer in layers])
-        sees = torch.cat([sees.new_ones(n_sequences, width, len(prefix_ids)), sees], dim=2)
+        sees = torch.cat([sees.new_ones(n_sequences, width, n_prefix), sees], dim=2)
     hidden: Tensor = body(model)(
         input_ids=input_ids,
         attention_mask=own_mask(model, sees[:, None]),
@@ -176,7 +198,7 @@ def hidden_states(
         past_key_values=cache,
         use_cache=cache is not None,
     ).last_hidden_state
-    return hidden
+    return hidden[:, n_prefix:] if own else hidden
 
 
 @torch.no_grad()

@@ -207,6 +207,9 @@ class TrainingSettings(_Section):
         "rows", description="chains: the rows of one user follow each other, users in random order"
     )
     packing: bool = Field(True, description="run what rows of a micro-batch begin with alike once")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, a third more time"
+    )
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(20, ge=0)
     schedule: Literal["linear", "constant", "cosine"] = "linear"
@@ -328,7 +331,7 @@ class SequentialSettings(_Section):
 
 # What only a language model has a use for; the values that change nothing.
 _OF_LANGUAGE_MODELS = {
-    "training": ("accumulation", "log_parts", "order", "packing"),
+    "training": ("accumulation", "log_parts", "order", "packing", "gradient_checkpointing"),
     "evaluation": (
         *("search", "choose", "support", "length_penalty", "alpha", "scope", "gamma"),
         *("against_exact", "merge_adapter"),

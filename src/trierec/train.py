@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from trierec import processes
+from trierec.backbones import compute_again
 from trierec.checkpoints import clear, random_state, set_random_state, signals_set
 from trierec.contrast import Contrast
 from trierec.course import Course, TrainConfig, TrainResult, Validate
@@ -115,6 +116,8 @@ def _train(
             trainer.train()
         if course.stopped == "time limit" and course.judged != trainer.state.global_step:
             trainer.evaluate()  # after the checkpoint, so that a resumed run does not know of it
+    if config.gradient_checkpointing:
+        compute_again(model, False)
     step = trainer.state.global_step
     return course.result(
         model, max(step, trainer.first_step), course.seconds if step else course.earlier_seconds
@@ -146,6 +149,8 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self.lm, self.examples, self.objective, self.config = model, examples, objective, config
         self.course = Course(config, out, validate)
         self.titles: Any = getattr(module, "titles", module)
+        if config.gradient_checkpointing:
+            compute_again(model, True)
         self.packing = config.packing and self.titles.by_hand and packs(model, examples)
         self.checkpoint: Path | None = None
         self.first_step = 0
