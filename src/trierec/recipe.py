@@ -208,7 +208,7 @@ class TrainingSettings(_Section):
     )
     packing: bool = Field(True, description="run what rows of a micro-batch begin with alike once")
     gradient_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass: less memory, a third more time"
+        False, description="compute activations again in the backward pass: less memory, more time"
     )
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(20, ge=0)
