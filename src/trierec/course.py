@@ -124,6 +124,13 @@ class TrainConfig:
         if self.patience and not self.evaluate_every:
             raise UserError("patience counts validations; set evaluate_every > 0 or patience = 0")
 
+    def check_validate(self, validate: Validate | None) -> None:
+        """UserError when there are validations and nothing to validate with."""
+        if self.evaluate_every and validate is None:
+            raise UserError(
+                "evaluate_every > 0 needs something to validate with; give validate, or set it to 0"
+            )
+
     def share(self, n_processes: int) -> int:
         """Windows of one micro-batch in each of some processes.
 
@@ -198,6 +205,13 @@ class Course:
         """Whether there is a checkpoint after a step."""
         every = self.config.checkpoint_every
         return self.stopped is not None or (every > 0 and step % every == 0)
+
+    def judges_late(self, step: int) -> bool:
+        """Whether the last step of a run that ended at its time limit is still to be validated.
+
+        Ask after the checkpoint was written, so that a resumed run does not know of that validation.
+        """
+        return self.config.evaluate_every > 0 and self.stopped == "time limit" and self.judged != step
 
     def see(self, step: int) -> None:
         """Find out whether the run ends after this step: at its last one, asked to, or at its time limit."""

@@ -152,13 +152,9 @@ class GenerativeRecommender:
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
     ) -> Ranking:
-        """The ``k`` most probable titles for each history.
+        """The ``k`` most probable titles for each history; see `Recommender.recommend`.
 
-        Args:
-            histories: Item indices, oldest first; may be empty where the template has a start token.
-            k: Number of titles; None ranks the whole catalogue.
-            exclude: Per user, items that must not be returned; ``"history"`` stands for the user's own items.
-            allow: Per user, the only items that may be returned.
+        A history may be empty where the template has a start token.
 
         Returns:
             Scores are natural-log probabilities of titles; with ``grounding`` minus distances, see

@@ -223,8 +223,9 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
     examples, rejected = _examples(recipe, parts), _rejected(recipe, parts)
 
     def fit_it(config: TrainConfig, out: Path, **how: Any) -> TrainResult:
-        kept = out / REFERENCE
-        return train(model, examples, _learned(recipe, model, examples, rejected, kept), config, out, **how)
+        at_once, kept = config.share(processes.count()), out / REFERENCE
+        learned = _learned(recipe, model, examples, rejected, at_once, kept)
+        return train(model, examples, learned, config, out, **how)
 
     return Learner(_recommender(recipe, dataset, parts), facts, fit_it)
 
@@ -306,12 +307,16 @@ def _rejected(recipe: Recipe, parts: Parts) -> NDArray[np.int32] | None:
 
 
 def _learned(
-    recipe: Recipe, model: Any, examples: Examples, rejected: NDArray[np.int32] | None, kept: Path
+    recipe: Recipe,
+    model: Any,
+    examples: Examples,
+    rejected: NDArray[np.int32] | None,
+    at_once: int,
+    kept: Path,
 ) -> Objective | Contrast | Preferences:
-    """What is trained; for S-DPO the reference, computed or read from the file ``kept``."""
+    """What is trained; the reference of S-DPO is read from ``kept``, or computed ``at_once`` windows a forward."""
     settings, contrast = recipe.objective, recipe.objective.contrast
     if rejected is not None:
-        at_once = recipe.training.batch_size // (recipe.training.accumulation * processes.count())
         packing = recipe.training.packing and packs(model, examples)
         reference, key = kept_reference(kept, model, examples, rejected, settings.support, at_once, packing)
         return Preferences(rejected, reference, settings.preference.beta, settings.support, key)

@@ -260,8 +260,7 @@ def fit(
     if loss.base not in LOSSES or (loss.base == "cloze") != model.bidirectional:
         fitting = "cloze" if model.bidirectional else "cross-entropy or bce"
         raise UserError(f"wanted the loss {fitting} for {model.config.kind}, got {loss.base!r}")
-    if config.evaluate_every and validate is None:
-        raise UserError("evaluate_every > 0 needs something to validate with; give validate, or set it to 0")
+    config.check_validate(validate)
     checkpoint = clear(out, resume)
     run = _Fit(model, sequences, counts, loss, config, Course(config, out, validate))
     if checkpoint is not None:
@@ -320,8 +319,7 @@ class _Fit:
             if course.saves_at(self.step):
                 self.save()
             advance(1, detail)
-        if course.stopped == "time limit" and course.judged != self.step and config.evaluate_every:
-            # After the checkpoint, so that a resumed run does not know of it.
+        if course.judges_late(self.step):
             course.judge(self.model, self.step, self.device)
 
     def one_step(self, index: NDArray[np.int64]) -> None:
@@ -453,13 +451,7 @@ class SequentialRecommender:
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
     ) -> Ranking:
-        """The ``k`` best groups for each history; all of them for None.
-
-        Args:
-            histories: Item indices, oldest first; may be empty.
-            k: Number of groups.
-            exclude: Per user, items that must not be returned; ``"history"`` stands for the user's own items.
-            allow: Per user, the only items that may be returned.
+        """The ``k`` best groups for each history, which may be empty; see `Recommender.recommend`.
 
         Raises:
             UserError: An item outside the catalogue, or ``k < 1``.

@@ -32,7 +32,6 @@ from trierec.backbones import compute_again
 from trierec.checkpoints import clear, random_state, set_random_state, signals_set
 from trierec.contrast import Contrast
 from trierec.course import Course, TrainConfig, TrainResult, Validate
-from trierec.errors import UserError
 from trierec.examples import Examples, chains, schedule
 from trierec.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
 from trierec.losses import AdaptiveTemperature, Objective
@@ -83,8 +82,7 @@ def train(
             cannot be dealt out to the processes, one of which has died, a metric that ``validate`` does not
             give, or a loss that is not finite.
     """
-    if config.evaluate_every and validate is None:
-        raise UserError("evaluate_every > 0 needs something to validate with; give validate, or set it to 0")
+    config.check_validate(validate)
     processes.start()
     config.share(processes.count())
     with processes.together():
@@ -114,8 +112,8 @@ def _train(
             progress(title or "training", left, "steps") as trainer.on_progress,
         ):
             trainer.train()
-        if course.stopped == "time limit" and course.judged != trainer.state.global_step:
-            trainer.evaluate()  # after the checkpoint, so that a resumed run does not know of it
+        if course.judges_late(trainer.state.global_step):
+            trainer.evaluate()
     if config.gradient_checkpointing:
         compute_again(model, False)
     step = trainer.state.global_step
