@@ -29,10 +29,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/trierec demo
+	$(BIN)/triewise demo
 
 demo-quick: $(STAMP)
-	$(BIN)/trierec demo --quick
+	$(BIN)/triewise demo --quick
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"
@@ -44,7 +44,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict src
-	$(BIN)/python -m pytest tests/test_architecture.py --doctest-modules src/trierec
+	$(BIN)/python -m pytest tests/test_architecture.py --doctest-modules src/triewise
 
 format: $(STAMP)
 	$(BIN)/ruff format .

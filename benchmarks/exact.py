@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from trierec.dataset import load_dataset, prepare
-from trierec.generative import GenerativeRecommender
-from trierec.learners import open_run
-from trierec.progress import progress
-from trierec.ranking import add_counters
-from trierec.recipe import load_recipe
-from trierec.runs import train_run
-from trierec.search import beam_search, exact_search, rank_catalogue
-from trierec.splits import NAMES, Split
+from triewise.dataset import load_dataset, prepare
+from triewise.generative import GenerativeRecommender
+from triewise.learners import open_run
+from triewise.progress import progress
+from triewise.ranking import add_counters
+from triewise.recipe import load_recipe
+from triewise.runs import train_run
+from triewise.search import beam_search, exact_search, rank_catalogue
+from triewise.splits import NAMES, Split
 
 BLOCK = 64
 MAX_HISTORY = 10

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from trierec import load
-from trierec.dataset import load_dataset
-from trierec.engine import TrieEngine
-from trierec.learners import open_run
-from trierec.search import rank_catalogue
+from triewise import load
+from triewise.dataset import load_dataset
+from triewise.engine import TrieEngine
+from triewise.learners import open_run
+from triewise.search import rank_catalogue
 
 SLACK = 1e-3  # nats; float32 sums over a title
 

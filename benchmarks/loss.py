@@ -2,7 +2,7 @@
 
 Positions along real titles of amazon_books get random hidden states; the dense side is the usual formulation (all
 logits, a boolean mask of the valid tokens, -inf elsewhere, log-softmax, as a mask per position is what the authors'
-code stores), ours is `trierec.losses.trie_nll` behind the head rows of `Trie.continuations`. Loss and gradients are
+code stores), ours is `triewise.losses.trie_nll` behind the head rows of `Trie.continuations`. Loss and gradients are
 compared first, then both alternate in one process. Memory is the largest number of bytes allocated during a forward and
 backward pass beyond the inputs; with a trainable head its own gradient is left out on both sides.
 
@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trierec.backbones import load_tokenizer
-from trierec.dataset import prepare
-from trierec.losses import Columns, head_rows, trie_nll
-from trierec.prompts import build_prompts
-from trierec.trie import Trie
+from triewise.backbones import load_tokenizer
+from triewise.dataset import prepare
+from triewise.losses import Columns, head_rows, trie_nll
+from triewise.prompts import build_prompts
+from triewise.trie import Trie
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -1,10 +1,10 @@
-"""How long does `trierec prepare` take for 20 million interactions, and how much memory?
+"""How long does `triewise prepare` take for 20 million interactions, and how much memory?
 
     python benchmarks/prepare.py [--interactions N] [--format parquet|csv] [--folder DIR]
 
 Synthetic interactions of 200,000 users with 50,000 items: Zipf-distributed items, a few rare ones, users of very
 different activity, rows in no order, some of them twice. They are prepared as users prepare them,
-`trierec prepare csv:DIR --k-core 5 --split time-windows --max-history 10`, in a fresh process. Before that the
+`triewise prepare csv:DIR --k-core 5 --split time-windows --max-history 10`, in a fresh process. Before that the
 splits of 2,000 interactions are compared with loops, row by row; afterwards all counts with those of a second way
 to find them. The last line of stdout is one JSON object: `seconds` is the wall clock of the whole command,
 `peak_gb` the largest resident memory of its process in 10**9 bytes.
@@ -29,8 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from tests.reference import splits as slow  # noqa: E402
 
-from trierec.dataset import load_dataset, prepare  # noqa: E402
-from trierec.progress import note  # noqa: E402
+from triewise.dataset import load_dataset, prepare  # noqa: E402
+from triewise.progress import note  # noqa: E402
 
 K_CORE, MAX_HISTORY = 5, 10
 PER_USER, PER_ITEM = 100, 400  # interactions, on average
@@ -113,9 +113,9 @@ def check_small(folder: Path) -> None:
 
 def measure(words: list[str]) -> None:
     """Run the command in this process; the last line of stderr is the peak of its memory."""
-    from trierec import cli
+    from triewise import cli
 
-    sys.argv = ["trierec", *words]
+    sys.argv = ["triewise", *words]
     try:
         cli.main()
     finally:

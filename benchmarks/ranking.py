@@ -25,9 +25,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.counting import Places, count_places
-from trierec.metrics import metrics_from_rank
-from trierec.ranking import Groups, ItemLists, Ranking, rank_items
+from triewise.counting import Places, count_places
+from triewise.metrics import metrics_from_rank
+from triewise.ranking import Groups, ItemLists, Ranking, rank_items
 
 CUTS = (1, 5, 10, 20)
 K = 20

@@ -41,13 +41,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 from benchmarks.trie_build import _peak_mb as peak_mb  # noqa: E402
 from benchmarks.trie_build import synthetic_titles  # noqa: E402
 
-from trierec.engine import TrieEngine  # noqa: E402
-from trierec.filters import TitleFilter  # noqa: E402
-from trierec.growth import Growth  # noqa: E402
-from trierec.progress import note  # noqa: E402
-from trierec.search import Beams, Rule, beam_search, exact_search, rank_catalogue  # noqa: E402
-from trierec.treecache import Counters  # noqa: E402
-from trierec.trie import Trie  # noqa: E402
+from triewise.engine import TrieEngine  # noqa: E402
+from triewise.filters import TitleFilter  # noqa: E402
+from triewise.growth import Growth  # noqa: E402
+from triewise.progress import note  # noqa: E402
+from triewise.search import Beams, Rule, beam_search, exact_search, rank_catalogue  # noqa: E402
+from triewise.treecache import Counters  # noqa: E402
+from triewise.trie import Trie  # noqa: E402
 
 VOCABULARY, PROMPT, BEAMS = 32_768, 32, 10
 COMPARED = 10_000  # titles up to which the whole catalogue is ranked as well

@@ -27,10 +27,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from trierec.dataset import prepare  # noqa: E402
-from trierec.encoders import EncoderConfig, SequentialModel  # noqa: E402
-from trierec.examples import make_windows, target_counts  # noqa: E402
-from trierec.sequential import LossConfig, Sequences, shifted_task, task_loss  # noqa: E402
+from triewise.dataset import prepare  # noqa: E402
+from triewise.encoders import EncoderConfig, SequentialModel  # noqa: E402
+from triewise.examples import make_windows, target_counts  # noqa: E402
+from triewise.sequential import LossConfig, Sequences, shifted_task, task_loss  # noqa: E402
 
 
 def main() -> None:

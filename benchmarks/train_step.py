@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from trierec.backbones import load_backbone
-from trierec.dataset import prepare
-from trierec.decisiveness import zero_gain
-from trierec.examples import Examples, chains, make_windows, schedule, target_counts
-from trierec.forward import MicroBatches, TitleLoss
-from trierec.losses import Objective
-from trierec.prompts import build_prompts
-from trierec.train import TrainConfig, TrieTrainer
-from trierec.trie import Trie
+from triewise.backbones import load_backbone
+from triewise.dataset import prepare
+from triewise.decisiveness import zero_gain
+from triewise.examples import Examples, chains, make_windows, schedule, target_counts
+from triewise.forward import MicroBatches, TitleLoss
+from triewise.losses import Objective
+from triewise.prompts import build_prompts
+from triewise.train import TrainConfig, TrieTrainer
+from triewise.trie import Trie
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SOURCES = {"games": "d3:amazon_games_d3", "office": "msl:amazon_office", "books": "msl:amazon_books"}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from trierec.errors import UserError
-from trierec.ranking import Recommender
+from triewise.errors import UserError
+from triewise.ranking import Recommender
 
 HISTORIES = [[0, 1], [2], [5, 6, 7, 0, 1, 2], [4]]
 

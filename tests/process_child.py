@@ -20,15 +20,15 @@ from transformers import TrainerCallback
 from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG as WHOLE
 from tests.train_child import small_model, some_metric
-from trierec import processes
-from trierec.contrast import Contrast
-from trierec.decisiveness import binary_weights, zero_gain
-from trierec.errors import UserError
-from trierec.examples import Examples, along_titles, draw_rejected, target_counts
-from trierec.forward import MicroBatches, TitleLoss
-from trierec.losses import AdaptiveTemperature, Objective
-from trierec.preferences import Preferences, kept_reference
-from trierec.train import TrainConfig, TrieTrainer, train
+from triewise import processes
+from triewise.contrast import Contrast
+from triewise.decisiveness import binary_weights, zero_gain
+from triewise.errors import UserError
+from triewise.examples import Examples, along_titles, draw_rejected, target_counts
+from triewise.forward import MicroBatches, TitleLoss
+from triewise.losses import AdaptiveTemperature, Objective
+from triewise.preferences import Preferences, kept_reference
+from triewise.train import TrainConfig, TrieTrainer, train
 
 STEPS = 5
 CONFIG = {

@@ -17,24 +17,24 @@ import pytest
 import torch
 from torch import Tensor
 
-import trierec
+import triewise
 from tests import worlds
 from tests.contract import HISTORIES, RecommenderContract
 from tests.models import tiny_model
-from trierec.adapters import add_lora, is_quantised, without_adapter
-from trierec.backbones import Backbone, hand_head_matches, load_backbone
-from trierec.decisiveness import zero_gain
-from trierec.errors import UserError
-from trierec.examples import Examples, make_windows, target_counts
-from trierec.fetch import cache_folder
-from trierec.files import read_json
-from trierec.generative import GenerativeRecommender
-from trierec.losses import Objective
-from trierec.prompts import build_prompts
-from trierec.recipe import LoraSettings, load_recipe, parse_recipe
-from trierec.runs import evaluate_run, load_run, train_run
-from trierec.train import TrainConfig, train
-from trierec.trie import Trie
+from triewise.adapters import add_lora, is_quantised, without_adapter
+from triewise.backbones import Backbone, hand_head_matches, load_backbone
+from triewise.decisiveness import zero_gain
+from triewise.errors import UserError
+from triewise.examples import Examples, make_windows, target_counts
+from triewise.fetch import cache_folder
+from triewise.files import read_json
+from triewise.generative import GenerativeRecommender
+from triewise.losses import Objective
+from triewise.prompts import build_prompts
+from triewise.recipe import LoraSettings, load_recipe, parse_recipe
+from triewise.runs import evaluate_run, load_run, train_run
+from triewise.train import TrainConfig, train
+from triewise.trie import Trie
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
 KINDS = ("qwen2", "llama", "gpt2")
@@ -91,7 +91,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def needs_bitsandbytes() -> None:
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install 'trierec[quant]')")
+    pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed (pip install 'triewise[quant]')"
+    )
 
 
 # --- adapters over plain bases ----------------------------------------------------------------------------------------
@@ -255,7 +257,7 @@ def test_missing_bitsandbytes_is_one_line(bases: dict[str, Path], monkeypatch: p
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        UserError, match=r"'4bit' needs the bitsandbytes package; run: pip install 'trierec\[quant\]'"
+        UserError, match=r"'4bit' needs the bitsandbytes package; run: pip install 'triewise\[quant\]'"
     ):
         load_backbone(str(bases["llama"]), device="cpu", quantisation="4bit")
     with pytest.raises(UserError, match="wanted quantisation none, 8bit or 4bit, got '2bit'"):
@@ -322,8 +324,8 @@ def test_moved_and_loaded_in_a_fresh_process_they_rank_the_same(
 ) -> None:
     shutil.copytree(saved["out"], tmp_path / "elsewhere")
     code = (
-        "import json, torch, trierec; torch.set_num_threads(1)\n"
-        f"found = [trierec.load(name).recommend({HISTORIES}, k=5) for name in ('own', 'folder')]\n"
+        "import json, torch, triewise; torch.set_num_threads(1)\n"
+        f"found = [triewise.load(name).recommend({HISTORIES}, k=5) for name in ('own', 'folder')]\n"
         "print(json.dumps([[r.items.tolist(), r.scores.tolist()] for r in found]))"
     )
     call = [sys.executable, "-c", code]
@@ -352,14 +354,14 @@ def test_an_adapter_folder_is_an_ordinary_one_that_names_its_base(
 
 def test_saved_again_it_is_the_same(saved: dict[str, Any], tmp_path: Path) -> None:
     for name in ("own", "folder"):
-        loaded = trierec.load(saved["out"] / name, device="cpu")
+        loaded = triewise.load(saved["out"] / name, device="cpu")
         loaded.save_pretrained(tmp_path / name)
-        again = trierec.load(tmp_path / name, device="cpu")
+        again = triewise.load(tmp_path / name, device="cpu")
         wanted = saved[name].recommend(HISTORIES, k=9).scores
         assert again.recommend(HISTORIES, k=9).scores == pytest.approx(wanted, abs=1e-6)
         merged = loaded.merged()
         merged.save_pretrained(tmp_path / f"{name}-merged")
-        whole = trierec.load(tmp_path / f"{name}-merged", device="cpu")
+        whole = triewise.load(tmp_path / f"{name}-merged", device="cpu")
         assert not whole.backbone.adapted
         assert whole.recommend(HISTORIES, k=9).scores == pytest.approx(wanted, abs=1e-4)
 
@@ -376,11 +378,11 @@ def test_a_base_that_moved_is_given_and_another_one_is_refused(
     with pytest.raises(
         UserError, match="wanted '.*base', the base model of the adapter in .*; give its folder as base"
     ):
-        trierec.load(tmp_path / "run")
-    found = trierec.load(tmp_path / "run", device="cpu", base=tmp_path / "elsewhere")
+        triewise.load(tmp_path / "run")
+    found = triewise.load(tmp_path / "run", device="cpu", base=tmp_path / "elsewhere")
     assert np.array_equal(found.recommend([[0]], k=9).scores, wanted)
     with pytest.raises(UserError, match="is not the one it was trained on .* has another sha256"):
-        trierec.load(tmp_path / "run", device="cpu", base=bases["gpt2"])
+        triewise.load(tmp_path / "run", device="cpu", base=bases["gpt2"])
     own = tmp_path / "own"
     shutil.copytree(saved["out"] / "own", own)
     other = by_hand("qwen2")
@@ -388,7 +390,7 @@ def test_a_base_that_moved_is_given_and_another_one_is_refused(
         next(other.model.parameters()).add_(1)
     other.model.save_pretrained(own / "model" / "base")
     with pytest.raises(UserError, match="is not the one it was trained on .* has another sha256"):
-        trierec.load(own, device="cpu")
+        triewise.load(own, device="cpu")
 
 
 def test_an_adapter_that_does_not_fit_or_is_not_whole_is_one_line(
@@ -404,10 +406,10 @@ def test_an_adapter_that_does_not_fit_or_is_not_whole_is_one_line(
         tiny_model("llama", vocabulary=300, num_key_value_heads=2), by_hand("llama").tokenizer, "w", {}
     ).save(wide)
     with pytest.raises(UserError, match="does not fit its base model .*; give the one it was trained on"):
-        trierec.load(folder, device="cpu", base=wide)
+        triewise.load(folder, device="cpu", base=wide)
     (folder / "model" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="wanted adapter_model.safetensors in .*, which is missing"):
-        trierec.load(folder, device="cpu")
+        triewise.load(folder, device="cpu")
     with pytest.raises(UserError, match="wanted quantisation 'none', which the adapter in .* got '4bit'"):
         load_backbone(str(saved["out"] / "own" / "model"), device="cpu", quantisation="4bit")
 
@@ -417,7 +419,7 @@ def test_another_tokenizer_or_trie_version_is_one_line(saved: dict[str, Any], tm
     shutil.copytree(saved["out"] / "own", folder)
     worlds.backbone(worlds.TITLES[:3]).tokenizer.save_pretrained(folder / "model")
     with pytest.raises(UserError, match="the prompt of .* is not the one this model was trained with"):
-        trierec.load(folder, device="cpu")
+        triewise.load(folder, device="cpu")
     folder = tmp_path / "trie"
     shutil.copytree(saved["out"] / "own", folder)
     with np.load(folder / "trie.npz") as arrays:
@@ -425,7 +427,7 @@ def test_another_tokenizer_or_trie_version_is_one_line(saved: dict[str, Any], tm
     name = next(key for key in parts if "format" in key or "version" in key)
     np.savez(folder / "trie.npz", **(parts | {name: parts[name] + 1}))
     with pytest.raises(UserError, match=r"wanted a trie of format 1 in .*, got format 2; build it again"):
-        trierec.load(folder, device="cpu")
+        triewise.load(folder, device="cpu")
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -543,7 +545,7 @@ def test_one_step_of_smollm2_saved_loaded_merged(quantisation: str, tmp_path: Pa
     assert np.abs(trained - plain).max() > 1e-2
     recommender(backbone).save_pretrained(tmp_path / "run")
     assert not (tmp_path / "run" / "model" / "base").exists()
-    loaded = trierec.load(tmp_path / "run", device="cpu", dtype="float32")
+    loaded = triewise.load(tmp_path / "run", device="cpu", dtype="float32")
     assert loaded.backbone.quantised == (quantisation == "4bit")
     assert scores(loaded.backbone) == pytest.approx(trained, abs=1e-4)
     assert scores(loaded.merged().backbone) == pytest.approx(trained, abs=1e-4)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from tests.models import tiny_model
 from tests.strategies import weighted_catalogues
-from trierec.analysis import (
+from triewise.analysis import (
     FACTS,
     Recommendation,
     Token,
@@ -35,15 +35,15 @@ from trierec.analysis import (
     pieces,
     token_texts,
 )
-from trierec.backbones import load_tokenizer
-from trierec.catalog import Catalog
-from trierec.dataset import Dataset
-from trierec.decisiveness import forced_share, information_gain
-from trierec.engine import TrieEngine
-from trierec.prompts import build_prompts
-from trierec.search import rank_catalogue
-from trierec.splits import Ragged, Split
-from trierec.trie import Trie
+from triewise.backbones import load_tokenizer
+from triewise.catalog import Catalog
+from triewise.dataset import Dataset
+from triewise.decisiveness import forced_share, information_gain
+from triewise.engine import TrieEngine
+from triewise.prompts import build_prompts
+from triewise.search import rank_catalogue
+from triewise.splits import Ragged, Split
+from triewise.trie import Trie
 
 FOUR = [[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9]]
 COUNTS = [4, 2, 1, 1]
@@ -226,7 +226,7 @@ def metaspace() -> Any:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Byte-level BPE with so few merges that characters are spread over tokens."""
-    from trierec.recipe import TinyModel
+    from triewise.recipe import TinyModel
 
     return load_tokenizer("tiny", titles=TITLES[:2], tiny=TinyModel(vocabulary=262))
 

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import trierec
+import triewise
 
-PACKAGE = Path(trierec.__file__).parent
+PACKAGE = Path(triewise.__file__).parent
 # Data flows from left to right; a room imports only rooms before it.
 ORDER = """
     errors files progress recipe processes
@@ -29,9 +29,9 @@ def internal_imports(file: Path) -> list[str]:
     found = [
         n.module
         for n in nodes
-        if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("trierec.")
+        if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("triewise.")
     ]
-    return [name.removeprefix("trierec.").partition(".")[0] for name in found]
+    return [name.removeprefix("triewise.").partition(".")[0] for name in found]
 
 
 def test_each_room_imports_only_rooms_before_it() -> None:
@@ -46,11 +46,11 @@ def test_each_room_imports_only_rooms_before_it() -> None:
 
 def test_importing_the_package_and_its_door_loads_no_torch() -> None:
     heavy = "{'torch', 'transformers', 'polars', 'matplotlib'}"
-    code = f"import sys, trierec, trierec.cli; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, triewise, triewise.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_public_names_of_the_package() -> None:
-    assert trierec.__all__ == ["UserError", "load"]
-    assert all(hasattr(trierec, name) for name in trierec.__all__)
+    assert triewise.__all__ == ["UserError", "load"]
+    assert all(hasattr(triewise, name) for name in triewise.__all__)

@@ -10,7 +10,7 @@ import torch
 
 from tests.models import tiny_model
 from tests.worlds import TINY, TITLES, backbone
-from trierec.backbones import (
+from triewise.backbones import (
     body,
     hand_head_matches,
     head_weight,
@@ -19,7 +19,7 @@ from trierec.backbones import (
     resolve_device,
     resolve_dtype,
 )
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 
 def test_tiny_is_what_the_seed_says() -> None:
@@ -101,7 +101,7 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_device("toaster")
     with pytest.raises(UserError, match="wanted a dtype among auto, .*got 'int3'"):
         resolve_dtype("int3", torch.device("cpu"))
-    monkeypatch.setenv("TRIEREC_CACHE", str(tmp_path))
-    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    monkeypatch.setenv("TRIEWISE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRIEWISE_OFFLINE", "1")
     with pytest.raises(UserError, match="the weights of smollm2-135m-q4, but the cache"):
         load_backbone("smollm2-135m-q4", device="cpu")

@@ -16,12 +16,12 @@ from tests.models import tiny_model
 from tests.reference import beam as reference
 from tests.reference.trie import DictTrie
 from tests.strategies import catalogues
-from trierec.decisiveness import decoding_weights, information_gain
-from trierec.engine import TrieEngine
-from trierec.errors import UserError
-from trierec.ranking import Ranking
-from trierec.search import beam_search, rank_catalogue
-from trierec.trie import Trie
+from triewise.decisiveness import decoding_weights, information_gain
+from triewise.engine import TrieEngine
+from triewise.errors import UserError
+from triewise.ranking import Ranking
+from triewise.search import beam_search, rank_catalogue
+from triewise.trie import Trie
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14]]
 TOLERANCE = 1e-4  # float32, two layers

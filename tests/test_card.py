@@ -15,16 +15,16 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-import trierec
+import triewise
 from tests import worlds
 from tests.contract import HISTORIES
-from trierec.backbones import load_backbone
-from trierec.card import IGD_BIBTEX, MSL_BIBTEX, CardFacts, addressed, escape, model_card, without_folders
-from trierec.errors import UserError
-from trierec.files import read_json
-from trierec.generative import FILES, GenerativeRecommender
-from trierec.recipe import LoraSettings, parse_recipe
-from trierec.runs import evaluate_run, train_run
+from triewise.backbones import load_backbone
+from triewise.card import IGD_BIBTEX, MSL_BIBTEX, CardFacts, addressed, escape, model_card, without_folders
+from triewise.errors import UserError
+from triewise.files import read_json
+from triewise.generative import FILES, GenerativeRecommender
+from triewise.recipe import LoraSettings, parse_recipe
+from triewise.runs import evaluate_run, train_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ def code_of(card: str, language: str) -> str:
 def test_the_card_of_a_run_says_what_was_done_and_how_good_it_is(run: Path) -> None:
     text = (run / "README.md").read_text(encoding="utf-8")
     card, metrics = ModelCard(text), read_json(run / "metrics.json")
-    assert card.data.library_name == "trierec"
+    assert card.data.library_name == "triewise"
     assert card.data.datasets == ["office"]
     assert card.data.license is None, "the choice is the user's"
     assert card.data.base_model is None, "tiny comes from nowhere"
@@ -90,7 +90,7 @@ def test_the_usage_example_works(
 ) -> None:
     monkeypatch.chdir(run.parent)
     exec(code_of((run / "README.md").read_text(encoding="utf-8"), "python"), {})
-    titles = trierec.load(run).catalog.title
+    titles = triewise.load(run).catalog.title
     assert set(ast.literal_eval(capsys.readouterr().out)) < set(titles)
 
 
@@ -145,7 +145,7 @@ def test_titles_stay_text(title: str) -> None:
     example = next(t.content for t in tokens if t.info == "python")
     calls = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.Call)]
     assert title in [a.value for call in calls for a in call.args if isinstance(a, ast.Constant)]
-    assert ModelCard(text).data.library_name == "trierec"
+    assert ModelCard(text).data.library_name == "triewise"
 
 
 def test_the_papers_are_cited_alike_everywhere() -> None:
@@ -189,7 +189,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("huggingface_hub.HfApi", LocalApi)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    monkeypatch.setattr("trierec.hub.hub_answers", lambda: True)
+    monkeypatch.setattr("triewise.hub.hub_answers", lambda: True)
     return place
 
 
@@ -199,19 +199,19 @@ def everything(folder: Path) -> bytes:
 
 
 def test_pushed_and_pulled_it_ranks_the_same_and_tells_nothing_private(run: Path, hub: Path) -> None:
-    recommender = trierec.load(run, device="cpu")
+    recommender = triewise.load(run, device="cpu")
     address = recommender.push_to_hub("someone/cycle", private=True, license="apache-2.0")
     assert address == "https://hub.example/someone/cycle"
     files = {file.relative_to(hub / "someone/cycle").parts[0] for file in (hub / "someone/cycle").rglob("*")}
     assert files == {*FILES, "README.md", "recommender.json"}
     assert b"secret-user" not in everything(hub)
-    pulled = trierec.load("someone/cycle", device="cpu")
+    pulled = triewise.load("someone/cycle", device="cpu")
     wanted, found = recommender.recommend([[0, 1], [3]], k=12), pulled.recommend([[0, 1], [3]], k=12)
     assert found.items.tolist() == wanted.items.tolist()
     assert found.scores == pytest.approx(wanted.scores, abs=1e-6)
     card = ModelCard(pulled.card)
     assert card.data.license == "apache-2.0"
-    assert 'trierec.load("someone/cycle")' in pulled.card
+    assert 'triewise.load("someone/cycle")' in pulled.card
     assert ModelCard(recommender.card).data.license is None
 
 
@@ -220,7 +220,7 @@ def test_without_a_run_the_card_is_short(hub: Path) -> None:
     recommender.push_to_hub("someone/short")
     pulled = GenerativeRecommender.from_pretrained("someone/short", device="cpu")
     assert pulled.recommend(HISTORIES).items.tolist() == recommender.recommend(HISTORIES).items.tolist()
-    for said in ("# short", "No metrics are recorded", "support = trie", "```python\nimport trierec"):
+    for said in ("# short", "No metrics are recorded", "support = trie", "```python\nimport triewise"):
         assert said in pulled.card
 
 
@@ -233,8 +233,8 @@ def test_a_base_in_a_local_folder_is_named_not_shared(hub: Path, tmp_path: Path)
     recommender.push_to_hub("someone/over-mine")
     assert b"secret-user" not in everything(hub)
     with pytest.raises(UserError, match="wanted 'my-base', the base model .*; give its folder as base"):
-        trierec.load("someone/over-mine", device="cpu")
-    pulled = trierec.load("someone/over-mine", device="cpu", base=base)
+        triewise.load("someone/over-mine", device="cpu")
+    pulled = triewise.load("someone/over-mine", device="cpu", base=base)
     assert pulled.recommend([[0]]).items.tolist() == recommender.recommend([[0]]).items.tolist()
     assert 'base="FOLDER"' in pulled.card
 
@@ -246,9 +246,9 @@ def test_a_hub_that_cannot_be_had_is_one_line(
         "wanted the recommender 'someone/nothing' .*, got: 401 Client Error: no repository .*; check the name"
     )
     with pytest.raises(UserError, match=line):
-        trierec.load("someone/nothing")
+        triewise.load("someone/nothing")
     with pytest.raises(UserError, match="is no folder; train one first"):
-        trierec.load(Path("someone/nothing"))
+        triewise.load(Path("someone/nothing"))
 
     def refused(*args: Any, **kwargs: Any) -> None:
         raise OSError("403 Forbidden\nmore about it")
@@ -272,14 +272,14 @@ def test_a_model_trained_in_full_forgets_where_it_came_from(hub: Path, tmp_path:
     recommender = GenerativeRecommender(backbone, shown.catalog, shown.prompts, shown.trie, shown.counts)
     recommender.push_to_hub("someone/whole")
     assert b"secret-user" not in everything(hub)
-    pulled = trierec.load("someone/whole", device="cpu")
+    pulled = triewise.load("someone/whole", device="cpu")
     assert pulled.backbone.origin["name"] == "my-base"
     assert "base=" not in pulled.card
 
 
 def test_an_addressed_card_is_otherwise_the_same() -> None:
     card = model_card(CardFacts("x", 1, "t", {"name": "tiny"}, {}), "runs/x")
-    assert addressed(card, "a/b") == card.replace('trierec.load("runs/x")', 'trierec.load("a/b")')
+    assert addressed(card, "a/b") == card.replace('triewise.load("runs/x")', 'triewise.load("a/b")')
     assert addressed(addressed(card, "a/b", "mit"), "c/d").startswith('---\nlicense: "mit"\n')
 
 

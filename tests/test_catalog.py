@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trierec.catalog import Catalog, clean_titles
-from trierec.errors import UserError
+from triewise.catalog import Catalog, clean_titles
+from triewise.errors import UserError
 
 CATALOG = Catalog.from_titles(["1", "2", "7", "9"], ["Heat", "Alien", "Heat", ""])
 

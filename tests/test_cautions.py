@@ -12,18 +12,18 @@ import numpy as np
 import polars as pl
 import pytest
 
-import trierec
+import triewise
 from tests import worlds
 from tests.worlds import write_msl_folder
-from trierec.cautions import beta_is_idle, cautions, prompts_that_lose_titles
-from trierec.decisiveness import binary_weights, zero_gain
-from trierec.errors import UserError
-from trierec.examples import Examples, along_titles, make_windows, target_counts
-from trierec.files import read_json, write_json
-from trierec.prompts import build_prompts
-from trierec.recipe import ObjectiveSettings, Recipe, parse_recipe
-from trierec.runs import evaluate_run, train_run
-from trierec.trie import Trie
+from triewise.cautions import beta_is_idle, cautions, prompts_that_lose_titles
+from triewise.decisiveness import binary_weights, zero_gain
+from triewise.errors import UserError
+from triewise.examples import Examples, along_titles, make_windows, target_counts
+from triewise.files import read_json, write_json
+from triewise.prompts import build_prompts
+from triewise.recipe import ObjectiveSettings, Recipe, parse_recipe
+from triewise.runs import evaluate_run, train_run
+from triewise.trie import Trie
 
 TITLES = [[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9]]
 IGD = ObjectiveSettings(weight="igd", beta=0.1)
@@ -116,7 +116,7 @@ def test_titles_that_prompts_will_lose_are_counted_before_training() -> None:
 
 
 def test_of_many_long_prompts_so_many_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trierec.cautions.LONGEST", 2)
+    monkeypatch.setattr("triewise.cautions.LONGEST", 2)
     shortest = min(len(worlds.recommender(template="msl").prompts.encode(row)) for row in ([0, 1], [2, 3]))
     assert "warning: at least 2 of 3 training prompts" in said(max_tokens=shortest - 1)[0]
 
@@ -171,7 +171,7 @@ def test_counts_of_another_training_are_refused(run: Path, tmp_path: Path) -> No
         tmp_path / "run/catalog.parquet"
     )
     with pytest.raises(UserError, match="the counts of .* is not the one this model was trained with"):
-        trierec.load(tmp_path / "run")
+        triewise.load(tmp_path / "run")
 
 
 def test_a_prompt_of_another_template_is_refused(run: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_a_prompt_of_another_template_is_refused(run: Path, tmp_path: Path) -> N
     facts["prompt"]["max_history"] = 1
     write_json(tmp_path / "run" / "recommender.json", facts)
     with pytest.raises(UserError, match="the prompt of .* is not the one this model was trained with"):
-        trierec.load(tmp_path / "run")
+        triewise.load(tmp_path / "run")
 
 
 def test_the_recommender_of_another_run_is_refused(run: Path, recipe: Recipe, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from tests.worlds import write_msl_folder
-from trierec.cli import main
+from triewise.cli import main
 
 
 def run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object
 ) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of one command."""
-    monkeypatch.setattr("sys.argv", ["trierec", *map(str, words)])
+    monkeypatch.setattr("sys.argv", ["triewise", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
         main()
     output = capsys.readouterr()

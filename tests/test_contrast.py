@@ -18,16 +18,16 @@ from tests.test_train import Gradients, config, same, untimed, weights
 from tests.token_worlds import Row, cycle_world, make_prompts, make_split
 from tests.train_child import small_model
 from tests.worlds import backbone, catalog, write_msl_folder
-from trierec.contrast import Contrast, contrast_parts
-from trierec.decisiveness import position_weights
-from trierec.errors import UserError
-from trierec.examples import Examples, make_windows
-from trierec.losses import AdaptiveTemperature, Objective
-from trierec.prompts import build_prompts
-from trierec.recipe import load_recipe, parse_recipe
-from trierec.runs import train_run
-from trierec.train import TrieTrainer, train
-from trierec.trie import Trie
+from triewise.contrast import Contrast, contrast_parts
+from triewise.decisiveness import position_weights
+from triewise.errors import UserError
+from triewise.examples import Examples, make_windows
+from triewise.losses import AdaptiveTemperature, Objective
+from triewise.prompts import build_prompts
+from triewise.recipe import load_recipe, parse_recipe
+from triewise.runs import train_run
+from triewise.train import TrieTrainer, train
+from triewise.trie import Trie
 
 
 @settings(max_examples=25, deadline=None)
@@ -206,7 +206,7 @@ def test_accumulation_changes_nothing(support: str, tmp_path: Path) -> None:
 def test_blocks_of_logits_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned, steps = Contrast(Objective("vocabulary"), 0.3), []
     for at_once in (1 << 26, 20 * 5):
-        monkeypatch.setattr("trierec.forward.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("triewise.forward.LOGITS_AT_ONCE", at_once)
         steps.append(one_step(learned, tmp_path / str(at_once)))
     for name in steps[0]:
         torch.testing.assert_close(steps[0][name], steps[1][name], rtol=1e-5, atol=1e-6)

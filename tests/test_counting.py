@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.worlds import split
-from trierec import counting
-from trierec.counting import _at_least, count_places
-from trierec.errors import UserError
-from trierec.evaluate import evaluate
-from trierec.metrics import metrics_from_rank
-from trierec.ranking import Groups, ItemLists, ItemScorer, MostPopular, Ranking, rank_items
+from triewise import counting
+from triewise.counting import _at_least, count_places
+from triewise.errors import UserError
+from triewise.evaluate import evaluate
+from triewise.metrics import metrics_from_rank
+from triewise.ranking import Groups, ItemLists, ItemScorer, MostPopular, Ranking, rank_items
 
 SCORES = [-np.inf, -1.0, 0.0, 0.5, 2.0]
 

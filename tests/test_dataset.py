@@ -19,14 +19,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import trierec
-from trierec import cli, fetch
-from trierec.dataset import Dataset, load_dataset, prepare
-from trierec.errors import UserError
-from trierec.interactions import Interactions
-from trierec.readers import csv_folder
-from trierec.recipe import Recipe
-from trierec.splits import WAYS, time_growing, time_windows
+import triewise
+from triewise import cli, fetch
+from triewise.dataset import Dataset, load_dataset, prepare
+from triewise.errors import UserError
+from triewise.interactions import Interactions
+from triewise.readers import csv_folder
+from triewise.recipe import Recipe
+from triewise.splits import WAYS, time_growing, time_windows
 
 from .conftest import shared
 from .data_fixtures import (
@@ -141,7 +141,7 @@ def test_users_without_a_test_row_are_counted(
     rows = b"user\titem\ttimestamp\trating\n1\t2\t5\t1\n1\t7\t6\t1\n2\t2\t5\t1\n2\t7\t6\t1\n2\t9\t7\t1\n3\t9\t7\t1\n"
     (cache / fetch.INTERACTIONS).write_bytes(rows)
     (cache / fetch.TITLES).write_bytes(b"item\ttitle\n2\ta\n7\tb\n9\tc\n")
-    monkeypatch.setattr("trierec.readers.fetch", lambda _: cache)
+    monkeypatch.setattr("triewise.readers.fetch", lambda _: cache)
     dataset = prepare("ml-100k", tmp_path / "out")
     assert dataset.info["repairs"] == {"users_without_test_row": 2}
     assert dataset.info["counts"]["users"] == 3
@@ -315,7 +315,7 @@ def test_the_command_shows_counts_repairs_and_findings(
     raw = write_tables(tmp_path / "raw", rows=many_rows())
     words = ["prepare", f"csv:{raw}", "--out", str(tmp_path / "out"), "--split", "time-windows"]
     words += ["--k-core", "2", "--clean", "html+space", "--max-history", "3"]
-    monkeypatch.setattr("sys.argv", ["trierec", *words])
+    monkeypatch.setattr("sys.argv", ["triewise", *words])
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -342,8 +342,8 @@ def test_rows_written_in_parts_are_the_rows_written_at_once(
     source = f"csv:{write_tables(tmp_path / 'raw', rows=many_rows())}"
     at_once = prepare(source, tmp_path / "one", max_history=4)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("trierec.dataset._ROWS_TOGETHER", {False: 7, True: 3})
-    monkeypatch.setattr("trierec.dataset._MANY_ROWS", 1)
+    monkeypatch.setattr("triewise.dataset._ROWS_TOGETHER", {False: 7, True: 3})
+    monkeypatch.setattr("triewise.dataset._MANY_ROWS", 1)
     in_parts = prepare(source, tmp_path / "two", max_history=4)
     for name in ("train", "valid", "test"):
         assert getattr(in_parts, name).to_frame().equals(getattr(at_once, name).to_frame())
@@ -357,7 +357,7 @@ def test_rows_written_in_parts_are_the_rows_written_at_once(
 PARTS = """
 import sys
 from pathlib import Path
-from trierec import dataset
+from triewise import dataset
 dataset._ROWS_TOGETHER, dataset._ROWS_IN_GROUP = {False: 50, True: 50}, 100
 dataset.prepare("csv:" + sys.argv[1], Path(sys.argv[2]), max_history=5)
 """
@@ -367,7 +367,7 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
     raw = write_tables(tmp_path / "raw", rows=many_rows(100))
     for threads in ("1", "3"):
         environment = os.environ | {
-            "PYTHONPATH": str(Path(trierec.__file__).parents[1]),
+            "PYTHONPATH": str(Path(triewise.__file__).parents[1]),
             "POLARS_MAX_THREADS": threads,
         }
         command = [sys.executable, "-c", PARTS, str(raw), str(tmp_path / threads)]
@@ -395,8 +395,8 @@ def test_a_split_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_recipe_gets_the_data_it_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from trierec.learners import open_data
-    from trierec.recipe import parse_recipe
+    from triewise.learners import open_data
+    from triewise.recipe import parse_recipe
 
     raw = write_tables(tmp_path / "raw", rows=many_rows())
 
@@ -420,8 +420,8 @@ def test_a_recipe_gets_the_data_it_asks_for(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_recipe_reads_a_folder_of_before_there_was_a_choice(tmp_path: Path) -> None:
-    from trierec.learners import open_data
-    from trierec.recipe import parse_recipe
+    from triewise.learners import open_data
+    from triewise.recipe import parse_recipe
 
     source = f"msl:{write_msl(tmp_path / 'raw')}"
     info = prepare(source, tmp_path / "out").info
@@ -525,7 +525,7 @@ def test_loading_checks_everything(tmp_path: Path) -> None:
     prepare(f"msl:{write_msl(tmp_path / 'raw')}", out)
     assert isinstance(load_dataset(out), Dataset)
     with pytest.raises(
-        UserError, match=r"wanted a prepared folder, .*raw has no dataset.json; run: trierec prepare"
+        UserError, match=r"wanted a prepared folder, .*raw has no dataset.json; run: triewise prepare"
     ):
         load_dataset(tmp_path / "raw")
     good = contents(out)
@@ -566,7 +566,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import polars as pl
-from trierec.dataset import prepare
+from triewise.dataset import prepare
 
 raw, out, moment, when = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 calls = 0
@@ -620,7 +620,7 @@ def test_a_killed_prepare_leaves_nothing_half_written(
         prepare(f"msl:{raw}", out, max_history=1)
     # os.replace is called for dataset.json, then, when there is an old folder, to put it aside, then for the new one.
     environment = os.environ | {
-        "PYTHONPATH": str(Path(trierec.__file__).parents[1]),
+        "PYTHONPATH": str(Path(triewise.__file__).parents[1]),
         "POLARS_MAX_THREADS": "1",
     }
     killed = subprocess.run(
@@ -711,12 +711,12 @@ def test_amazon_games_d3(tmp_path: Path) -> None:
 def cached(name: str) -> None:
     """Skip unless the real release is in the cache: a test does not download."""
     if not fetch._is_whole(fetch.cache_folder() / name, fetch.RELEASES[name]):
-        pytest.skip(f"{name} is not in the cache; trierec prepare {name} --out DIR fetches it")
+        pytest.skip(f"{name} is not in the cache; triewise prepare {name} --out DIR fetches it")
 
 
 def test_ml_100k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached("ml-100k")
-    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    monkeypatch.setenv("TRIEWISE_OFFLINE", "1")
     dataset = prepare("ml-100k", tmp_path / "out")
     assert dataset.info["counts"] == {
         "users": 943,
@@ -741,7 +741,7 @@ def test_ml_100k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_unpacked_ml_100k_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached("ml-100k")
-    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    monkeypatch.setenv("TRIEWISE_OFFLINE", "1")
     folder = fetch.cache_folder() / "ml-100k"
     rows = pl.read_csv(folder / fetch.INTERACTIONS, separator="\t").select(
         "user", "item", "rating", "timestamp"
@@ -762,7 +762,7 @@ def test_the_unpacked_ml_100k_gives_the_same_files(tmp_path: Path, monkeypatch: 
 
 def test_ml_1m(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached("ml-1m")
-    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    monkeypatch.setenv("TRIEWISE_OFFLINE", "1")
     dataset = prepare("ml-1m", tmp_path / "out")
     assert dataset.info["counts"] == {
         "users": 6040,

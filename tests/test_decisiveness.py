@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from tests.reference.trie import DictTrie
 from tests.strategies import weighted_catalogues
-from trierec.decisiveness import (
+from triewise.decisiveness import (
     average_valid_tokens,
     binary_weights,
     decoding_weights,
@@ -34,8 +34,8 @@ from trierec.decisiveness import (
     zero_gain,
     zero_gain_share,
 )
-from trierec.errors import UserError
-from trierec.trie import Trie
+from triewise.errors import UserError
+from triewise.trie import Trie
 
 TITLES, COUNTS = [[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9]], [4, 2, 1, 1]
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

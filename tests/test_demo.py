@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from trierec.fetch import cache_folder
+from triewise.fetch import cache_folder
 
 
 def command(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = [sys.executable, "-m", "trierec", *words]
+    code = [sys.executable, "-m", "triewise", *words]
     return subprocess.run(code, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
 
 
 @pytest.mark.slow
 def test_the_quick_demo_offline(tmp_path: Path) -> None:
     if not (cache_folder() / "ml-100k").is_dir():
-        pytest.skip("ml-100k is not in the cache; run trierec prepare ml-100k --out DIR once")
-    done = command(tmp_path, "demo", "--quick", "--json", TRIEREC_OFFLINE="1", OMP_NUM_THREADS="2")
+        pytest.skip("ml-100k is not in the cache; run triewise prepare ml-100k --out DIR once")
+    done = command(tmp_path, "demo", "--quick", "--json", TRIEWISE_OFFLINE="1", OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert set(result["rows"]) == {"MSL", "LML", "SASRec", "item-kNN", "most popular"}
@@ -32,7 +32,7 @@ def test_the_quick_demo_offline(tmp_path: Path) -> None:
 
 
 def test_without_data_and_network_one_line_says_what_to_do(tmp_path: Path) -> None:
-    done = command(tmp_path, "demo", "--quick", TRIEREC_OFFLINE="1", TRIEREC_CACHE=str(tmp_path / "cache"))
+    done = command(tmp_path, "demo", "--quick", TRIEWISE_OFFLINE="1", TRIEWISE_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 2
     assert done.stdout == ""
     last = done.stderr.strip().splitlines()[-1]

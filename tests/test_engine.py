@@ -14,11 +14,11 @@ from tests.conftest import SIX
 from tests.models import tiny_model
 from tests.reference import search as reference
 from tests.strategies import catalogues
-from trierec.engine import TrieEngine, edge_log_probabilities
-from trierec.errors import UserError
-from trierec.search import rank_catalogue
-from trierec.treecache import Counters
-from trierec.trie import Trie
+from triewise.engine import TrieEngine, edge_log_probabilities
+from triewise.errors import UserError
+from triewise.search import rank_catalogue
+from triewise.treecache import Counters
+from triewise.trie import Trie
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14]]
 TOLERANCE = 1e-4  # float32, two layers
@@ -143,7 +143,7 @@ def test_a_window_shorter_than_the_longest_path_is_not_trusted() -> None:
 def test_a_mask_that_is_not_respected_is_noticed_in_any_precision(dtype: str, monkeypatch) -> None:
     import torch
 
-    from trierec import treecache
+    from triewise import treecache
 
     model = tiny_model().to(getattr(torch, dtype))
     assert TrieEngine(model, Trie.from_sequences(SIX)).tree_cache_works

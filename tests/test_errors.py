@@ -18,23 +18,23 @@ import numpy as np
 import pytest
 import torch
 
-import trierec
+import triewise
 from tests.conftest import RUN
 from tests.worlds import TITLES, recommender, split, write_msl_folder
-from trierec.backbones import _read_gguf
-from trierec.checkpoints import load_trained, save_trained
-from trierec.cli import main
-from trierec.compare import collect, comparisons, load_evaluation, read_log
-from trierec.errors import UserError
-from trierec.evaluate import Evaluation, evaluate
-from trierec.files import read_json, write_json
-from trierec.learners import open_data
-from trierec.ranking import Groups, MostPopular
-from trierec.recipe import Recipe, parse_recipe
-from trierec.runs import evaluate_run, train_run
-from trierec.trie import Trie
+from triewise.backbones import _read_gguf
+from triewise.checkpoints import load_trained, save_trained
+from triewise.cli import main
+from triewise.compare import collect, comparisons, load_evaluation, read_log
+from triewise.errors import UserError
+from triewise.evaluate import Evaluation, evaluate
+from triewise.files import read_json, write_json
+from triewise.learners import open_data
+from triewise.ranking import Groups, MostPopular
+from triewise.recipe import Recipe, parse_recipe
+from triewise.runs import evaluate_run, train_run
+from triewise.trie import Trie
 
-PACKAGE = Path(trierec.__file__).parent
+PACKAGE = Path(triewise.__file__).parent
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
 NO_ERRORS = "Lines on stderr that are no errors"
 RAISED = ("UserError", "ValueError", "KeyError", "_complain")  # `cli._complain` prints what is not raised
@@ -57,7 +57,7 @@ class Place:
     draft: str
 
     def __str__(self) -> str:
-        return f"src/trierec/{self.module}.py:{self.first} {self.draft}"
+        return f"src/triewise/{self.module}.py:{self.first} {self.draft}"
 
 
 def canonical(line: str) -> str:
@@ -212,7 +212,7 @@ def places() -> tuple[Place, ...]:
             ):
                 continue
             name, function = owner.get(id(node), ("", None))
-            reader = Reader(tree, importlib.import_module(f"trierec.{file.stem}"))
+            reader = Reader(tree, importlib.import_module(f"triewise.{file.stem}"))
             lines, text = reader.wordings(node.args[0], function), draft(node.args[0])
             if node.func.id == "_complain" and lines == {"{}"}:
                 continue  # passes on the line of a UserError
@@ -298,7 +298,7 @@ def test_every_note_of_the_table_is_a_line_of_the_source() -> None:
     for row in notes:
         for module in row.modules:
             tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-            reader = Reader(tree, importlib.import_module(f"trierec.{module}"))
+            reader = Reader(tree, importlib.import_module(f"triewise.{module}"))
             texts = [n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr | ast.Constant | ast.BinOp)]
             if not any(canonical(row.line) in map(canonical, reader.wordings(n, None)) for n in texts):
                 stale.append(row)
@@ -310,7 +310,7 @@ def test_every_row_names_code_that_exists() -> None:
     for row in rows():
         for where in row.where:
             module, *names = where.split(".")
-            at: Any = importlib.import_module(f"trierec.{module}")
+            at: Any = importlib.import_module(f"triewise.{module}")
             for name in names:
                 at = getattr(at, name, None)
             if at is None:
@@ -324,7 +324,7 @@ def is_reached(place: Place, raised: dict[tuple[str, int], set[str]]) -> bool:
 
     A ValueError of a recipe's section becomes a UserError elsewhere, so it is known by its words.
     """
-    module = f"trierec.{place.module}"
+    module = f"triewise.{place.module}"
     if place.kind == "UserError":
         return any((module, line) in raised for line in range(place.first, place.last + 1))
     said = {line for (name, _), lines in raised.items() if name == module for line in lines}
@@ -355,13 +355,13 @@ def write_run(folder: Path, data: str = "of one") -> Path:
 
 def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
     one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", "of another")
-    with pytest.raises(UserError, match="one has no metrics.json; run: trierec evaluate"):
+    with pytest.raises(UserError, match="one has no metrics.json; run: triewise evaluate"):
         collect([one])
     for run in (one, other):
         write_json(run / "metrics.json", {})
     with pytest.raises(UserError, match="wanted runs on the same data for one report"):
         collect([one, other])
-    with pytest.raises(UserError, match="one/predictions.parquet, which is missing; run: trierec evaluate"):
+    with pytest.raises(UserError, match="one/predictions.parquet, which is missing; run: triewise evaluate"):
         load_evaluation(one)
     with pytest.raises(UserError, match="log.jsonl, which is missing"):
         read_log(one)
@@ -377,7 +377,7 @@ def test_evaluations_of_different_rows() -> None:
 
 
 def test_a_run_is_evaluated_as_it_was_trained(tmp_path: Path, capsys, monkeypatch) -> None:
-    words = ["trierec", "evaluate", str(write_run(tmp_path / "run")), "--set", "training.steps=3"]
+    words = ["triewise", "evaluate", str(write_run(tmp_path / "run")), "--set", "training.steps=3"]
     monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit, match="2"):
         main()
@@ -420,7 +420,7 @@ def test_recipes_that_ask_what_the_data_do_not_have(small: Recipe, tmp_path: Pat
         train_run(changed(small, "evaluation", exclude="seen"), tmp_path / "run")
     data = open_data(small)
     monkeypatch.setattr(
-        "trierec.runs.open_data", lambda _: replace(data, valid=data.valid.take(np.arange(0)))
+        "triewise.runs.open_data", lambda _: replace(data, valid=data.valid.take(np.arange(0)))
     )
     with pytest.raises(UserError, match="training.evaluate_every > 0 needs validation rows"):
         train_run(changed(small, "training", evaluate_every=1), tmp_path / "run")
@@ -440,10 +440,10 @@ def test_recommenders_that_are_not_whole(tmp_path: Path) -> None:
     facts["hashes"]["trie"] = other.fingerprint()
     write_json(tmp_path / "recommender.json", facts)
     with pytest.raises(UserError, match="the tokenizer in .*/model does not give the titles of trie.npz"):
-        trierec.load(tmp_path)
+        triewise.load(tmp_path)
     (tmp_path / "trie.npz").unlink()
     with pytest.raises(UserError, match="wanted trie.npz in .*, which is missing; restore it"):
-        trierec.load(tmp_path)
+        triewise.load(tmp_path)
 
 
 def test_weights_of_another_model(tmp_path: Path) -> None:

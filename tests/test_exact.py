@@ -14,11 +14,11 @@ from tests.conftest import SIX
 from tests.models import tiny_model
 from tests.strategies import weighted_catalogues
 from tests.test_beam import random_titles
-from trierec.decisiveness import information_gain
-from trierec.engine import TrieEngine
-from trierec.errors import UserError
-from trierec.search import beam_search, exact_search, rank_catalogue, score
-from trierec.trie import Trie
+from triewise.decisiveness import information_gain
+from triewise.engine import TrieEngine
+from triewise.errors import UserError
+from triewise.search import beam_search, exact_search, rank_catalogue, score
+from triewise.trie import Trie
 
 TOLERANCE = 1e-4
 START = [21, 22, 23, 24, 25, 26, 27, 28, 29, 20]  # an instruction that prompts share

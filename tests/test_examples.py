@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.conftest import SIX
 from tests.token_worlds import Row, make_prompts, make_split
-from trierec.decisiveness import position_weights
-from trierec.errors import UserError
-from trierec.examples import Examples, Windows, along_titles, make_windows, schedule, target_counts
-from trierec.trie import Trie
+from triewise.decisiveness import position_weights
+from triewise.errors import UserError
+from triewise.examples import Examples, Windows, along_titles, make_windows, schedule, target_counts
+from triewise.trie import Trie
 
 
 def listed(windows: Windows) -> list[tuple[list[int], int]]:

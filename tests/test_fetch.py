@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from trierec import fetch
-from trierec.errors import UserError
+from triewise import fetch
+from triewise.errors import UserError
 
 from .data_fixtures import CLEAN_FILMS, FILMS, RATINGS, u_data, u_item, widedeep, zip_bytes
 
@@ -30,8 +30,8 @@ ZIP = zip_bytes({"ml-100k/u.data": u_data(), "ml-100k/u.item": u_item()})
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, a release of seven ratings, and no way out."""
-    monkeypatch.setenv("TRIEREC_CACHE", str(tmp_path))
-    monkeypatch.delenv("TRIEREC_OFFLINE", raising=False)
+    monkeypatch.setenv("TRIEWISE_CACHE", str(tmp_path))
+    monkeypatch.delenv("TRIEWISE_OFFLINE", raising=False)
     monkeypatch.setitem(fetch.RELEASES, "ml-100k", replace(fetch.RELEASES["ml-100k"], sha256=SHA))
 
     def no_way(*_: object, **__: object) -> Any:
@@ -103,17 +103,17 @@ def test_the_gaps_of_1m_leave_3883_films() -> None:
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TRIEREC_CACHE", str(tmp_path))
+    monkeypatch.setenv("TRIEWISE_CACHE", str(tmp_path))
     assert fetch.cache_folder() == tmp_path
-    monkeypatch.setenv("TRIEREC_CACHE", "")
-    assert fetch.cache_folder().name == "trierec"
+    monkeypatch.setenv("TRIEWISE_CACHE", "")
+    assert fetch.cache_folder().name == "triewise"
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True)])
 def test_offline_is_a_switch(monkeypatch: pytest.MonkeyPatch, value: str | None, expected: bool) -> None:
-    monkeypatch.delenv("TRIEREC_OFFLINE", raising=False)
+    monkeypatch.delenv("TRIEWISE_OFFLINE", raising=False)
     if value is not None:
-        monkeypatch.setenv("TRIEREC_OFFLINE", value)
+        monkeypatch.setenv("TRIEWISE_OFFLINE", value)
     assert fetch.offline() is expected
 
 
@@ -191,9 +191,9 @@ def test_nothing_to_be_had_is_one_line_that_says_what_to_do(
 
 
 def test_offline_tries_no_connection(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    monkeypatch.setenv("TRIEWISE_OFFLINE", "1")
     with pytest.raises(
-        UserError, match=r"\(TRIEREC_OFFLINE=1, so no connection was tried\); download https://"
+        UserError, match=r"\(TRIEWISE_OFFLINE=1, so no connection was tried\); download https://"
     ):
         fetch.fetch("ml-100k")
 
@@ -236,7 +236,7 @@ def test_an_answer_of_the_wrong_kind_is_refused(cache: Path, monkeypatch: pytest
 def test_other_contents_are_refused(
     cache: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
 ) -> None:
-    monkeypatch.setenv("TRIEREC_OFFLINE", "1")
+    monkeypatch.setenv("TRIEWISE_OFFLINE", "1")
     (cache / "ml-100k.zip").write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         fetch.fetch("ml-100k")
@@ -257,7 +257,9 @@ def test_a_damaged_cache_is_made_again(cache: Path, capsys: pytest.CaptureFixtur
 def test_a_cache_that_cannot_be_written_is_a_clear_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "file").write_text("x", encoding="utf-8")
     (cache / "ml-100k.zip").write_bytes(ZIP)
-    with pytest.raises(UserError, match=r"cannot write the cache .*; set TRIEREC_CACHE to a folder of yours"):
+    with pytest.raises(
+        UserError, match=r"cannot write the cache .*; set TRIEWISE_CACHE to a folder of yours"
+    ):
         fetch._keep(cache / "file" / "ml-100k", CANONICAL_100K)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trierec.errors import UserError
-from trierec.files import atomic_folder, atomic_path, read_json, sha256_file, write_json
+from triewise.errors import UserError
+from triewise.files import atomic_folder, atomic_path, read_json, sha256_file, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:

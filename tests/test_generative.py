@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import trierec
+import triewise
 from tests import worlds
 from tests.contract import HISTORIES, RecommenderContract
-from trierec.errors import UserError
-from trierec.generative import GenerativeRecommender
-from trierec.ranking import Groups, MostPopular
-from trierec.trie import Trie
+from triewise.errors import UserError
+from triewise.generative import GenerativeRecommender
+from triewise.ranking import Groups, MostPopular
+from triewise.trie import Trie
 
 
 class TestGenerative(RecommenderContract):
@@ -77,8 +77,8 @@ def test_moved_and_loaded_in_a_fresh_process_it_ranks_the_same(
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder, moved)
     code = (
-        "import sys, json, torch, trierec; torch.set_num_threads(1)\n"
-        f"r = trierec.load(sys.argv[1]).recommend({HISTORIES}, k=5)\n"
+        "import sys, json, torch, triewise; torch.set_num_threads(1)\n"
+        f"r = triewise.load(sys.argv[1]).recommend({HISTORIES}, k=5)\n"
         "print(json.dumps([r.items.tolist(), r.scores.tolist()]))"
     )
     done = subprocess.run(
@@ -115,21 +115,21 @@ def test_parts_that_do_not_belong_together_are_refused(
     folder = copy("trie")
     Trie.from_sequences([[1, 2], [3, 2]]).save(folder / "trie.npz")
     with pytest.raises(UserError, match="the trie of .* is not the one this model was trained with"):
-        trierec.load(folder)
+        triewise.load(folder)
     folder = copy("tokenizer")
     worlds.backbone(worlds.TITLES[:3]).tokenizer.save_pretrained(folder / "model")
     with pytest.raises(UserError, match="the prompt of .* is not the one this model was trained with"):
-        trierec.load(folder)
+        triewise.load(folder)
     folder = copy("format")
     (folder / "recommender.json").write_text('{"format": 99}', encoding="utf-8")
     with pytest.raises(UserError, match="of format 1, got 99"):
-        trierec.load(folder)
+        triewise.load(folder)
     folder = copy("half")
     (folder / "recommender.json").unlink()
     with pytest.raises(UserError, match="recommender.json, which does not exist"):
-        trierec.load(folder)
+        triewise.load(folder)
     with pytest.raises(UserError, match="is no folder; train one first"):
-        trierec.load(tmp_path / "nowhere")
+        triewise.load(tmp_path / "nowhere")
 
 
 def test_search_settings_that_do_not_exist_are_refused() -> None:

@@ -18,17 +18,17 @@ from tests.contract import HISTORIES, RecommenderContract
 from tests.models import tiny_model
 from tests.reference import grounding as reference
 from tests.worlds import write_msl_folder
-from trierec import load
-from trierec.adapters import add_lora
-from trierec.backbones import Backbone
-from trierec.choice import choose_gamma
-from trierec.compare import collect
-from trierec.errors import UserError
-from trierec.files import read_json
-from trierec.generative import GenerativeRecommender
-from trierec.grounding import GroundedRecommender, generate, inject, last_states
-from trierec.recipe import LoraSettings, Recipe, parse_recipe
-from trierec.runs import evaluate_run, train_run
+from triewise import load
+from triewise.adapters import add_lora
+from triewise.backbones import Backbone
+from triewise.choice import choose_gamma
+from triewise.compare import collect
+from triewise.errors import UserError
+from triewise.files import read_json
+from triewise.generative import GenerativeRecommender
+from triewise.grounding import GroundedRecommender, generate, inject, last_states
+from triewise.recipe import LoraSettings, Recipe, parse_recipe
+from triewise.runs import evaluate_run, train_run
 
 
 class TestGrounding(RecommenderContract):
@@ -218,7 +218,7 @@ def test_another_recommender_gives_the_weights(grounded: GroundedRecommender) ->
 
 def test_the_chosen_gamma_is_the_best_of_the_grid(grounded: GroundedRecommender) -> None:
     """Judged by ranking again with every gamma that it could have been."""
-    from trierec.evaluate import evaluate
+    from triewise.evaluate import evaluate
 
     rows = worlds.split([*HISTORIES, [8], [1]], [8, 7, 3, 6, 8, 5])
     for exclude, allow in (("none", None), ("history", [3, 5, 6, 8])):
@@ -296,13 +296,13 @@ def test_search_and_gamma_are_chosen_on_validation_rows(
 
 
 def test_nothing_to_choose_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trierec.dataset import load_dataset
+    from triewise.dataset import load_dataset
 
     def without_validation(folder: Path) -> object:
         data = load_dataset(folder)
         return replace(data, valid=data.valid.take(np.arange(0)))
 
-    monkeypatch.setattr("trierec.runs.load_dataset", without_validation)
+    monkeypatch.setattr("triewise.runs.load_dataset", without_validation)
     settings = recipe_of(run).evaluation.model_copy(update={"choose": ("grounding",)})
     with pytest.raises(UserError, match="evaluation.choose needs validation rows"):
         evaluate_run(run, settings)
@@ -332,6 +332,6 @@ def test_settings_that_do_not_go_together(evaluation: dict, training: dict, mess
 
 
 def recipe_of(run: Path) -> Recipe:
-    from trierec.learners import open_run
+    from triewise.learners import open_run
 
     return open_run(run)[0]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trierec.errors import UserError
-from trierec.interactions import Interactions, core, ordered_ids
+from triewise.errors import UserError
+from triewise.interactions import Interactions, core, ordered_ids
 
 from .reference import splits as slow
 

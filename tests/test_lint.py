@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trierec import lint as room
-from trierec.catalog import Catalog
-from trierec.interactions import Interactions
-from trierec.lint import Finding, lint
-from trierec.splits import NAMES, WAYS, Ragged, Split, places
+from triewise import lint as room
+from triewise.catalog import Catalog
+from triewise.interactions import Interactions
+from triewise.lint import Finding, lint
+from triewise.splits import NAMES, WAYS, Ragged, Split, places
 
 CATALOG = Catalog.from_titles("abcdef", ["Alien", "Brazil", "Casino  (1995)\n", "", "Eraserhead", "x" * 99])
 

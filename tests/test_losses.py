@@ -21,9 +21,9 @@ from tests.reference.losses import (
     weighted_mean,
 )
 from tests.strategies import catalogues
-from trierec.decisiveness import binary_weights, linear_weights, position_weights
-from trierec.errors import UserError
-from trierec.losses import (
+from triewise.decisiveness import binary_weights, linear_weights, position_weights
+from triewise.errors import UserError
+from triewise.losses import (
     AdaptiveTemperature,
     Objective,
     gradient_weight,
@@ -33,7 +33,7 @@ from trierec.losses import (
     vocabulary_nll,
     widest_node,
 )
-from trierec.trie import Trie
+from triewise.trie import Trie
 
 V = 12
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

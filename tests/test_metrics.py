@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import metrics as reference
-from trierec.errors import UserError
-from trierec.metrics import hit_rate, metrics_from_rank, mrr, ndcg, rank_in_list, rank_of_target
+from triewise.errors import UserError
+from triewise.metrics import hit_rate, metrics_from_rank, mrr, ndcg, rank_in_list, rank_of_target
 
 FUNCTIONS = {"HR": hit_rate, "NDCG": ndcg, "MRR": mrr}
 quick = settings(max_examples=60, deadline=None)

@@ -10,10 +10,10 @@ import pytest
 
 from tests.contract import RecommenderContract
 from tests.worlds import catalog, split
-from trierec import neighbours
-from trierec.neighbours import ItemKNN
-from trierec.ranking import Groups
-from trierec.splits import Split
+from triewise import neighbours
+from triewise.neighbours import ItemKNN
+from triewise.ranking import Groups
+from triewise.splits import Split
 
 
 class TestItemKNN(RecommenderContract):

@@ -15,18 +15,18 @@ from torch import Tensor
 from tests.conftest import shared
 from tests.models import tiny_model
 from tests.token_worlds import make_prompts, make_split
-from trierec import forward
-from trierec.backbones import compute_again, computes_again
-from trierec.dataset import prepare
-from trierec.decisiveness import zero_gain
-from trierec.errors import UserError
-from trierec.examples import Examples, chains, make_windows, schedule, target_counts
-from trierec.forward import MicroBatches, TitleLoss
-from trierec.losses import AdaptiveTemperature, Objective
-from trierec.packing import SHARE_AT_LEAST, hidden_states, pack, packing_works
-from trierec.splits import Split
-from trierec.train import TrainConfig, TrieTrainer, train
-from trierec.trie import Trie
+from triewise import forward
+from triewise.backbones import compute_again, computes_again
+from triewise.dataset import prepare
+from triewise.decisiveness import zero_gain
+from triewise.errors import UserError
+from triewise.examples import Examples, chains, make_windows, schedule, target_counts
+from triewise.forward import MicroBatches, TitleLoss
+from triewise.losses import AdaptiveTemperature, Objective
+from triewise.packing import SHARE_AT_LEAST, hidden_states, pack, packing_works
+from triewise.splits import Split
+from triewise.train import TrainConfig, TrieTrainer, train
+from triewise.trie import Trie
 
 
 @st.composite

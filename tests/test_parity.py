@@ -19,13 +19,13 @@ import torch
 from tests.conftest import shared
 from tests.reference import beam as reference
 from tests.reference.trie import DictTrie
-from trierec.backbones import Backbone, load_backbone
-from trierec.dataset import Dataset, prepare
-from trierec.engine import TrieEngine
-from trierec.fetch import cache_folder
-from trierec.prompts import build_prompts
-from trierec.search import beam_search
-from trierec.trie import Trie
+from triewise.backbones import Backbone, load_backbone
+from triewise.dataset import Dataset, prepare
+from triewise.engine import TrieEngine
+from triewise.fetch import cache_folder
+from triewise.prompts import build_prompts
+from triewise.search import beam_search
+from triewise.trie import Trie
 
 COMBINATIONS = list(itertools.product(("trie", "vocabulary"), (0.0, 1.0), (5, 10)))
 pytestmark = pytest.mark.parity
@@ -35,7 +35,7 @@ def real(name: str, folder: Path) -> Dataset:
     """ml-100k from the cache, or a shared folder; a skip that says why where it is absent."""
     if name == "ml-100k":
         if not (cache_folder() / "ml-100k").is_dir():
-            pytest.skip("ml-100k is not in the cache; run trierec prepare ml-100k --out DIR once")
+            pytest.skip("ml-100k is not in the cache; run triewise prepare ml-100k --out DIR once")
         return prepare(name, folder, max_history=10)
     return prepare(f"msl:{shared(name)}", folder, max_history=10)
 
@@ -99,7 +99,7 @@ def test_smollm2(name: str, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     if not (cache_folder() / "models" / "smollm2-135m-q4").is_dir():
         pytest.skip(
-            "smollm2-135m-q4 is not in the cache; run trierec describe DIR --tokenizer smollm2-135m-q4 once"
+            "smollm2-135m-q4 is not in the cache; run triewise describe DIR --tokenizer smollm2-135m-q4 once"
         )
     dataset = real(name, tmp_path / "data")
     backbone: Any = load_backbone("smollm2-135m-q4", device="cpu", dtype="float32")

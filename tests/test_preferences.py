@@ -19,21 +19,21 @@ from tests.test_train import Gradients, config, same, untimed, weights
 from tests.token_worlds import Row, make_prompts, make_split
 from tests.train_child import small_model
 from tests.worlds import write_msl_folder
-from trierec.decisiveness import zero_gain
-from trierec.errors import UserError
-from trierec.examples import Examples, Windows, draw_rejected, make_windows, target_counts
-from trierec.losses import Objective
-from trierec.preferences import (
+from triewise.decisiveness import zero_gain
+from triewise.errors import UserError
+from triewise.examples import Examples, Windows, draw_rejected, make_windows, target_counts
+from triewise.losses import Objective
+from triewise.preferences import (
     Preferences,
     kept_reference,
     reference_key,
     reference_logp,
     sdpo_loss,
 )
-from trierec.recipe import Recipe, parse_recipe
-from trierec.runs import evaluate_run, train_run
-from trierec.train import TrieTrainer, train
-from trierec.trie import Trie
+from triewise.recipe import Recipe, parse_recipe
+from triewise.runs import evaluate_run, train_run
+from triewise.train import TrieTrainer, train
+from triewise.trie import Trie
 
 
 def sums(n_rows: int, n: int, seed: int = 0, scale: float = 3.0) -> list[Tensor]:
@@ -193,7 +193,7 @@ def test_the_reference_is_computed_once(tmp_path: Path, capsys: pytest.CaptureFi
     first, key = kept_reference(path, small_model(), examples, rejected, "vocabulary")
     assert "computed again" not in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trierec.preferences.reference_logp", None)
+        patch.setattr("triewise.preferences.reference_logp", None)
         again, same_key = kept_reference(path, small_model(), examples, rejected, "vocabulary")
     assert np.array_equal(first, again) and key == same_key
     other, _ = kept_reference(path, small_model(seed=1), examples, rejected, "vocabulary")
@@ -283,7 +283,7 @@ def test_packing_runs_a_prompt_once_and_changes_nothing(support: str, tmp_path: 
 def test_blocks_of_logits_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples, steps = world(), []
     for at_once in (1 << 26, 20 * 5):
-        monkeypatch.setattr("trierec.forward.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("triewise.forward.LOGITS_AT_ONCE", at_once)
         seen, settings = Gradients(), config(steps=1, batch_size=4, max_grad_norm=1e9)
         trainer = TrieTrainer(small_model(), examples, learned(examples), settings, tmp_path)
         trainer.add_callback(seen)

@@ -29,10 +29,10 @@ from tests.process_child import (
     whole_run,
 )
 from tests.worlds import write_msl_folder
-from trierec import processes
-from trierec.checkpoints import WEIGHTS, checkpoints, remove
-from trierec.errors import UserError
-from trierec.train import TrainConfig
+from triewise import processes
+from triewise.checkpoints import WEIGHTS, checkpoints, remove
+from triewise.errors import UserError
+from triewise.train import TrainConfig
 
 TIMES = ("seconds", "tokens_per_second")
 RECIPE = """
@@ -250,7 +250,7 @@ def test_torchrun_on_the_command_line_a_kill_and_what_is_left(tmp_path: Path) ->
 
     def start(out: str, *words: str) -> subprocess.Popen[str]:
         launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-        command = [*launcher, "-m", "trierec", "train", str(recipe), "--out", str(tmp_path / out), *words]
+        command = [*launcher, "-m", "triewise", "train", str(recipe), "--out", str(tmp_path / out), *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen([sys.executable, "-m", *command], text=True, **pipes)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.worlds import TITLES, backbone, catalog
-from trierec.errors import UserError
-from trierec.prompts import build_prompts, tokenizer_hash
+from triewise.errors import UserError
+from triewise.prompts import build_prompts, tokenizer_hash
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from trierec.errors import UserError
-from trierec.published import id_lists, item_indices, json_titles, read_d3, read_msl, tab_titles
-from trierec.splits import Ragged
-from trierec.tables import ROW
+from triewise.errors import UserError
+from triewise.published import id_lists, item_indices, json_titles, read_d3, read_msl, tab_titles
+from triewise.splits import Ragged
+from triewise.tables import ROW
 
 from .conftest import shared
 from .data_fixtures import D3_TITLES, write_csv, write_d3, write_d3_original, write_msl

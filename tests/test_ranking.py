@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trierec.errors import UserError
-from trierec.ranking import Groups, MostPopular, rank_groups, resolve_filters
+from triewise.errors import UserError
+from triewise.ranking import Groups, MostPopular, rank_groups, resolve_filters
 
 GROUPS = Groups.from_labels([0, 1, 0, 2], priority=[1, 5, 3, 0])  # items 0 and 2 have equal titles
 

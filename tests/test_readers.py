@@ -11,10 +11,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from trierec import fetch
-from trierec.errors import UserError
-from trierec.interactions import Interactions
-from trierec.readers import Raw, csv_folder, movielens, movielens_folder, recbole
+from triewise import fetch
+from triewise.errors import UserError
+from triewise.interactions import Interactions
+from triewise.readers import Raw, csv_folder, movielens, movielens_folder, recbole
 
 from .data_fixtures import (
     CLEAN_FILMS,
@@ -61,7 +61,7 @@ def test_titles_with_quotes_survive(cache: Path, monkeypatch: pytest.MonkeyPatch
     tables = fetch.canonical(fetch.read_100k_originals(u_data([(1, 1, 3, 1)]), films))
     for name, content in tables.items():
         (cache / name).write_bytes(content)
-    monkeypatch.setattr("trierec.readers.fetch", lambda _: cache)
+    monkeypatch.setattr("triewise.readers.fetch", lambda _: cache)
     assert movielens("ml-100k").title == {"1": '"Quoted", with comma'}
 
 

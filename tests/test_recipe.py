@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trierec.errors import UserError
-from trierec.recipe import dump_recipe, load_recipe, parse_recipe, recipe_folder
+from triewise.errors import UserError
+from triewise.recipe import dump_recipe, load_recipe, parse_recipe, recipe_folder
 
 SMALL = {"name": "x", "data": {"source": "ml-100k"}}
 EVERY = sorted(recipe_folder().rglob("*.toml"))

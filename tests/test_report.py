@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trierec.analysis import Example, Recommendation, Token
-from trierec.report import Comparison, Report, Row, write_report
+from triewise.analysis import Example, Recommendation, Token
+from triewise.report import Comparison, Report, Row, write_report
 
 VOID = {"meta", "br", "wbr", "img", "hr", "link", "input"}
 NASTY = '<script>alert(1)</script> & "quotes" \'n <b>bold</b>'
@@ -117,7 +117,7 @@ def full() -> Report:
         forced=(np.array([0.0, 0.5, 1.0]), np.array([0.4, 0.4, 0.2])),
         examples=(example("1"), example("2"), example("3")),
         notes=("Seen items are excluded.",),
-        provenance={"commit": "abc", "command": "trierec demo"},
+        provenance={"commit": "abc", "command": "triewise demo"},
     )
 
 

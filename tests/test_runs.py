@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from tests.worlds import write_msl_folder
-from trierec import load
-from trierec.compare import collect, comparisons, example_rows, load_evaluation
-from trierec.errors import UserError
-from trierec.files import read_json, write_json, write_text
-from trierec.learners import open_run
-from trierec.recipe import Recipe, dump_recipe, parse_recipe
-from trierec.runs import evaluate_run, train_run
-from trierec.search import rank_catalogue
+from triewise import load
+from triewise.compare import collect, comparisons, example_rows, load_evaluation
+from triewise.errors import UserError
+from triewise.files import read_json, write_json, write_text
+from triewise.learners import open_run
+from triewise.recipe import Recipe, dump_recipe, parse_recipe
+from triewise.runs import evaluate_run, train_run
+from triewise.search import rank_catalogue
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_run_folder_has_what_it_promises(runs: tuple[Path, Path]) -> None:
     facts = read_json(runs[0] / "run.json")
     assert facts["status"] == "trained"
     assert set(facts["hashes"]) == {"data", "prompt", "trie", "counts"}
-    assert set(facts["versions"]) >= {"python", "torch", "transformers", "trierec"}
+    assert set(facts["versions"]) >= {"python", "torch", "transformers", "triewise"}
     rows = [json.loads(line) for line in (runs[0] / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [50, 100, 150]
     assert {"loss_zero_gain", "loss_positive_gain", "temperature", "w"} <= set(rows[0])
@@ -112,8 +112,8 @@ def test_beams_and_filters_in_an_evaluation(runs: tuple[Path, Path], tmp_path: P
 
 def test_lemma_1_bounds_the_ranking_by_the_losses(runs: tuple[Path, Path]) -> None:
     """MSL's Lemma 1: -ln NDCG of the full ranking by P_valid <= MSL <= LML, for every test user."""
-    from trierec.dataset import load_dataset
-    from trierec.engine import TrieEngine
+    from triewise.dataset import load_dataset
+    from triewise.engine import TrieEngine
 
     rec = load(runs[1])
     test = load_dataset(Path(read_json(runs[1] / "run.json")["data"]["folder"])).test
@@ -308,7 +308,7 @@ def test_what_is_refused(cycle: Path, runs: tuple[Path, Path], tmp_path: Path) -
     with pytest.raises(UserError, match="has no run.json"):
         open_run(tmp_path)
     (tmp_path / "run.json").write_text('{"status": "training"}', encoding="utf-8")
-    with pytest.raises(UserError, match="has not ended; go on with: trierec train"):
+    with pytest.raises(UserError, match="has not ended; go on with: triewise train"):
         open_run(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         train_run(recipe(cycle), tmp_path / "run.json")

@@ -14,11 +14,11 @@ from tests.models import tiny_model
 from tests.reference import search as reference
 from tests.strategies import catalogues
 from tests.test_beam import random_titles
-from trierec.engine import TrieEngine
-from trierec.errors import UserError
-from trierec.filters import TitleFilter
-from trierec.search import score
-from trierec.trie import Trie
+from triewise.engine import TrieEngine
+from triewise.errors import UserError
+from triewise.filters import TitleFilter
+from triewise.search import score
+from triewise.trie import Trie
 
 TOLERANCE = 1e-4
 

@@ -7,12 +7,12 @@ import pytest
 
 from tests.conftest import SIX
 from tests.models import tiny_model
-from trierec.decisiveness import decoding_weights, information_gain
-from trierec.engine import TrieEngine, edge_log_probabilities
-from trierec.errors import UserError
-from trierec.search import rank_catalogue
-from trierec.treecache import Counters
-from trierec.trie import Trie
+from triewise.decisiveness import decoding_weights, information_gain
+from triewise.engine import TrieEngine, edge_log_probabilities
+from triewise.errors import UserError
+from triewise.search import rank_catalogue
+from triewise.treecache import Counters
+from triewise.trie import Trie
 
 PROMPTS = [[7, 8, 9], [12, 13]]
 TRIE = Trie.from_sequences(SIX)

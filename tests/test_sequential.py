@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import trierec
+import triewise
 from tests import worlds
 from tests.contract import HISTORIES, RecommenderContract
 from tests.token_worlds import make_split
-from trierec.encoders import EncoderConfig, SequentialModel
-from trierec.errors import UserError
-from trierec.examples import Windows, make_windows, target_counts
-from trierec.files import read_json, write_json
-from trierec.sequential import (
+from triewise.encoders import EncoderConfig, SequentialModel
+from triewise.errors import UserError
+from triewise.examples import Windows, make_windows, target_counts
+from triewise.files import read_json, write_json
+from triewise.sequential import (
     LossConfig,
     Sequences,
     SequentialRecommender,
@@ -33,8 +33,8 @@ from trierec.sequential import (
     shifted_task,
     task_loss,
 )
-from trierec.splits import Ragged
-from trierec.train import TrainConfig
+from triewise.splits import Ragged
+from triewise.train import TrainConfig
 
 KINDS = ("gru4rec", "sasrec", "bert4rec", "lrurec")
 
@@ -405,9 +405,9 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
 def test_saved_and_loaded_it_ranks_the_same(kind: str, tmp_path: Path) -> None:
     learner = recommender(kind, head="linear")
     learner.save_pretrained(tmp_path / "a")
-    loaded = trierec.load(tmp_path / "a")
+    loaded = triewise.load(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
-    again = trierec.load(tmp_path / "b")
+    again = triewise.load(tmp_path / "b")
     wanted = learner.recommend(HISTORIES, k=5)
     for other in (loaded, again):
         found = other.recommend(HISTORIES, k=5)

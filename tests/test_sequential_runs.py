@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import trierec
+import triewise
 from tests.worlds import write_msl_folder
-from trierec.cli import main
-from trierec.compare import report_runs
-from trierec.errors import UserError
-from trierec.files import read_json
-from trierec.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
-from trierec.runs import evaluate_run, train_run
-from trierec.sequential import SequentialRecommender
+from triewise.cli import main
+from triewise.compare import report_runs
+from triewise.errors import UserError
+from triewise.files import read_json
+from triewise.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from triewise.runs import evaluate_run, train_run
+from triewise.sequential import SequentialRecommender
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,11 @@ def test_a_run_folder_has_what_it_promises(run: Path) -> None:
 
 
 def test_it_is_loaded_and_asked_like_any_other(run: Path, capsys: Any, monkeypatch: Any) -> None:
-    recommender = trierec.load(run)
+    recommender = triewise.load(run)
     assert isinstance(recommender, SequentialRecommender)
     red = recommender.catalog.index("Red")
     assert recommender.catalog.title[recommender.recommend([[red]], k=1).items[0, 0]] == "Red Dawn"
-    monkeypatch.setattr("sys.argv", ["trierec", "recommend", str(run), "--history", "Red", "-k", "2"])
+    monkeypatch.setattr("sys.argv", ["triewise", "recommend", str(run), "--history", "Red", "-k", "2"])
     with pytest.raises(SystemExit, match="0"):
         main()
     assert "Red Dawn" in capsys.readouterr().out.splitlines()[0]
@@ -125,7 +125,7 @@ def test_what_a_recipe_may_not_ask(cycle: Path, sections: dict[str, Any], proble
 
 def test_older_rows_weigh_less(cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("trierec.learners.Sequences.from_windows", _spy(seen))
+    monkeypatch.setattr("triewise.learners.Sequences.from_windows", _spy(seen))
     half = recipe(cycle, training={"steps": 1, "supervision": "last"}, sequential={"half_life_days": 1e-3})
     train_run(half, tmp_path / "half")
     age = (1000 + 199) - np.arange(1000, 1200)
@@ -133,7 +133,7 @@ def test_older_rows_weigh_less(cycle: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def _spy(seen: list[Any]) -> Any:
-    from trierec.sequential import Sequences
+    from triewise.sequential import Sequences
 
     make = Sequences.from_windows
 
@@ -147,14 +147,14 @@ def _spy(seen: list[Any]) -> Any:
 def test_weights_by_age_need_times(cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    import trierec.runs
+    import triewise.runs
 
     def without_times(chosen: Recipe) -> Any:
         data = opened(chosen)
         return replace(data, train=replace(data.train, timestamp=np.full(data.train.n_rows, -1)))
 
-    opened = trierec.runs.open_data
-    monkeypatch.setattr("trierec.runs.open_data", without_times)
+    opened = triewise.runs.open_data
+    monkeypatch.setattr("triewise.runs.open_data", without_times)
     half = recipe(cycle, training={"supervision": "last"}, sequential={"half_life_days": 3})
     with pytest.raises(UserError, match="half_life_days needs the time of every training row"):
         train_run(half, tmp_path / "run")
@@ -163,7 +163,7 @@ def test_weights_by_age_need_times(cycle: Path, tmp_path: Path, monkeypatch: pyt
 def test_several_processes_are_refused_before_anything_is_written(
     cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from trierec import runs
+    from triewise import runs
 
     open_data = runs.open_data
 

@@ -17,12 +17,12 @@ from numpy.testing import assert_allclose
 from tests.models import tiny_model
 from tests.reference.search import catalogue
 from tests.worlds import backbone, catalog
-from trierec.backbones import Backbone, load_tokenizer
-from trierec.errors import UserError
-from trierec.fetch import cache_folder
-from trierec.generative import GenerativeRecommender
-from trierec.prompts import TEMPLATES, Prompts, build_prompts
-from trierec.trie import Trie
+from triewise.backbones import Backbone, load_tokenizer
+from triewise.errors import UserError
+from triewise.fetch import cache_folder
+from triewise.generative import GenerativeRecommender
+from triewise.prompts import TEMPLATES, Prompts, build_prompts
+from triewise.trie import Trie
 
 ORDINARY = ("Red", "Red Dawn", "Blue Moon 🎬", "Night Train (1991)", "漢字の映画", "Cafe\u0301")
 SHOWN = {"plain": "{}", "msl": '"{}"', "d3": "{}\n"}

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trierec import splits
-from trierec.interactions import Interactions
-from trierec.splits import Ragged, Split, leave_one_out, places, time_growing, time_windows
+from triewise import splits
+from triewise.interactions import Interactions
+from triewise.splits import Ragged, Split, leave_one_out, places, time_growing, time_windows
 
 from .reference import splits as slow
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from trierec.errors import UserError
-from trierec.tables import ROW, find_file, integers, read_rows
+from triewise.errors import UserError
+from triewise.tables import ROW, find_file, integers, read_rows
 
 from .data_fixtures import write_csv
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from tests.test_report import NASTY, example, rows
-from trierec.analysis import Recommendation, Token
-from trierec.report import Comparison
-from trierec.terminal import print_examples, print_facts, print_rows
+from triewise.analysis import Recommendation, Token
+from triewise.report import Comparison
+from triewise.terminal import print_examples, print_facts, print_rows
 
 COMPARISONS = (
     Comparison("MSL", "LML", "HR@10", 0.031, 0.009, 0.053),

@@ -21,15 +21,15 @@ from tests.reference.losses import dense_lml_parts
 from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG, KILLED_STEP, PLACES, adaptive_run, die, small_model, some_metric
 from tests.worlds import write_msl_folder
-from trierec.checkpoints import WEIGHTS, checkpoints
-from trierec.decisiveness import binary_weights, zero_gain
-from trierec.errors import UserError
-from trierec.examples import Examples, along_titles, schedule, target_counts
-from trierec.forward import PARTS, MicroBatches, TitleLoss
-from trierec.losses import AdaptiveTemperature, Objective
-from trierec.recipe import load_recipe, recipe_folder
-from trierec.runs import train_run
-from trierec.train import TrainConfig, TrainResult, TrieTrainer, train
+from triewise.checkpoints import WEIGHTS, checkpoints
+from triewise.decisiveness import binary_weights, zero_gain
+from triewise.errors import UserError
+from triewise.examples import Examples, along_titles, schedule, target_counts
+from triewise.forward import PARTS, MicroBatches, TitleLoss
+from triewise.losses import AdaptiveTemperature, Objective
+from triewise.recipe import load_recipe, recipe_folder
+from triewise.runs import train_run
+from triewise.train import TrainConfig, TrainResult, TrieTrainer, train
 
 TIMES = ("seconds", "tokens_per_second")
 

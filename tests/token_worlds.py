@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trierec.decisiveness import zero_gain
-from trierec.examples import Examples, make_windows, target_counts
-from trierec.prompts import Prompts
-from trierec.splits import Ragged, Split
-from trierec.trie import Trie
+from triewise.decisiveness import zero_gain
+from triewise.examples import Examples, make_windows, target_counts
+from triewise.prompts import Prompts
+from triewise.splits import Ragged, Split
+from triewise.trie import Trie
 
 Row = tuple[str | None, list[int], int]  # user, history, target
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from trierec.backbones import Backbone, load_backbone
-from trierec.catalog import Catalog
-from trierec.generative import GenerativeRecommender
-from trierec.prompts import build_prompts
-from trierec.recipe import TinyModel
-from trierec.splits import Ragged, Split
-from trierec.trie import Trie
+from triewise.backbones import Backbone, load_backbone
+from triewise.catalog import Catalog
+from triewise.generative import GenerativeRecommender
+from triewise.prompts import build_prompts
+from triewise.recipe import TinyModel
+from triewise.splits import Ragged, Split
+from triewise.trie import Trie
 
 TITLES = (  # two equal, one that spells the terminator, one with markup, one with a newline
     "Alien (1979)",

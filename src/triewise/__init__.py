@@ -1,7 +1,7 @@
 """Recommend by writing the title of the next item along the catalogue's prefix tree.
 
-``trierec.load("runs/x")`` gives a trained recommender; everything else is in the rooms: ``trierec.trie``,
-``trierec.losses``, ``trierec.engine``, ``trierec.search`` and so on. Importing this package loads neither
+``triewise.load("runs/x")`` gives a trained recommender; everything else is in the rooms: ``triewise.trie``,
+``triewise.losses``, ``triewise.engine``, ``triewise.search`` and so on. Importing this package loads neither
 torch nor transformers.
 """
 
@@ -11,11 +11,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 if TYPE_CHECKING:
-    from trierec.generative import GenerativeRecommender
-    from trierec.sequential import SequentialRecommender
+    from triewise.generative import GenerativeRecommender
+    from triewise.sequential import SequentialRecommender
 
 __all__ = ["UserError", "load"]
 __version__ = "0.1.0"
@@ -46,12 +46,12 @@ def load(
     Raises:
         UserError: Not a recommender, or its parts do not belong together.
     """
-    from trierec.files import read_json
-    from trierec.generative import MANIFEST, GenerativeRecommender, local_folder
+    from triewise.files import read_json
+    from triewise.generative import MANIFEST, GenerativeRecommender, local_folder
 
     run = local_folder(run, revision)
     if read_json(run / MANIFEST).get("kind") == "sequential":
-        from trierec.sequential import SequentialRecommender
+        from triewise.sequential import SequentialRecommender
 
         return SequentialRecommender.from_pretrained(run, device=device)
     return GenerativeRecommender.from_pretrained(

@@ -1,5 +1,5 @@
-"""``python -m trierec``."""
+"""``python -m triewise``."""
 
-from trierec.cli import main
+from triewise.cli import main
 
 main()

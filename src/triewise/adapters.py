@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trierec.errors import UserError
-from trierec.files import read_json, write_json
-from trierec.hub import first_line
-from trierec.recipe import LoraSettings
+from triewise.errors import UserError
+from triewise.files import read_json, write_json
+from triewise.hub import first_line
+from triewise.recipe import LoraSettings
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = "default"  # PEFT's name of the only adapter
@@ -45,7 +45,7 @@ def quantisation_config(kind: str, dtype: torch.dtype) -> Any:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise UserError(
-            f"quantisation = {kind!r} needs the bitsandbytes package; run: pip install 'trierec[quant]'"
+            f"quantisation = {kind!r} needs the bitsandbytes package; run: pip install 'triewise[quant]'"
         ) from None
     from transformers import BitsAndBytesConfig
 

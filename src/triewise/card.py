@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from trierec.recipe import Recipe, dump_recipe
+from triewise.recipe import Recipe, dump_recipe
 
 # Titles, authors and identifiers as on arXiv; the venues as the authors name them.
 MSL_BIBTEX = """@misc{wang2025msl,
@@ -35,7 +35,7 @@ IGD_BIBTEX = """@misc{lin2025igd,
   primaryClass = {cs.CL},
   note = {NeurIPS 2025}
 }"""
-_LOAD = re.compile(r'trierec\.load\("[^"\n]*"\)')
+_LOAD = re.compile(r'triewise\.load\("[^"\n]*"\)')
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def model_card(facts: CardFacts, where: str = ".") -> str:
     """
     parts = [
         f"---\n{_header(facts)}---\n\n# {escape(facts.name)}",
-        f"{_kind(facts)} Made with trierec.",
+        f"{_kind(facts)} Made with triewise.",
         _usage(facts, where),
         _data(facts),
         _model(facts),
@@ -88,7 +88,7 @@ def model_card(facts: CardFacts, where: str = ".") -> str:
 
 def addressed(card: str, repo_id: str, license: str | None = None) -> str:
     """A card for another place: the usage example loads ``repo_id``, the header names the licence."""
-    card = _LOAD.sub(lambda _: f'trierec.load("{repo_id}")', card, count=1)
+    card = _LOAD.sub(lambda _: f'triewise.load("{repo_id}")', card, count=1)
     if license and card.startswith("---\n"):
         card = f"---\nlicense: {json.dumps(license)}\n" + card.removeprefix("---\n")
     return card
@@ -134,8 +134,8 @@ def _header(facts: CardFacts) -> str:
         ]
     on_hub = origin.get("repository") and "place" not in origin and "sha256_source" not in origin
     data = ModelCardData(
-        library_name="trierec",
-        tags=["recommendation", "sequential-recommendation", "generative-recommendation", "trierec"],
+        library_name="triewise",
+        tags=["recommendation", "sequential-recommendation", "generative-recommendation", "triewise"],
         base_model=origin["repository"] if on_hub else None,
         base_model_relation=("adapter" if _adapter(origin) else "finetune") if on_hub else None,
         datasets=None if source is None else [source],
@@ -164,13 +164,13 @@ def _kind(facts: CardFacts) -> str:
 
 
 def _usage(facts: CardFacts, where: str) -> str:
-    code = f"""import trierec
+    code = f"""import triewise
 
-recommender = trierec.load({json.dumps(where, ensure_ascii=False)})
+recommender = triewise.load({json.dumps(where, ensure_ascii=False)})
 item = recommender.catalog.index({json.dumps(facts.example, ensure_ascii=False)})
 ranking = recommender.recommend([[item]], k=3, exclude="history")
 print([recommender.catalog.title[i] for i in ranking.items[0] if i >= 0])"""
-    package = "trierec[quant]" if facts.origin.get("quantisation", "none") != "none" else "trierec"
+    package = "triewise[quant]" if facts.origin.get("quantisation", "none") != "none" else "triewise"
     lines = [
         "## Use",
         f"With the Python package `{package}` installed; `item` is the position of a title in the catalogue, and a "
@@ -180,7 +180,7 @@ print([recommender.catalog.title[i] for i in ranking.items[0] if i >= 0])"""
     if "place" in facts.origin and _adapter(facts.origin):
         lines.append(
             f"The base model `{facts.origin['name']}` is not part of this: give its folder, "
-            '`trierec.load(..., base="FOLDER")`.'
+            '`triewise.load(..., base="FOLDER")`.'
         )
     return "\n\n".join(lines)
 
@@ -227,7 +227,7 @@ def _model(facts: CardFacts) -> str:
         lines.append(f"- {training['steps']} steps, ended by: {training['stopped']}")
         hashes = ", ".join(f"{name} {value[:16]}" for name, value in facts.run["hashes"].items())
         lines.append(f"- hashes (sha256): {hashes}")
-        versions = (f"{name} {facts.run['versions'][name]}" for name in ("trierec", "torch", "transformers"))
+        versions = (f"{name} {facts.run['versions'][name]}" for name in ("triewise", "torch", "transformers"))
         lines.append(f"- made with {escape(', '.join(versions))}")
     return "## Model\n\n" + "\n".join(lines)
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.decisiveness import zero_gain
-from trierec.examples import Windows
-from trierec.prompts import Dropped, Prompts
-from trierec.recipe import ObjectiveSettings
-from trierec.trie import Trie
+from triewise.decisiveness import zero_gain
+from triewise.examples import Windows
+from triewise.prompts import Dropped, Prompts
+from triewise.recipe import ObjectiveSettings
+from triewise.trie import Trie
 
 LONGEST = 256  # prompts that are made to see whether they lose titles
 

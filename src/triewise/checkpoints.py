@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trierec.errors import UserError
-from trierec.files import TEMPORARY, atomic_folder, write_json, write_text
+from triewise.errors import UserError
+from triewise.files import TEMPORARY, atomic_folder, write_json, write_text
 
 LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS = (
     "log.jsonl",

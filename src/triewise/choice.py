@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.errors import UserError
-from trierec.evaluate import evaluate
-from trierec.generative import GenerativeRecommender
-from trierec.grounding import COLLABORATIVE_GAMMAS, POPULARITY_GAMMAS, GroundedRecommender, inject
-from trierec.metrics import metrics_from_rank, rank_of_target
-from trierec.progress import note, progress
-from trierec.ranking import Items
-from trierec.recipe import EvaluationSettings
-from trierec.splits import Split
+from triewise.errors import UserError
+from triewise.evaluate import evaluate
+from triewise.generative import GenerativeRecommender
+from triewise.grounding import COLLABORATIVE_GAMMAS, POPULARITY_GAMMAS, GroundedRecommender, inject
+from triewise.metrics import metrics_from_rank, rank_of_target
+from triewise.progress import note, progress
+from triewise.ranking import Items
+from triewise.recipe import EvaluationSettings
+from triewise.splits import Split
 
 METRIC = "NDCG@10"
 ROWS_AT_ONCE = 256

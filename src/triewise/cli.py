@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from trierec.errors import UserError
-from trierec.progress import speaks
+from triewise.errors import UserError
+from triewise.progress import speaks
 
 app = typer.Typer(
-    name="trierec",
+    name="triewise",
     help="Recommend by writing the next item's title along the catalogue's prefix tree.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,8 +42,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The main job on real data: MovieLens 100K, MSL against LML, SASRec and most-popular, a report (10 minutes)."""
-    from trierec.demo import run_demo
-    from trierec.terminal import print_examples, print_rows
+    from triewise.demo import run_demo
+    from triewise.terminal import print_examples, print_rows
 
     result = run_demo(out, quick=quick, seed=seed)
     if as_json:
@@ -86,8 +86,8 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Bring raw interactions or a published split into one format."""
-    from trierec.dataset import prepare as prepare_data
-    from trierec.terminal import print_facts
+    from triewise.dataset import prepare as prepare_data
+    from triewise.terminal import print_facts
 
     info = prepare_data(source, out, max_history=max_history, clean=clean, k_core=k_core, split=split).info
     found = [finding for finding in info["lint"] if finding["count"]]
@@ -115,12 +115,12 @@ def describe(
     """Users, items, density, cold targets; tokens, forced share, zero-gain share, valid tokens (AVT)."""
     import numpy as np
 
-    from trierec.analysis import describe as describe_data
-    from trierec.backbones import load_tokenizer
-    from trierec.dataset import load_dataset
-    from trierec.prompts import build_prompts
-    from trierec.terminal import print_facts
-    from trierec.trie import Trie
+    from triewise.analysis import describe as describe_data
+    from triewise.backbones import load_tokenizer
+    from triewise.dataset import load_dataset
+    from triewise.prompts import build_prompts
+    from triewise.terminal import print_facts
+    from triewise.trie import Trie
 
     dataset = load_dataset(folder)
     template = template or ("plain" if tokenizer == "tiny" else "msl")
@@ -134,7 +134,9 @@ def describe(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with trierec.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
+    ],
     out: Annotated[Path, typer.Option(help="The run folder.")],
     changes: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
@@ -144,10 +146,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a recipe."""
-    from trierec import processes
-    from trierec.files import read_json
-    from trierec.recipe import load_recipe
-    from trierec.runs import train_run
+    from triewise import processes
+    from triewise.files import read_json
+    from triewise.recipe import load_recipe
+    from triewise.runs import train_run
 
     result = train_run(load_recipe(recipe, changes or ()), out, resume=resume, overwrite=overwrite)
     if not processes.part_ways():
@@ -157,7 +159,7 @@ def train(
     else:
         typer.echo(f"{out}: {result.steps_done} steps in {result.seconds:.0f} s, ended by {result.stopped}")
     if result.stopped == "interrupted":
-        typer.echo(f"go on with: trierec train {out / 'recipe.toml'} --resume --out {out}", err=True)
+        typer.echo(f"go on with: triewise train {out / 'recipe.toml'} --resume --out {out}", err=True)
         raise typer.Exit(130)
 
 
@@ -173,11 +175,11 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Rank the catalogue for every row of a split; writes metrics.json and predictions.parquet."""
-    from trierec.compare import comparisons, load_evaluation, row
-    from trierec.learners import open_run
-    from trierec.recipe import load_recipe
-    from trierec.runs import evaluate_run
-    from trierec.terminal import print_rows
+    from triewise.compare import comparisons, load_evaluation, row
+    from triewise.learners import open_run
+    from triewise.recipe import load_recipe
+    from triewise.runs import evaluate_run
+    from triewise.terminal import print_rows
 
     open_run(run)
     wrong = [change for change in changes or () if not change.strip().startswith("evaluation.")]
@@ -204,7 +206,9 @@ def evaluate(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with trierec.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
+    ],
     out: Annotated[Path | None, typer.Option(help="The run folder; default runs/NAME.")] = None,
     changes: Changes = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
@@ -214,12 +218,12 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Prepare, train, evaluate, report: one recipe from raw data to report.html."""
-    from trierec import processes
-    from trierec.compare import report_runs
-    from trierec.files import read_json
-    from trierec.recipe import load_recipe
-    from trierec.runs import evaluate_run, train_run
-    from trierec.terminal import print_rows
+    from triewise import processes
+    from triewise.compare import report_runs
+    from triewise.files import read_json
+    from triewise.recipe import load_recipe
+    from triewise.runs import evaluate_run, train_run
+    from triewise.terminal import print_rows
 
     loaded = load_recipe(recipe, changes or ())
     folder = out or Path("runs") / loaded.name
@@ -227,7 +231,7 @@ def run(
     if not processes.part_ways():
         raise typer.Exit(130 if result.stopped == "interrupted" else 0)
     if result.stopped == "interrupted":
-        typer.echo(f"go on with: trierec run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
+        typer.echo(f"go on with: triewise run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
         raise typer.Exit(130)
     evaluate_run(folder)
     report = report_runs([folder], folder / "report.html")
@@ -263,9 +267,9 @@ def recommend(
     """The most probable next titles after a history."""
     import numpy as np
 
-    from trierec import load
-    from trierec.runs import allowed_items
-    from trierec.terminal import clean
+    from triewise import load
+    from triewise.runs import allowed_items
+    from triewise.terminal import clean
 
     recommender = load(run)
     recommender = recommender if search is None else recommender.with_settings(search=search)
@@ -306,7 +310,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML file about one or more runs."""
-    from trierec.compare import report_runs
+    from triewise.compare import report_runs
 
     html = out or runs[0] / "report.html"
     report_runs(runs, html)
@@ -326,7 +330,7 @@ def main() -> None:
         raise SystemExit(_complain(str(error))) from None
     except USAGE_ERROR as error:
         raise SystemExit(
-            _complain(f"{error.format_message()} (trierec COMMAND --help lists the options)")
+            _complain(f"{error.format_message()} (triewise COMMAND --help lists the options)")
         ) from None
     except OSError as error:
         raise SystemExit(

@@ -12,20 +12,20 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trierec.analysis import Example, describe, explain, forced_by_position
-from trierec.dataset import Dataset, load_dataset
-from trierec.decisiveness import information_gain
-from trierec.errors import UserError
-from trierec.evaluate import SHOWN, Evaluation, evaluate, interval, paired_interval, paired_p
-from trierec.files import read_json
-from trierec.generative import GenerativeRecommender
-from trierec.learners import open_run
-from trierec.neighbours import ItemKNN
-from trierec.ranking import Groups, MostPopular, Recommender
-from trierec.recipe import Recipe
-from trierec.report import Comparison, Report, Row, write_report
-from trierec.runs import allowed_items, first_rows, load_run
-from trierec.splits import Split
+from triewise.analysis import Example, describe, explain, forced_by_position
+from triewise.dataset import Dataset, load_dataset
+from triewise.decisiveness import information_gain
+from triewise.errors import UserError
+from triewise.evaluate import SHOWN, Evaluation, evaluate, interval, paired_interval, paired_p
+from triewise.files import read_json
+from triewise.generative import GenerativeRecommender
+from triewise.learners import open_run
+from triewise.neighbours import ItemKNN
+from triewise.ranking import Groups, MostPopular, Recommender
+from triewise.recipe import Recipe
+from triewise.report import Comparison, Report, Row, write_report
+from triewise.runs import allowed_items, first_rows, load_run
+from triewise.splits import Split
 
 POPULAR, KNN = "most popular", "item-kNN"
 MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")
@@ -74,10 +74,10 @@ class Repeats:
 
 
 def load_evaluation(run: Path) -> Evaluation:
-    """What ``trierec evaluate`` wrote into a run folder."""
+    """What ``triewise evaluate`` wrote into a run folder."""
     metrics = read_json(run / "metrics.json")
     if not (run / "predictions.parquet").is_file():
-        raise UserError(f"wanted {run}/predictions.parquet, which is missing; run: trierec evaluate {run}")
+        raise UserError(f"wanted {run}/predictions.parquet, which is missing; run: triewise evaluate {run}")
     frame = pl.read_parquet(run / "predictions.parquet")
     return Evaluation(
         name=metrics["name"],
@@ -244,7 +244,7 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
     opened = [open_run(run) for run in runs]
     for run in runs:
         if not (run / "metrics.json").is_file():
-            raise UserError(f"{run} has no metrics.json; run: trierec evaluate {run}")
+            raise UserError(f"{run} has no metrics.json; run: triewise evaluate {run}")
     if len({facts["hashes"]["data"] for _, facts in opened}) > 1:
         raise UserError(
             "wanted runs on the same data for one report, got different data hashes; make a report of each"

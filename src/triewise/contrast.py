@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from trierec.errors import UserError
-from trierec.examples import Examples
-from trierec.forward import MicroBatches, TitleLoss, title_sums
-from trierec.losses import AdaptiveTemperature, Columns, Objective, Parts
-from trierec.trie import DeviceTrie, Trie
+from triewise.errors import UserError
+from triewise.examples import Examples
+from triewise.forward import MicroBatches, TitleLoss, title_sums
+from triewise.losses import AdaptiveTemperature, Columns, Objective, Parts
+from triewise.trie import DeviceTrie, Trie
 
 
 def contrast_parts(

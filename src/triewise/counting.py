@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.ranking import (
+from triewise.ranking import (
     SCORES_AT_ONCE,
     Groups,
     ItemLists,
@@ -30,7 +30,7 @@ from trierec.ranking import (
     checked_items,
     checked_lists,
 )
-from trierec.splits import Ragged
+from triewise.splits import Ragged
 
 Scores = NDArray[np.floating]
 _IN_CACHE = 1 << 18  # scores that are counted together

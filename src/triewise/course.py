@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from trierec import processes
-from trierec.checkpoints import (
+from triewise import processes
+from triewise.checkpoints import (
     BEST,
     BEST_WEIGHTS,
     LOG,
@@ -35,8 +35,8 @@ from trierec.checkpoints import (
     save_trained,
     set_random_state,
 )
-from trierec.errors import UserError
-from trierec.files import atomic_folder, read_json, write_json
+from triewise.errors import UserError
+from triewise.files import atomic_folder, read_json, write_json
 
 SCHEDULES = ("linear", "cosine", "constant")
 ORDERS = ("rows", "chains")

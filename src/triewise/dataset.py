@@ -19,13 +19,13 @@ import polars as pl
 from numpy.typing import NDArray
 from polars.io.plugins import register_io_source
 
-from trierec.catalog import Catalog
-from trierec.errors import UserError
-from trierec.files import atomic_folder, read_json, sha256_file, write_json
-from trierec.lint import Rows, lint
-from trierec.progress import note, progress
-from trierec.sources import read_source, settings_of
-from trierec.splits import NAMES, Split
+from triewise.catalog import Catalog
+from triewise.errors import UserError
+from triewise.files import atomic_folder, read_json, sha256_file, write_json
+from triewise.lint import Rows, lint
+from triewise.progress import note, progress
+from triewise.sources import read_source, settings_of
+from triewise.splits import NAMES, Split
 
 FORMAT = 1
 FILES = ("catalog.parquet", *(f"{name}.parquet" for name in NAMES))
@@ -120,11 +120,11 @@ def prepare(
         out: Folder to write; may be absent, empty or an older prepared folder, which is replaced as a whole.
         max_history: Histories are cut to the last so many items; with ``"time-windows"`` also the length of a
             window.
-        clean: How titles are cleaned; see :func:`trierec.catalog.clean_titles`.
+        clean: How titles are cleaned; see :func:`triewise.catalog.clean_titles`.
         k_core: Users and items with fewer interactions are left out, again and again until none is left; 0 or 1
             keeps all. Not for published splits.
         split: ``"leave-one-out"``, ``"time-windows"`` or ``"time-growing"``; see the functions of that name in
-            :mod:`trierec.splits`. Published splits stay as they are.
+            :mod:`triewise.splits`. Published splits stay as they are.
 
     Returns:
         The data set in ``out``.
@@ -188,7 +188,7 @@ def load_dataset(folder: Path) -> Dataset:
     if not (folder / "dataset.json").is_file():
         raise UserError(
             f"wanted a prepared folder, {folder} has no dataset.json; "
-            f"run: trierec prepare SOURCE --out {folder}"
+            f"run: triewise prepare SOURCE --out {folder}"
         )
     info = read_json(folder / "dataset.json")
     found = info.get("format") if isinstance(info, dict) else None

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from trierec.compare import collect
-from trierec.learners import open_data
-from trierec.progress import note
-from trierec.recipe import Recipe, load_recipe
-from trierec.report import Report, write_report
-from trierec.runs import evaluate_run, train_run
+from triewise.compare import collect
+from triewise.learners import open_data
+from triewise.progress import note
+from triewise.recipe import Recipe, load_recipe
+from triewise.report import Report, write_report
+from triewise.runs import evaluate_run, train_run
 
 LIMIT_S = 600.0
 RESERVE_S = 90.0  # for ranking, comparing and drawing after the last training

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 Kind = Literal["gru4rec", "sasrec", "bert4rec", "lrurec"]
 PAD = 0

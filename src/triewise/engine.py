@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trierec.backbones import (
+from triewise.backbones import (
     hand_head_matches,
     head_bias,
     head_weight,
@@ -30,9 +30,9 @@ from trierec.backbones import (
     shortest_window,
     takes_masks,
 )
-from trierec.errors import UserError
-from trierec.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, common_length, pad
-from trierec.trie import Trie
+from triewise.errors import UserError
+from triewise.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, common_length, pad
+from triewise.trie import Trie
 
 Support = Literal["trie", "vocabulary"]
 AT_ONCE = 16

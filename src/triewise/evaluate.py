@@ -19,13 +19,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trierec.counting import Places, count_places
-from trierec.errors import UserError
-from trierec.files import atomic_path, write_json
-from trierec.metrics import metrics_from_rank
-from trierec.progress import progress
-from trierec.ranking import SCORES_AT_ONCE, Groups, Items, ItemScorer, Ranking, Recommender, add_counters
-from trierec.splits import Ragged, Split
+from triewise.counting import Places, count_places
+from triewise.errors import UserError
+from triewise.files import atomic_path, write_json
+from triewise.metrics import metrics_from_rank
+from triewise.progress import progress
+from triewise.ranking import SCORES_AT_ONCE, Groups, Items, ItemScorer, Ranking, Recommender, add_counters
+from triewise.splits import Ragged, Split
 
 CUTS = (1, 5, 10, 20)
 SHOWN = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")

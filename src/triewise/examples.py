@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.errors import UserError
-from trierec.progress import note
-from trierec.prompts import Prompts
-from trierec.splits import Ragged, Split
-from trierec.trie import Trie
+from triewise.errors import UserError
+from triewise.progress import note
+from triewise.prompts import Prompts
+from triewise.splits import Ragged, Split
+from triewise.trie import Trie
 
 Ints = NDArray[np.integer[Any]]
 

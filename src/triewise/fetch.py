@@ -7,7 +7,7 @@ the data came from:
 * ``interactions.tsv``: user, item, timestamp (Unix seconds), rating; sorted by user, timestamp, item.
 * ``titles.tsv``: item, title; sorted by item; titles in Unicode NFC, runs of white space made one space.
 
-The cache folder is ``platformdirs.user_cache_dir("trierec")``, or ``TRIEREC_CACHE``. ``TRIEREC_OFFLINE=1``
+The cache folder is ``platformdirs.user_cache_dir("triewise")``, or ``TRIEWISE_CACHE``. ``TRIEWISE_OFFLINE=1``
 forbids every connection. A zip file of GroupLens, or the wheel, that the user put into the cache folder is
 used as well.
 """
@@ -36,9 +36,9 @@ from pathlib import Path
 import platformdirs
 import polars as pl
 
-from trierec.errors import UserError
-from trierec.files import atomic_folder, sha256_file
-from trierec.progress import note
+from triewise.errors import UserError
+from triewise.files import atomic_folder, sha256_file
+from triewise.progress import note
 
 INTERACTIONS, TITLES = "interactions.tsv", "titles.tsv"
 CITATION = (
@@ -69,12 +69,12 @@ class _Unavailable(Exception):
 
 def cache_folder() -> Path:
     """Folder for everything that can be fetched or computed again."""
-    return Path(os.environ.get("TRIEREC_CACHE") or platformdirs.user_cache_dir("trierec", appauthor=False))
+    return Path(os.environ.get("TRIEWISE_CACHE") or platformdirs.user_cache_dir("triewise", appauthor=False))
 
 
 def offline() -> bool:
-    """Whether the user forbids connections (``TRIEREC_OFFLINE=1``)."""
-    return os.environ.get("TRIEREC_OFFLINE", "") not in ("", "0")
+    """Whether the user forbids connections (``TRIEWISE_OFFLINE=1``)."""
+    return os.environ.get("TRIEWISE_OFFLINE", "") not in ("", "0")
 
 
 def fetch(name: str) -> Path:
@@ -106,7 +106,7 @@ def fetch(name: str) -> Path:
             continue
         _keep(folder, tables)
         return folder
-    tried = "; ".join(failures + ["TRIEREC_OFFLINE=1, so no connection was tried"] * offline())
+    tried = "; ".join(failures + ["TRIEWISE_OFFLINE=1, so no connection was tried"] * offline())
     zip_path = cache_folder() / f"{name}.zip"
     raise UserError(
         f"wanted {name}, which is not in the cache ({tried}); download {release.url} and put it at {zip_path}"
@@ -362,7 +362,7 @@ def _keep(folder: Path, files: dict[str, bytes]) -> None:
                 (temporary / name).write_bytes(content)
     except OSError as error:
         raise UserError(
-            f"cannot write the cache {folder}: {error}; set TRIEREC_CACHE to a folder of yours"
+            f"cannot write the cache {folder}: {error}; set TRIEWISE_CACHE to a folder of yours"
         ) from None
 
 

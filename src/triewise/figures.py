@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.analysis import Branch, Recommendation, decoding_tree, percent, pieces
+from triewise.analysis import Branch, Recommendation, decoding_tree, percent, pieces
 
 WIDTH = 400
 ROW = 66  # height of one title in a drawn tree

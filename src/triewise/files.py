@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 TEMPORARY = ".tmp-"
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.ranking import Items, checked_items
-from trierec.trie import Trie
+from triewise.ranking import Items, checked_items
+from triewise.trie import Trie
 
 LONG = 32  # an allow-list of more than one item in so many is long
 

@@ -19,17 +19,17 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trierec.backbones import Backbone, load_backbone
-from trierec.card import CardFacts, addressed, model_card
-from trierec.catalog import Catalog
-from trierec.decisiveness import information_gain
-from trierec.engine import Support, TrieEngine
-from trierec.errors import UserError
-from trierec.files import atomic_path, read_json, write_json, write_text
-from trierec.grounding import GroundedRecommender
-from trierec.hub import download, upload
-from trierec.prompts import Prompts, build_prompts
-from trierec.ranking import (
+from triewise.backbones import Backbone, load_backbone
+from triewise.card import CardFacts, addressed, model_card
+from triewise.catalog import Catalog
+from triewise.decisiveness import information_gain
+from triewise.engine import Support, TrieEngine
+from triewise.errors import UserError
+from triewise.files import atomic_path, read_json, write_json, write_text
+from triewise.grounding import GroundedRecommender
+from triewise.hub import download, upload
+from triewise.prompts import Prompts, build_prompts
+from triewise.ranking import (
     Groups,
     ItemLists,
     Ranking,
@@ -37,9 +37,9 @@ from trierec.ranking import (
     check_lists,
     resolve_filters,
 )
-from trierec.search import Scope, beam_search, exact_search, rank_catalogue, score
-from trierec.treecache import TokenLists
-from trierec.trie import Trie
+from triewise.search import Scope, beam_search, exact_search, rank_catalogue, score
+from triewise.treecache import TokenLists
+from triewise.trie import Trie
 
 Search = Literal["beam", "exact", "catalogue", "grounding"]
 SEARCHES: tuple[Search, ...] = ("beam", "exact", "catalogue", "grounding")
@@ -305,7 +305,7 @@ class GenerativeRecommender:
         """Write the recommender and its model card into a repository of the Hugging Face hub.
 
         Uploaded is what :meth:`save_pretrained` writes, without paths of this machine, and the card: the one that
-        ``trierec evaluate`` wrote, else a short one. Titles, item ids and how often each item was a training target
+        ``triewise evaluate`` wrote, else a short one. Titles, item ids and how often each item was a training target
         are part of the catalogue; histories, users and ``run.json`` are not uploaded. A base model that is a local
         folder is not uploaded either: who loads the adapter gives it as ``base``.
 

@@ -23,10 +23,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trierec.backbones import Backbone, body, causal_lm, head_weight
-from trierec.errors import UserError
-from trierec.prompts import Prompts
-from trierec.ranking import (
+from triewise.backbones import Backbone, body, causal_lm, head_weight
+from triewise.errors import UserError
+from triewise.prompts import Prompts
+from triewise.ranking import (
     Groups,
     ItemLists,
     ItemScorer,
@@ -36,7 +36,7 @@ from trierec.ranking import (
     rank_groups,
     resolve_filters,
 )
-from trierec.treecache import Counters, TokenLists, pad
+from triewise.treecache import Counters, TokenLists, pad
 
 TOKENS_AT_ONCE = 8192  # of texts that are embedded in one forward
 POPULARITY_GAMMAS = tuple(float(g) for g in range(100))  # the grids of BIGRec's code

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trierec.backbones import head_weight
-from trierec.engine import LOGITS_AT_ONCE, Children, TrieEngine
-from trierec.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, pad
-from trierec.trie import Trie
+from triewise.backbones import head_weight
+from triewise.engine import LOGITS_AT_ONCE, Children, TrieEngine
+from triewise.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, pad
+from triewise.trie import Trie
 
 Ints = NDArray[np.int64]
 Foreseen = Callable[[], tuple[Ints, Ints]]

@@ -1,7 +1,7 @@
 """The Hugging Face hub: read what is cached, ask whether it answers before asking it for anything, upload a folder.
 
 The hub's own client retries every request for almost a minute. Here a hub that cannot be reached is noticed
-within ten seconds and becomes one line; ``HF_HUB_OFFLINE=1`` and ``TRIEREC_OFFLINE=1`` are asked first.
+within ten seconds and becomes one line; ``HF_HUB_OFFLINE=1`` and ``TRIEWISE_OFFLINE=1`` are asked first.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trierec.errors import UserError
-from trierec.fetch import offline
+from triewise.errors import UserError
+from triewise.fetch import offline
 
 HUB_SECONDS = "10"
 
@@ -120,7 +120,7 @@ def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | Non
     silence()
     if not hub_answers():
         raise UserError(
-            f"wanted to write {repo_id!r} on the hub, which does not answer (or HF_HUB_OFFLINE or TRIEREC_OFFLINE is "
+            f"wanted to write {repo_id!r} on the hub, which does not answer (or HF_HUB_OFFLINE or TRIEWISE_OFFLINE is "
             "set); use save_pretrained and upload the folder later"
         )
     api = huggingface_hub.HfApi(token=token)

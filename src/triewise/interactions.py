@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]

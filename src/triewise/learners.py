@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec import processes
-from trierec.adapters import unfreeze_lora
-from trierec.backbones import BASE_FACTS, Backbone, load_backbone, resolve_device
-from trierec.cautions import cautions
-from trierec.contrast import Contrast
-from trierec.course import TrainConfig, TrainResult
-from trierec.dataset import Dataset, data_hash, load_dataset, prepare
-from trierec.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
-from trierec.encoders import EncoderConfig, SequentialModel
-from trierec.errors import UserError
-from trierec.examples import (
+from triewise import processes
+from triewise.adapters import unfreeze_lora
+from triewise.backbones import BASE_FACTS, Backbone, load_backbone, resolve_device
+from triewise.cautions import cautions
+from triewise.contrast import Contrast
+from triewise.course import TrainConfig, TrainResult
+from triewise.dataset import Dataset, data_hash, load_dataset, prepare
+from triewise.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
+from triewise.encoders import EncoderConfig, SequentialModel
+from triewise.errors import UserError
+from triewise.examples import (
     Examples,
     Windows,
     along_titles,
@@ -33,18 +33,18 @@ from trierec.examples import (
     make_windows,
     target_counts,
 )
-from trierec.files import read_json
-from trierec.generative import SETTINGS, GenerativeRecommender, hashes
-from trierec.losses import AdaptiveTemperature, Objective
-from trierec.preferences import Preferences, kept_reference
-from trierec.progress import note
-from trierec.prompts import Prompts, build_prompts
-from trierec.recipe import EvaluationSettings, ObjectiveSettings, Recipe, load_recipe
-from trierec.sequential import LossConfig, Sequences, SequentialRecommender, fit
-from trierec.sources import settings_of
-from trierec.splits import Split
-from trierec.train import packs, train
-from trierec.trie import Trie
+from triewise.files import read_json
+from triewise.generative import SETTINGS, GenerativeRecommender, hashes
+from triewise.losses import AdaptiveTemperature, Objective
+from triewise.preferences import Preferences, kept_reference
+from triewise.progress import note
+from triewise.prompts import Prompts, build_prompts
+from triewise.recipe import EvaluationSettings, ObjectiveSettings, Recipe, load_recipe
+from triewise.sequential import LossConfig, Sequences, SequentialRecommender, fit
+from triewise.sources import settings_of
+from triewise.splits import Split
+from triewise.train import packs, train
+from triewise.trie import Trie
 
 REFERENCE = "reference.npz"
 
@@ -110,12 +110,12 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
     """Recipe and ``run.json`` of a run folder; UserError when it is not one or its training has not ended."""
     if not (run / "run.json").is_file():
         raise UserError(
-            f"wanted a run folder, but {run} has no run.json; give the folder that trierec train wrote"
+            f"wanted a run folder, but {run} has no run.json; give the folder that triewise train wrote"
         )
     facts = read_json(run / "run.json")
     if facts.get("status") != "trained":
         raise UserError(
-            f"the training in {run} has not ended; go on with: trierec train {run / 'recipe.toml'} --resume --out {run}"
+            f"the training in {run} has not ended; go on with: triewise train {run / 'recipe.toml'} --resume --out {run}"
         )
     return load_recipe(run / "recipe.toml"), facts
 

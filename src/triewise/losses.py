@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trierec import processes
-from trierec.errors import UserError
-from trierec.trie import DeviceTrie, Trie
+from triewise import processes
+from triewise.errors import UserError
+from triewise.trie import DeviceTrie, Trie
 
 SUPPORTS = ("trie", "vocabulary")
 NORMALISERS = ("weights", "decisions", "sum")

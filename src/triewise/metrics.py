@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 
 def hit_rate(items: ArrayLike, target: ArrayLike, k: int) -> NDArray[np.float64]:

@@ -15,9 +15,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.interactions import Int32, Int64
-from trierec.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
-from trierec.splits import Ragged, Split
+from triewise.interactions import Int32, Int64
+from triewise.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
+from triewise.splits import Ragged, Split
 
 PAIRS_AT_ONCE = 1 << 22  # co-occurrences looked at together
 TINY = 1e-12  # popularity orders what no neighbour speaks for, and nothing else

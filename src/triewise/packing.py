@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trierec.backbones import (
+from triewise.backbones import (
     body,
     computes_again,
     head_weight,
@@ -29,7 +29,7 @@ from trierec.backbones import (
     shortest_window,
     takes_masks,
 )
-from trierec.progress import note
+from triewise.progress import note
 
 SHARE_AT_LEAST = 8  # tokens: a shorter common beginning is not worth the attention it is masked out of
 STRETCHES = (1.0, 1.25, 1.5, 2.0)  # widths of packed sequences that are tried, over the longest part

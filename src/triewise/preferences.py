@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.data import Dataset
 
-from trierec import processes
-from trierec.errors import UserError
-from trierec.examples import Examples
-from trierec.files import atomic_path
-from trierec.forward import MicroBatches, TitleLoss, title_sums
-from trierec.losses import Objective
-from trierec.progress import note, progress
-from trierec.trie import Trie
+from triewise import processes
+from triewise.errors import UserError
+from triewise.examples import Examples
+from triewise.files import atomic_path
+from triewise.forward import MicroBatches, TitleLoss, title_sums
+from triewise.losses import Objective
+from triewise.progress import note, progress
+from triewise.trie import Trie
 
 
 def sdpo_loss(

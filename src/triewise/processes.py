@@ -20,7 +20,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 T = TypeVar("T")
 # One process prepares data and validates while the others wait; one that has died is noticed at once.

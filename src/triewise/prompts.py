@@ -22,9 +22,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trierec.catalog import Catalog
-from trierec.errors import UserError
-from trierec.splits import Ragged
+from triewise.catalog import Catalog
+from triewise.errors import UserError
+from triewise.splits import Ragged
 
 _ANNOUNCEMENT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

@@ -13,9 +13,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trierec.errors import UserError
-from trierec.splits import NAMES, Ragged, Split
-from trierec.tables import ROW, find_file, integers, read_rows, read_text, refuse, shown
+from triewise.errors import UserError
+from triewise.splits import NAMES, Ragged, Split
+from triewise.tables import ROW, find_file, integers, read_rows, read_text, refuse, shown
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]

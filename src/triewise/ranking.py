@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 Items = Sequence[int] | NDArray[np.integer[Any]]
 ItemLists = Sequence[Items]
@@ -67,7 +67,7 @@ class Recommender(Protocol):
 
 @runtime_checkable
 class ItemScorer(Recommender, Protocol):
-    """A recommender that gives every item a score of its own; `trierec.counting` ranks its targets unsorted."""
+    """A recommender that gives every item a score of its own; `triewise.counting` ranks its targets unsorted."""
 
     def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
         """Scores (B, I) float32 of all items, higher is better; filters are no business of theirs."""

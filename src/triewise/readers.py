@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trierec.errors import UserError
-from trierec.fetch import (
+from triewise.errors import UserError
+from triewise.fetch import (
     CITATION,
     INTERACTIONS,
     TITLES,
@@ -25,9 +25,9 @@ from trierec.fetch import (
     movies_dat,
     u_item,
 )
-from trierec.interactions import Events, ordered_ids
-from trierec.progress import note
-from trierec.tables import (
+from triewise.interactions import Events, ordered_ids
+from triewise.progress import note
+from triewise.tables import (
     ROW,
     Table,
     entries,
@@ -76,7 +76,7 @@ def movielens(name: str) -> Raw:
     """The ratings of ``"ml-100k"`` or ``"ml-1m"``, from the cache or fetched; every rating counts.
 
     Raises:
-        UserError: If the data cannot be had; see :func:`trierec.fetch.fetch`.
+        UserError: If the data cannot be had; see :func:`triewise.fetch.fetch`.
     """
     folder = fetch(name)
     table = open_table(folder / INTERACTIONS, separator="\t", quote=None)
@@ -89,7 +89,7 @@ def movielens_folder(folder: Path) -> Raw:
     """An unpacked MovieLens release, recognised by its files; every rating is an interaction.
 
     ``u.data`` and ``u.item`` (100K), ``ratings.dat`` and ``movies.dat`` (1M, 10M), or ``ratings.csv`` and
-    ``movies.csv`` (20M, 25M, 32M, latest). Titles are as in the canonical tables of :mod:`trierec.fetch`.
+    ``movies.csv`` (20M, 25M, 32M, latest). Titles are as in the canonical tables of :mod:`triewise.fetch`.
 
     Raises:
         UserError: None of the pairs is there, or a file is broken.
@@ -224,7 +224,7 @@ def read_events(table: Table, user: str, item: str, time: str, repairs: dict[str
         table: The table.
         user: Column of raw user ids.
         item: Column of raw item ids.
-        time: Column of Unix seconds or milliseconds, or of dates; see :meth:`trierec.tables.Table.seconds`.
+        time: Column of Unix seconds or milliseconds, or of dates; see :meth:`triewise.tables.Table.seconds`.
         repairs: Counts ``blank_rows`` (left out), ``milliseconds`` (divided by 1000) and
             ``fractions_of_a_second`` (cut off).
 

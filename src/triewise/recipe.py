@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from trierec.errors import UserError
+from triewise.errors import UserError
 
 
 class _Section(BaseModel):
@@ -410,7 +410,7 @@ class Recipe(_Section):
 
 
 def recipe_folder() -> Path:
-    """Where the recipes that come with trierec are."""
+    """Where the recipes that come with triewise are."""
     packaged = Path(__file__).parent / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
 
@@ -419,7 +419,7 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe and apply ``a.b=value`` changes.
 
     Args:
-        path: A TOML file, or the name of a recipe that comes with trierec (``demo/msl``).
+        path: A TOML file, or the name of a recipe that comes with triewise (``demo/msl``).
         changes: ``key=value`` with dots in the key; the value is TOML, or a bare word for a string.
 
     Raises:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.analysis import Example, Recommendation, Token, fact_lines, percent, pieces
-from trierec.figures import (
+from triewise.analysis import Example, Recommendation, Token, fact_lines, percent, pieces
+from triewise.figures import (
     POSITIONS,
     Interval,
     curve_panel,
@@ -26,7 +26,7 @@ from trierec.figures import (
     forced_bars,
     tree_drawing,
 )
-from trierec.files import write_text
+from triewise.files import write_text
 
 # The field's four; other metrics are shown only where none of these is.
 METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
@@ -102,8 +102,8 @@ class Report:
         rows: The methods, the one the report is about first.
         comparisons: Paired differences.
         curves: Rows of ``log.jsonl`` by name of the run; a run named as a method has its colour.
-        facts: Numbers of `trierec.analysis.describe`.
-        forced: What `trierec.analysis.forced_by_position` gives.
+        facts: Numbers of `triewise.analysis.describe`.
+        forced: What `triewise.analysis.forced_by_position` gives.
         examples: Users; the decoding paths of the first two are drawn.
         notes: Sentences on the method.
         provenance: Versions, commit, seeds, hashes, command.
@@ -135,7 +135,7 @@ def write_report(path: Path, report: Report) -> None:
         _provenance(report.provenance),
     )
     body = "\n".join(part for part in (f"<header>{head}</header>", *sections) if part)
-    template = resources.files("trierec").joinpath("report.html").read_text(encoding="utf-8")
+    template = resources.files("triewise").joinpath("report.html").read_text(encoding="utf-8")
     page, rest = template.split("{title}")
     write_text(path, page + escape(report.title) + rest.replace("{body}", body))
 

@@ -21,25 +21,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec import processes
-from trierec.backbones import Backbone
-from trierec.card import CardFacts, model_card
-from trierec.catalog import Catalog
-from trierec.checkpoints import clear
-from trierec.choice import choose_search
-from trierec.course import FREE, TrainConfig, TrainResult
-from trierec.dataset import Dataset, data_hash, load_dataset
-from trierec.errors import UserError
-from trierec.evaluate import SHOWN, Evaluation, evaluate
-from trierec.files import read_json, write_json, write_text
-from trierec.generative import CARD, SETTINGS, GenerativeRecommender
-from trierec.learners import Learner, learner_of, open_data, open_run, search_settings
-from trierec.progress import note
-from trierec.recipe import EvaluationSettings, Recipe, dump_recipe, load_recipe
-from trierec.sequential import SequentialRecommender
-from trierec.splits import Split
+from triewise import processes
+from triewise.backbones import Backbone
+from triewise.card import CardFacts, model_card
+from triewise.catalog import Catalog
+from triewise.checkpoints import clear
+from triewise.choice import choose_search
+from triewise.course import FREE, TrainConfig, TrainResult
+from triewise.dataset import Dataset, data_hash, load_dataset
+from triewise.errors import UserError
+from triewise.evaluate import SHOWN, Evaluation, evaluate
+from triewise.files import read_json, write_json, write_text
+from triewise.generative import CARD, SETTINGS, GenerativeRecommender
+from triewise.learners import Learner, learner_of, open_data, open_run, search_settings
+from triewise.progress import note
+from triewise.recipe import EvaluationSettings, Recipe, dump_recipe, load_recipe
+from triewise.sequential import SequentialRecommender
+from triewise.splits import Split
 
-PACKAGES = ("trierec", "torch", "transformers", "numpy", "polars", "tokenizers")
+PACKAGES = ("triewise", "torch", "transformers", "numpy", "polars", "tokenizers")
 
 
 def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -340,7 +340,7 @@ def _facts(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]
         "format": 1,
         "name": recipe.name,
         "seed": recipe.seed,
-        "command": " ".join(["trierec", *sys.argv[1:]]),
+        "command": " ".join(["triewise", *sys.argv[1:]]),
         "versions": versions(),
         "commit": _commit(),
         "processes": processes.count(),

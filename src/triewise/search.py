@@ -20,12 +20,12 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from trierec.decisiveness import decoding_weights, scale_within
-from trierec.engine import TrieEngine, edge_log_probabilities
-from trierec.errors import UserError
-from trierec.filters import TitleFilter
-from trierec.growth import Edges, Growth, children, edges_on_paths, forced_runs
-from trierec.ranking import (
+from triewise.decisiveness import decoding_weights, scale_within
+from triewise.engine import TrieEngine, edge_log_probabilities
+from triewise.errors import UserError
+from triewise.filters import TitleFilter
+from triewise.growth import Edges, Growth, children, edges_on_paths, forced_runs
+from triewise.ranking import (
     Groups,
     ItemLists,
     Items,
@@ -36,8 +36,8 @@ from trierec.ranking import (
     checked_items,
     rank_groups,
 )
-from trierec.treecache import Counters, TokenLists
-from trierec.trie import Trie
+from triewise.treecache import Counters, TokenLists
+from triewise.trie import Trie
 
 # Times k: prefixes of a user in one round. No expansion was wasted up to 3, and a round less costs more.
 WIDTH = 2
@@ -82,7 +82,7 @@ def rank_catalogue(
         counts: (I,) training targets; the allowed member with most represents a group. Default: the lowest index.
 
     Returns:
-        A :class:`~trierec.ranking.Ranking` with ``certified`` true everywhere; scores in nats.
+        A :class:`~triewise.ranking.Ranking` with ``certified`` true everywhere; scores in nats.
 
     Raises:
         UserError: ``alpha`` or ``assistant_weight`` outside [0, 1], ``alpha > 0`` without ``gain``, a weight below 1
@@ -152,7 +152,7 @@ def beam_search(
         counts: As in `rank_catalogue`.
 
     Returns:
-        A :class:`~trierec.ranking.Ranking`; ``certified`` where no dropped prefix or title can belong to the best
+        A :class:`~triewise.ranking.Ranking`; ``certified`` where no dropped prefix or title can belong to the best
         ``k``, never with ``scope="step"``.
 
     Raises:
@@ -218,7 +218,7 @@ def exact_search(
         counts: As in `rank_catalogue`.
 
     Returns:
-        A :class:`~trierec.ranking.Ranking`; ``certified`` is false for users who used up ``max_expansions``.
+        A :class:`~triewise.ranking.Ranking`; ``certified`` is false for users who used up ``max_expansions``.
 
     Raises:
         UserError: As `rank_catalogue`, ``scope="step"``, or ``max_expansions < 1``.

@@ -2,7 +2,7 @@
 
 Encoder, loss and supervision are independent choices. Supervision ``every`` puts a sequence through the model
 once and takes each item after the context as a target; ``last`` has one row per prefix and one target per row,
-as the papers. A run leaves the same log, checkpoints and best weights as `trierec.train`, and a resumed one
+as the papers. A run leaves the same log, checkpoints and best weights as `triewise.train`, and a resumed one
 ends with the weights of an uninterrupted one.
 
 Shape key: W windows, B rows of a batch, L places, M targets, N negatives, D width, I items, G groups.
@@ -27,18 +27,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from trierec.backbones import resolve_device
-from trierec.catalog import Catalog
-from trierec.checkpoints import clear, load_trained, random_state, set_random_state, signals_set
-from trierec.course import Course, TrainConfig, TrainResult, Validate
-from trierec.encoders import PAD, EncoderConfig, SequentialModel
-from trierec.errors import UserError
-from trierec.examples import Windows, schedule
-from trierec.files import atomic_folder, read_json, write_json, write_text
-from trierec.generative import CARD, FORMAT, MANIFEST, local_folder, save_catalog
-from trierec.progress import progress
-from trierec.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
-from trierec.splits import Ragged
+from triewise.backbones import resolve_device
+from triewise.catalog import Catalog
+from triewise.checkpoints import clear, load_trained, random_state, set_random_state, signals_set
+from triewise.course import Course, TrainConfig, TrainResult, Validate
+from triewise.encoders import PAD, EncoderConfig, SequentialModel
+from triewise.errors import UserError
+from triewise.examples import Windows, schedule
+from triewise.files import atomic_folder, read_json, write_json, write_text
+from triewise.generative import CARD, FORMAT, MANIFEST, local_folder, save_catalog
+from triewise.progress import progress
+from triewise.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
+from triewise.splits import Ragged
 
 LOSSES = ("cross-entropy", "bce", "cloze")
 
@@ -487,7 +487,7 @@ class SequentialRecommender:
             got = f"kind {facts.get('kind')} of format {facts.get('format')}"
             raise UserError(
                 f"wanted a sequential recommender of format {FORMAT} in {folder}/{MANIFEST}, got {got}; load it with "
-                "trierec.load, or save it again"
+                "triewise.load, or save it again"
             )
         for name in ("catalog.parquet", "model"):
             if not (folder / name).exists():

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from trierec.catalog import clean_titles
-from trierec.errors import UserError
-from trierec.fetch import CITATION, RELEASES
-from trierec.files import sha256_file
-from trierec.interactions import Interactions
-from trierec.published import Published, read_d3, read_msl
-from trierec.readers import Raw, csv_folder, movielens, movielens_folder, recbole
-from trierec.splits import NAMES, WAYS, Places, Ragged, Split, places
+from triewise.catalog import clean_titles
+from triewise.errors import UserError
+from triewise.fetch import CITATION, RELEASES
+from triewise.files import sha256_file
+from triewise.interactions import Interactions
+from triewise.published import Published, read_d3, read_msl
+from triewise.readers import Raw, csv_folder, movielens, movielens_folder, recbole
+from triewise.splits import NAMES, WAYS, Places, Ragged, Split, places
 
 SOURCES = "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR"
 _PUBLISHED: dict[str, Callable[[Path], Published]] = {"msl": read_msl, "d3": read_d3}
@@ -87,9 +87,9 @@ def settings_of(source: str, *, max_history: int, clean: str, k_core: int, split
     Args:
         source: A source string.
         max_history: Histories are cut to the last so many items; at least 1.
-        clean: One of :data:`trierec.catalog.CLEAN`.
+        clean: One of :data:`triewise.catalog.CLEAN`.
         k_core: 0 or 1 for none.
-        split: One of :data:`trierec.splits.WAYS`; a published split stays as it is.
+        split: One of :data:`triewise.splits.WAYS`; a published split stays as it is.
 
     Raises:
         UserError: Unknown source, a setting out of range, or one that a published split cannot follow.

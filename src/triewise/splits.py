@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from trierec.interactions import Int32, Int64, Interactions
+from triewise.interactions import Int32, Int64, Interactions
 
 NAMES = ("train", "valid", "test")
 WAYS = ("leave-one-out", "time-windows", "time-growing")

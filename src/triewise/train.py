@@ -27,17 +27,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from trierec import processes
-from trierec.backbones import compute_again
-from trierec.checkpoints import clear, random_state, set_random_state, signals_set
-from trierec.contrast import Contrast
-from trierec.course import Course, TrainConfig, TrainResult, Validate
-from trierec.examples import Examples, chains, schedule
-from trierec.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
-from trierec.losses import AdaptiveTemperature, Objective
-from trierec.packing import packing_works
-from trierec.preferences import Preferences
-from trierec.progress import progress
+from triewise import processes
+from triewise.backbones import compute_again
+from triewise.checkpoints import clear, random_state, set_random_state, signals_set
+from triewise.contrast import Contrast
+from triewise.course import Course, TrainConfig, TrainResult, Validate
+from triewise.examples import Examples, chains, schedule
+from triewise.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
+from triewise.losses import AdaptiveTemperature, Objective
+from triewise.packing import packing_works
+from triewise.preferences import Preferences
+from triewise.progress import progress
 
 _THEIR_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 

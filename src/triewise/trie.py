@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from trierec.errors import UserError
-from trierec.files import atomic_path
+from triewise.errors import UserError
+from triewise.files import atomic_path
 
 if TYPE_CHECKING:
     import torch
