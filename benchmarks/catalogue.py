@@ -36,13 +36,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 from benchmarks.decode import Hook  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
-from triewise.backbones import load_backbone  # noqa: E402
-from triewise.dataset import load_dataset, prepare  # noqa: E402
-from triewise.engine import TrieEngine  # noqa: E402
+from triewise.data import load_dataset, prepare  # noqa: E402
+from triewise.decoding import TrieEngine, rank_catalogue  # noqa: E402
+from triewise.models import load_backbone  # noqa: E402
 from triewise.progress import note, progress  # noqa: E402
-from triewise.prompts import build_prompts  # noqa: E402
-from triewise.search import rank_catalogue  # noqa: E402
-from triewise.trie import Trie  # noqa: E402
+from triewise.tokens import Trie, build_prompts  # noqa: E402
 
 SUPPORTS = ("trie", "vocabulary")
 BATCH = 32

@@ -42,11 +42,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 from benchmarks.trie_build import as_lists, synthetic_titles  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
-from triewise.backbones import head_weight  # noqa: E402
-from triewise.engine import Children, TrieEngine  # noqa: E402
+from triewise.decoding import Counters, TrieEngine  # noqa: E402
+from triewise.decoding.engine import Children  # noqa: E402
+from triewise.models import head_weight  # noqa: E402
 from triewise.progress import note  # noqa: E402
-from triewise.treecache import Counters  # noqa: E402
-from triewise.trie import Trie  # noqa: E402
+from triewise.tokens import Trie  # noqa: E402
 
 VOCABULARY, WIDTH = 49_152, 576  # of SmolLM2-135M
 PROMPT = 64  # tokens before the title, which a callback is handed with every row

@@ -36,16 +36,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 from tests.reference import beam as reference  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
-from triewise.backbones import body, load_backbone  # noqa: E402
-from triewise.dataset import load_dataset, prepare  # noqa: E402
-from triewise.engine import TrieEngine  # noqa: E402
-from triewise.generative import GenerativeRecommender  # noqa: E402
-from triewise.growth import Growth  # noqa: E402
-from triewise.prompts import build_prompts  # noqa: E402
+from triewise.data import load_dataset, prepare  # noqa: E402
+from triewise.decoding import Counters, TrieEngine, beam_search, exact_search  # noqa: E402
+from triewise.decoding.growth import Growth  # noqa: E402
+from triewise.models import body, load_backbone  # noqa: E402
 from triewise.ranking import Ranking  # noqa: E402
-from triewise.search import beam_search, exact_search  # noqa: E402
-from triewise.treecache import Counters  # noqa: E402
-from triewise.trie import Trie  # noqa: E402
+from triewise.recommenders import GenerativeRecommender  # noqa: E402
+from triewise.tokens import Trie, build_prompts  # noqa: E402
 
 MARGIN, SUM = 1e-4, 1e-3
 SUPPORTS = ("vocabulary", "trie")

@@ -26,15 +26,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from triewise.dataset import load_dataset, prepare
-from triewise.generative import GenerativeRecommender
-from triewise.learners import open_run
+from triewise.app import open_run, train_run
+from triewise.data import Split, load_dataset, prepare
+from triewise.data.splits import NAMES
+from triewise.decoding import beam_search, exact_search, rank_catalogue
 from triewise.progress import progress
-from triewise.ranking import add_counters
+from triewise.ranking.ranking import add_counters
 from triewise.recipe import load_recipe
-from triewise.runs import train_run
-from triewise.search import beam_search, exact_search, rank_catalogue
-from triewise.splits import NAMES, Split
+from triewise.recommenders import GenerativeRecommender
 
 BLOCK = 64
 MAX_HISTORY = 10

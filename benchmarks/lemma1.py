@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from triewise import load
-from triewise.dataset import load_dataset
-from triewise.engine import TrieEngine
-from triewise.learners import open_run
-from triewise.search import rank_catalogue
+from triewise.app import open_run
+from triewise.data import load_dataset
+from triewise.decoding import TrieEngine, rank_catalogue
 
 SLACK = 1e-3  # nats; float32 sums over a title
 

@@ -2,9 +2,9 @@
 
 Positions along real titles of amazon_books get random hidden states; the dense side is the usual formulation (all
 logits, a boolean mask of the valid tokens, -inf elsewhere, log-softmax, as a mask per position is what the authors'
-code stores), ours is `triewise.losses.trie_nll` behind the head rows of `Trie.continuations`. Loss and gradients are
-compared first, then both alternate in one process. Memory is the largest number of bytes allocated during a forward and
-backward pass beyond the inputs; with a trainable head its own gradient is left out on both sides.
+code stores), ours is `triewise.training.trie_nll` behind the head rows of `Trie.continuations`. Loss and gradients
+are compared first, then both alternate in one process. Memory is the largest number of bytes allocated during a forward
+and backward pass beyond the inputs; with a trainable head its own gradient is left out on both sides.
 
     python benchmarks/loss.py [--positions 256] [--vocabulary 151936] [--width 896]
 
@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triewise.backbones import load_tokenizer
-from triewise.dataset import prepare
-from triewise.losses import Columns, head_rows, trie_nll
-from triewise.prompts import build_prompts
-from triewise.trie import Trie
+from triewise.data import prepare
+from triewise.models import head_rows, load_tokenizer
+from triewise.tokens import Trie, build_prompts
+from triewise.training import trie_nll
+from triewise.training.losses import Columns
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

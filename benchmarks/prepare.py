@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from tests.reference import splits as slow  # noqa: E402
 
-from triewise.dataset import load_dataset, prepare  # noqa: E402
+from triewise.data import load_dataset, prepare  # noqa: E402
 from triewise.progress import note  # noqa: E402
 
 K_CORE, MAX_HISTORY = 5, 10

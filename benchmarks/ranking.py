@@ -25,9 +25,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.counting import Places, count_places
-from triewise.metrics import metrics_from_rank
-from triewise.ranking import Groups, ItemLists, Ranking, rank_items
+from triewise.ranking import Groups, ItemLists, Ranking, metrics_from_rank, rank_items
+from triewise.ranking.target_ranks import Places, count_places
 
 CUTS = (1, 5, 10, 20)
 K = 20

@@ -38,16 +38,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks.trie_build import _peak_mb as peak_mb  # noqa: E402
-from benchmarks.trie_build import synthetic_titles  # noqa: E402
+from benchmarks.trie_build import _peak_mb as peak_mb, synthetic_titles  # noqa: E402
 
-from triewise.engine import TrieEngine  # noqa: E402
-from triewise.filters import TitleFilter  # noqa: E402
-from triewise.growth import Growth  # noqa: E402
+from triewise.decoding import Counters, TrieEngine, beam_search, exact_search, rank_catalogue  # noqa: E402
+from triewise.decoding.beams import Beams  # noqa: E402
+from triewise.decoding.filters import TitleFilter  # noqa: E402
+from triewise.decoding.growth import Growth  # noqa: E402
+from triewise.decoding.scoring import Rule  # noqa: E402
 from triewise.progress import note  # noqa: E402
-from triewise.search import Beams, Rule, beam_search, exact_search, rank_catalogue  # noqa: E402
-from triewise.treecache import Counters  # noqa: E402
-from triewise.trie import Trie  # noqa: E402
+from triewise.tokens import Trie  # noqa: E402
 
 VOCABULARY, PROMPT, BEAMS = 32_768, 32, 10
 COMPARED = 10_000  # titles up to which the whole catalogue is ranked as well

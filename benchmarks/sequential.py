@@ -27,10 +27,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from triewise.dataset import prepare  # noqa: E402
-from triewise.encoders import EncoderConfig, SequentialModel  # noqa: E402
-from triewise.examples import make_windows, target_counts  # noqa: E402
-from triewise.sequential import LossConfig, Sequences, shifted_task, task_loss  # noqa: E402
+from triewise.data import prepare  # noqa: E402
+from triewise.models import EncoderConfig, SequentialModel  # noqa: E402
+from triewise.training import LossConfig, Sequences, make_windows, target_counts  # noqa: E402  # noqa: E402
+from triewise.training.item_tasks import shifted_task, task_loss  # noqa: E402
 
 
 def main() -> None:

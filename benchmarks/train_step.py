@@ -25,15 +25,13 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from triewise.backbones import load_backbone
-from triewise.dataset import prepare
-from triewise.decisiveness import zero_gain
-from triewise.examples import Examples, chains, make_windows, schedule, target_counts
-from triewise.forward import MicroBatches, TitleLoss
-from triewise.losses import Objective
-from triewise.prompts import build_prompts
-from triewise.train import TrainConfig, TrieTrainer
-from triewise.trie import Trie
+from triewise.data import prepare
+from triewise.models import load_backbone
+from triewise.tokens import Trie, build_prompts, zero_gain
+from triewise.training import Examples, Objective, make_windows, target_counts
+from triewise.training.forward import MicroBatches, TitleLoss
+from triewise.training.trainer import TrainConfig, TrieTrainer
+from triewise.training.windows import chains, schedule
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SOURCES = {"games": "d3:amazon_games_d3", "office": "msl:amazon_office", "books": "msl:amazon_books"}

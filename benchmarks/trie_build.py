@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 from tests.reference.trie import DictTrie  # noqa: E402
 
 from triewise.progress import note  # noqa: E402
-from triewise.trie import Trie  # noqa: E402
+from triewise.tokens import Trie  # noqa: E402
 
 VOCABULARY, TERMINATOR = 32_000, 32_000
 

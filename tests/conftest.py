@@ -67,7 +67,7 @@ class Run:
             not chosen
             and not hasattr(config, "workerinput")  # pytest-xdist: this process runs a share of the tests
             and not session.testsfailed
-            and self.files == set(Path(__file__).parent.glob("test_*.py"))
+            and self.files == set(Path(__file__).parent.rglob("test_*.py"))
         )
 
 

@@ -18,17 +18,24 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tests.token_worlds import cycle_world
-from tests.train_child import CONFIG as WHOLE
-from tests.train_child import small_model, some_metric
-from triewise import processes
-from triewise.contrast import Contrast
-from triewise.decisiveness import binary_weights, zero_gain
+from tests.train_child import CONFIG as WHOLE, small_model, some_metric
 from triewise.errors import UserError
-from triewise.examples import Examples, along_titles, draw_rejected, target_counts
-from triewise.forward import MicroBatches, TitleLoss
-from triewise.losses import AdaptiveTemperature, Objective
-from triewise.preferences import Preferences, kept_reference
-from triewise.train import TrainConfig, TrieTrainer, train
+from triewise.tokens import binary_weights, zero_gain
+from triewise.training import (
+    AdaptiveTemperature,
+    Contrast,
+    Examples,
+    Objective,
+    Preferences,
+    along_titles,
+    draw_rejected,
+    kept_reference,
+    processes,
+    target_counts,
+    train,
+)
+from triewise.training.forward import MicroBatches, TitleLoss
+from triewise.training.trainer import TrainConfig, TrieTrainer
 
 STEPS = 5
 CONFIG = {

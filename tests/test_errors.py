@@ -21,20 +21,24 @@ import torch
 import triewise
 from tests.conftest import RUN
 from tests.worlds import TITLES, recommender, split, write_msl_folder
-from triewise.backbones import _read_gguf
-from triewise.checkpoints import load_trained, save_trained
+from triewise.app import comparisons, evaluate_run, train_run
+from triewise.app.compare import collect, read_log
+from triewise.app.folders import open_data
 from triewise.cli import main
-from triewise.compare import collect, comparisons, load_evaluation, read_log
 from triewise.errors import UserError
-from triewise.evaluate import Evaluation, evaluate
 from triewise.files import read_json, write_json
-from triewise.learners import open_data
-from triewise.ranking import Groups, MostPopular
+from triewise.models import load_trained, save_trained
+from triewise.models.smollm2 import _read_gguf
+from triewise.ranking import Evaluation, Groups, MostPopular, evaluate, load_evaluation
 from triewise.recipe import Recipe, parse_recipe
-from triewise.runs import evaluate_run, train_run
-from triewise.trie import Trie
+from triewise.tokens import Trie
 
 PACKAGE = Path(triewise.__file__).parent
+PLACE = {
+    f.stem: ".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for f in PACKAGE.rglob("*.py")
+    if f.stem != "__init__"
+}
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
 NO_ERRORS = "Lines on stderr that are no errors"
 RAISED = ("UserError", "ValueError", "KeyError", "_complain")  # `cli._complain` prints what is not raised
@@ -57,7 +61,7 @@ class Place:
     draft: str
 
     def __str__(self) -> str:
-        return f"src/triewise/{self.module}.py:{self.first} {self.draft}"
+        return f"src/{PLACE[self.module].replace('.', '/')}.py:{self.first} {self.draft}"
 
 
 def canonical(line: str) -> str:
@@ -203,7 +207,7 @@ def as_reported(lines: set[str], key: str) -> set[str]:
 def places() -> tuple[Place, ...]:
     """Every place of the source that makes an error."""
     found = []
-    for file in sorted(PACKAGE.glob("*.py")):
+    for file in sorted(file for file in PACKAGE.rglob("*.py") if file.stem in PLACE):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         owner = {id(n): pair for pair in functions(tree) for n in ast.walk(pair[1])}
         for node in ast.walk(tree):
@@ -212,7 +216,7 @@ def places() -> tuple[Place, ...]:
             ):
                 continue
             name, function = owner.get(id(node), ("", None))
-            reader = Reader(tree, importlib.import_module(f"triewise.{file.stem}"))
+            reader = Reader(tree, importlib.import_module(PLACE[file.stem]))
             lines, text = reader.wordings(node.args[0], function), draft(node.args[0])
             if node.func.id == "_complain" and lines == {"{}"}:
                 continue  # passes on the line of a UserError
@@ -297,8 +301,10 @@ def test_every_note_of_the_table_is_a_line_of_the_source() -> None:
     stale = []
     for row in notes:
         for module in row.modules:
-            tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-            reader = Reader(tree, importlib.import_module(f"triewise.{module}"))
+            tree = ast.parse(
+                Path(importlib.import_module(PLACE[module]).__file__ or "").read_text(encoding="utf-8")
+            )
+            reader = Reader(tree, importlib.import_module(PLACE[module]))
             texts = [n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr | ast.Constant | ast.BinOp)]
             if not any(canonical(row.line) in map(canonical, reader.wordings(n, None)) for n in texts):
                 stale.append(row)
@@ -310,7 +316,7 @@ def test_every_row_names_code_that_exists() -> None:
     for row in rows():
         for where in row.where:
             module, *names = where.split(".")
-            at: Any = importlib.import_module(f"triewise.{module}")
+            at: Any = importlib.import_module(PLACE[module])
             for name in names:
                 at = getattr(at, name, None)
             if at is None:
@@ -324,7 +330,7 @@ def is_reached(place: Place, raised: dict[tuple[str, int], set[str]]) -> bool:
 
     A ValueError of a recipe's section becomes a UserError elsewhere, so it is known by its words.
     """
-    module = f"triewise.{place.module}"
+    module = PLACE[place.module]
     if place.kind == "UserError":
         return any((module, line) in raised for line in range(place.first, place.last + 1))
     said = {line for (name, _), lines in raised.items() if name == module for line in lines}
@@ -420,7 +426,7 @@ def test_recipes_that_ask_what_the_data_do_not_have(small: Recipe, tmp_path: Pat
         train_run(changed(small, "evaluation", exclude="seen"), tmp_path / "run")
     data = open_data(small)
     monkeypatch.setattr(
-        "triewise.runs.open_data", lambda _: replace(data, valid=data.valid.take(np.arange(0)))
+        "triewise.app.runs.open_data", lambda _: replace(data, valid=data.valid.take(np.arange(0)))
     )
     with pytest.raises(UserError, match="training.evaluate_every > 0 needs validation rows"):
         train_run(changed(small, "training", evaluate_every=1), tmp_path / "run")

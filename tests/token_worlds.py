@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from triewise.decisiveness import zero_gain
-from triewise.examples import Examples, make_windows, target_counts
-from triewise.prompts import Prompts
-from triewise.splits import Ragged, Split
-from triewise.trie import Trie
+from triewise.arrays import Ragged
+from triewise.data import Split
+from triewise.tokens import Prompts, Trie, zero_gain
+from triewise.training import Examples, make_windows, target_counts
 
 Row = tuple[str | None, list[int], int]  # user, history, target
 

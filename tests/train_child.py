@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-import triewise.checkpoints
-import triewise.course
 import triewise.files
-import triewise.forward
+import triewise.training.checkpoints
+import triewise.training.forward
+import triewise.training.state
 from tests.token_worlds import cycle_world
-from triewise.losses import AdaptiveTemperature, Objective
-from triewise.train import TrainConfig, TrainResult, train
+from triewise.training import AdaptiveTemperature, Objective, train
+from triewise.training.trainer import TrainConfig, TrainResult
 
 PLACES = ("training", "before", "middle", "rename")
 KILLED_STEP = 8
@@ -71,9 +71,9 @@ def die(out: str, place: str) -> None:
     torch.set_num_threads(1)
     name = f"checkpoint-{KILLED_STEP}"
     if place == "training":
-        _kill_when(triewise.forward.TitleLoss, "forward", count=2 * 6 + 1)  # in the seventh step
+        _kill_when(triewise.training.forward.TitleLoss, "forward", count=2 * 6 + 1)  # in the seventh step
     elif place == "before":
-        _kill_when(triewise.course, "atomic_folder", lambda path, *_: path.name == name)
+        _kill_when(triewise.training.state, "atomic_folder", lambda path, *_: path.name == name)
     elif place == "middle":
         _kill_when(torch, "save", lambda _, path, *__: name in str(path) and bool(_half(path)))
     else:

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from triewise.backbones import Backbone, load_backbone
-from triewise.catalog import Catalog
-from triewise.generative import GenerativeRecommender
-from triewise.prompts import build_prompts
+from triewise.arrays import Ragged
+from triewise.data import Catalog, Split
+from triewise.models import Backbone, load_backbone
 from triewise.recipe import TinyModel
-from triewise.splits import Ragged, Split
-from triewise.trie import Trie
+from triewise.recommenders import GenerativeRecommender
+from triewise.tokens import Trie, build_prompts
 
 TITLES = (  # two equal, one that spells the terminator, one with markup, one with a newline
     "Alien (1979)",

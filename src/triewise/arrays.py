@@ -1,23 +1,20 @@
-"""Histories and targets: leave-one-out, sliding windows and growing histories of interactions.
+"""Arrays that several wings share: rows of different lengths, ranges end to end, padding.
 
-A split of many rows is first only the places of its targets among the interactions (:class:`Places`); histories
-are spelled out a part at a time. Shape suffixes: R rows, I items, U users.
+Shape key: R rows, E values end to end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from triewise.interactions import Int32, Int64, Interactions
-
-NAMES = ("train", "valid", "test")
-WAYS = ("leave-one-out", "time-windows", "time-growing")
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 _TOGETHER = 1 << 14  # rows
 
 
@@ -109,250 +106,26 @@ class Ragged:
         return (self[row] for row in range(len(self)))
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Histories with the item that came next; R rows.
-
-    Attributes:
-        user_id: Raw id of the user, objects (R,), each a string or None where it is not known.
-        history: Item indices, oldest first; none of them came after the target.
-        target: Item index, int32 (R,).
-        timestamp: Time of the target in Unix seconds, int64 (R,); -1 where it is not known.
-        seen: Everything the user had before the target; None where only the history is known.
-    """
-
-    user_id: NDArray[Any] = field(repr=False)
-    history: Ragged = field(repr=False)
-    target: Int32 = field(repr=False)
-    timestamp: Int64 = field(repr=False)
-    seen: Ragged | None = field(default=None, repr=False)
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.target)
-
-    def to_frame(self) -> pl.DataFrame:
-        """Columns user_id, history, target, timestamp and, when known, seen."""
-        return _frame(pl.Series(self.user_id.tolist(), dtype=pl.String), self)
-
-    @classmethod
-    def from_frame(cls, frame: pl.DataFrame) -> Split:
-        """The split that :meth:`to_frame` wrote."""
-        return cls(
-            user_id=_shared(frame["user_id"]),
-            history=Ragged.from_series(frame["history"]),
-            target=frame["target"].to_numpy(writable=True),
-            timestamp=frame["timestamp"].to_numpy(writable=True),
-            seen=Ragged.from_series(frame["seen"]) if "seen" in frame.columns else None,
-        )
-
-    def part(self, start: int, stop: int) -> Split:
-        """The rows from ``start`` to before ``stop``; views."""
-        return Split(
-            user_id=self.user_id[start:stop],
-            history=self.history.part(start, stop),
-            target=self.target[start:stop],
-            timestamp=self.timestamp[start:stop],
-            seen=None if self.seen is None else self.seen.part(start, stop),
-        )
-
-    def frame(self, start: int, stop: int) -> pl.DataFrame:
-        """The rows from ``start`` to before ``stop``, as :meth:`to_frame` gives them."""
-        return self.part(start, stop).to_frame()
-
-    def take(self, rows: Int64) -> Split:
-        """The rows with these numbers, in this order."""
-        return Split(
-            user_id=self.user_id[rows],
-            history=self.history.take(rows),
-            target=self.target[rows],
-            timestamp=self.timestamp[rows],
-            seen=None if self.seen is None else self.seen.take(rows),
-        )
-
-    def then(self, other: Split) -> Split:
-        """These rows and after them those of ``other``; without ``seen``, which training does not need."""
-        return Split(
-            user_id=np.concatenate([self.user_id, other.user_id]),
-            history=self.history.then(other.history),
-            target=np.concatenate([self.target, other.target]),
-            timestamp=np.concatenate([self.timestamp, other.timestamp]),
-        )
+Ints = NDArray[np.integer[Any]]
 
 
-def _frame(user_id: pl.Series, rows: Split) -> pl.DataFrame:
-    columns = {
-        "user_id": user_id,
-        "history": rows.history.to_series(),
-        "target": pl.Series(rows.target, dtype=pl.Int32),
-        "timestamp": pl.Series(rows.timestamp, dtype=pl.Int64),
-    }
-    return pl.DataFrame(columns | ({} if rows.seen is None else {"seen": rows.seen.to_series()}))
+class Flat(NamedTuple):
+    """Several ranges end to end: ``at`` are their numbers, ``row`` the range that each is from."""
+
+    at: NDArray[np.int64]
+    row: NDArray[np.int64]
 
 
-def _shared(column: pl.Series) -> NDArray[Any]:
-    """A column of strings as objects, each different string once in memory."""
-    known = column.drop_nulls().unique()
-    code = column.cast(pl.Enum(known)).to_physical().cast(pl.Int64).fill_null(len(known))
-    ids = np.array([*known.to_list(), None], dtype=object)
-    shared: NDArray[Any] = ids[code.to_numpy()]
-    return shared
+def ranges(start: Ints, length: Ints) -> Flat:
+    """Ranges ``start[i]`` to before ``start[i] + length[i]``, end to end."""
+    row = np.repeat(np.arange(len(start)), length)
+    shift = start - (np.cumsum(length) - length)
+    return Flat(np.arange(len(row)) + shift[row], row)
 
 
-@dataclass(frozen=True, eq=False)
-class Places:
-    """A split whose rows are not spelled out yet.
-
-    Attributes:
-        interactions: Where the rows come from, sorted.
-        place: Place of each row's target among the interactions, (R,).
-        max_history: A history is the last so many items before the target.
-        with_seen: Whether the rows also have ``seen``, all earlier items of the user.
-        first: Place of the first interaction of each user, int64 (U,).
-        user_id: Raw id of each user, objects (U,).
-    """
-
-    interactions: Interactions
-    place: Int32 | Int64 = field(repr=False)
-    max_history: int
-    with_seen: bool
-    first: Int64 = field(repr=False)
-    user_id: NDArray[Any] = field(repr=False)
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.place)
-
-    @property
-    def target(self) -> Int32:
-        """Item index, int32 (R,)."""
-        return self.interactions.item[self.place]
-
-    @property
-    def timestamp(self) -> Int64:
-        """Time of the target in Unix seconds, int64 (R,)."""
-        return self.interactions.timestamp[self.place]
-
-    def part(self, start: int, stop: int) -> Split:
-        """The rows from ``start`` to before ``stop``, spelled out."""
-        place = self.place[start:stop].astype(np.int64)
-        user, item = self.interactions.user[place], self.interactions.item
-        earlier = place - self.first[user]
-        length = np.minimum(earlier, self.max_history)
-        return Split(
-            user_id=self.user_id[user],
-            history=Ragged.windows(item, place - length, length),
-            target=item[place],
-            timestamp=self.interactions.timestamp[place],
-            seen=Ragged.windows(item, place - earlier, earlier) if self.with_seen else None,
-        )
-
-    def frame(self, start: int, stop: int) -> pl.DataFrame:
-        """The same rows as :meth:`Split.to_frame` gives them."""
-        user = self.interactions.user[self.place[start:stop]]
-        return _frame(pl.Series(self.user_id, dtype=pl.String).gather(user), self.part(start, stop))
-
-    def whole(self) -> Split:
-        """All rows, spelled out."""
-        return self.part(0, self.n_rows)
-
-
-Splits = tuple[Split, Split, Split]
-
-
-def leave_one_out(interactions: Interactions, max_history: int = 20) -> Splits:
-    """Train, validation and test rows: a user's last item is for the test, the one before it for validation.
-
-    Users are walked in (timestamp, raw item id) order. Training rows have every item from the second to the
-    third last as target. A user with fewer than three interactions has training rows only.
-
-    Args:
-        interactions: Who met what when.
-        max_history: A history is the last so many items before the target.
-
-    Returns:
-        Three splits. Those of validation and test also have ``seen``, all earlier items of the user.
-    """
-    return _spelled_out(places(interactions, "leave-one-out", max_history))
-
-
-def time_windows(interactions: Interactions, max_history: int = 20) -> Splits:
-    """Sliding windows, split 8:1:1 by the time of the target over all users.
-
-    A user with n interactions (numbered from 0) gives a row for each target i = min(H, n - 1) .. n - 1, whose
-    history is the H items before it: n - H full windows, or one row with everything before the last item where
-    n <= H; a user with one interaction gives none. Rows are sorted by the target's time; rows of the same time
-    keep the order (user, time, item). The first floor(0.8 R) are for training, those up to floor(0.9 R) for
-    validation, the rest for the test.
-
-    Args:
-        interactions: Who met what when.
-        max_history: H, the length of a window without its target (papers: 10).
-
-    Returns:
-        Three splits, without ``seen``: over all rows it would grow with the square of what a user did.
-
-    Source: the data of BIGRec and MSL (arXiv:2504.04178). *Differs from the authors' code*: items of a user
-    with equal times are ordered by raw id, not by their place in the file.
-    """
-    return _spelled_out(places(interactions, "time-windows", max_history))
-
-
-def time_growing(interactions: Interactions, max_history: int = 20) -> Splits:
-    """Growing histories, split 8:1:1 by the time of the target over all users.
-
-    Like :func:`time_windows`, but every item of a user from the second on is the target of a row, and its
-    history the last ``max_history`` items before it: n - 1 rows for n interactions.
-
-    Args:
-        interactions: Who met what when.
-        max_history: Longest history (papers: 10).
-
-    Returns:
-        Three splits, without ``seen``.
-
-    Source: the data of D3 and IGD.
-    """
-    return _spelled_out(places(interactions, "time-growing", max_history))
-
-
-def places(interactions: Interactions, way: str, max_history: int = 20) -> tuple[Places, Places, Places]:
-    """Train, validation and test rows by the places of their targets.
-
-    Args:
-        interactions: Who met what when.
-        way: One of :data:`WAYS`; see the function of that name.
-        max_history: A history is the last so many items before the target.
-    """
-    interactions = interactions.in_order()
-    first, user = interactions.first, interactions.user
-    count = np.diff(first, append=len(user))
-    position = np.arange(len(user)) - first[user]
-    if way == "leave-one-out":
-        left = count[user] - 1 - position  # how many of the user's items come after this one
-        judged = count[user] >= 3
-        train = (position >= 1) & (~judged | (left >= 2))
-        parts = [np.flatnonzero(rows) for rows in (train, judged & (left == 1), judged & (left == 0))]
-    else:
-        shortest = np.minimum(count - 1, max_history) if way == "time-windows" else np.ones_like(count)
-        place = np.flatnonzero(position >= np.maximum(shortest, 1)[user])
-        place = place[np.argsort(interactions.timestamp[place], kind="stable")]
-        parts = np.split(place, [8 * len(place) // 10, 9 * len(place) // 10])
-    user_id = np.array(interactions.user_id, dtype=object)
-    train, valid, test = (
-        Places(interactions, _narrow(part), max_history, way == WAYS[0] and name != "train", first, user_id)
-        for name, part in zip(NAMES, parts, strict=True)
-    )
-    return train, valid, test
-
-
-def _spelled_out(parts: tuple[Places, Places, Places]) -> Splits:
-    train, valid, test = (part.whole() for part in parts)
-    return train, valid, test
-
-
-def _narrow(place: Int64) -> Int32 | Int64:
-    """The same numbers in half the memory, where they fit."""
-    return place.astype(np.int32) if place.max(initial=0) < 2**31 else place
+def padded(rows: Ragged) -> NDArray[np.int32]:
+    """Item indices as int32 (R, L) of ``item + 1``, padded on the right with 0."""
+    length = rows.lengths
+    ids = np.zeros((len(rows), int(length.max(initial=0))), dtype=np.int32)
+    ids[np.arange(ids.shape[1]) < length[:, None]] = rows.values + 1
+    return ids

@@ -24,9 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
 # The base of every usage error, wherever this version of typer keeps it.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Changes = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key: --set training.steps=100 (repeatable).")
@@ -42,8 +42,8 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The main job on real data: MovieLens 100K, MSL against LML, SASRec and most-popular, a report (10 minutes)."""
-    from triewise.demo import run_demo
-    from triewise.terminal import print_examples, print_rows
+    from triewise.app import run_demo
+    from triewise.reports import print_examples, print_rows
 
     result = run_demo(out, quick=quick, seed=seed)
     if as_json:
@@ -86,8 +86,8 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Bring raw interactions or a published split into one format."""
-    from triewise.dataset import prepare as prepare_data
-    from triewise.terminal import print_facts
+    from triewise.data import prepare as prepare_data
+    from triewise.reports import print_facts
 
     info = prepare_data(source, out, max_history=max_history, clean=clean, k_core=k_core, split=split).info
     found = [finding for finding in info["lint"] if finding["count"]]
@@ -115,12 +115,10 @@ def describe(
     """Users, items, density, cold targets; tokens, forced share, zero-gain share, valid tokens (AVT)."""
     import numpy as np
 
-    from triewise.analysis import describe as describe_data
-    from triewise.backbones import load_tokenizer
-    from triewise.dataset import load_dataset
-    from triewise.prompts import build_prompts
-    from triewise.terminal import print_facts
-    from triewise.trie import Trie
+    from triewise.data import load_dataset
+    from triewise.models import load_tokenizer
+    from triewise.reports import describe as describe_data, print_facts
+    from triewise.tokens import Trie, build_prompts
 
     dataset = load_dataset(folder)
     template = template or ("plain" if tokenizer == "tiny" else "msl")
@@ -146,10 +144,10 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a recipe."""
-    from triewise import processes
+    from triewise.app import train_run
     from triewise.files import read_json
     from triewise.recipe import load_recipe
-    from triewise.runs import train_run
+    from triewise.training import processes
 
     result = train_run(load_recipe(recipe, changes or ()), out, resume=resume, overwrite=overwrite)
     if not processes.part_ways():
@@ -175,11 +173,10 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Rank the catalogue for every row of a split; writes metrics.json and predictions.parquet."""
-    from triewise.compare import comparisons, load_evaluation, row
-    from triewise.learners import open_run
+    from triewise.app import comparisons, evaluate_run, open_run, row
+    from triewise.ranking import load_evaluation
     from triewise.recipe import load_recipe
-    from triewise.runs import evaluate_run
-    from triewise.terminal import print_rows
+    from triewise.reports import print_rows
 
     open_run(run)
     wrong = [change for change in changes or () if not change.strip().startswith("evaluation.")]
@@ -218,12 +215,11 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Prepare, train, evaluate, report: one recipe from raw data to report.html."""
-    from triewise import processes
-    from triewise.compare import report_runs
+    from triewise.app import evaluate_run, report_runs, train_run
     from triewise.files import read_json
     from triewise.recipe import load_recipe
-    from triewise.runs import evaluate_run, train_run
-    from triewise.terminal import print_rows
+    from triewise.reports import print_rows
+    from triewise.training import processes
 
     loaded = load_recipe(recipe, changes or ())
     folder = out or Path("runs") / loaded.name
@@ -268,8 +264,8 @@ def recommend(
     import numpy as np
 
     from triewise import load
-    from triewise.runs import allowed_items
-    from triewise.terminal import clean
+    from triewise.data import allowed_items
+    from triewise.reports import clean
 
     recommender = load(run)
     recommender = recommender if search is None else recommender.with_settings(search=search)
@@ -310,7 +306,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML file about one or more runs."""
-    from triewise.compare import report_runs
+    from triewise.app import report_runs
 
     html = out or runs[0] / "report.html"
     report_runs(runs, html)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from triewise.fetch import cache_folder
+from triewise.cache import cache_folder
 
 
 def command(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

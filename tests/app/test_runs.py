@@ -11,13 +11,13 @@ import pytest
 
 from tests.worlds import write_msl_folder
 from triewise import load
-from triewise.compare import collect, comparisons, example_rows, load_evaluation
+from triewise.app import comparisons, evaluate_run, open_run, train_run
+from triewise.app.compare import collect, example_rows
+from triewise.decoding import rank_catalogue
 from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
-from triewise.learners import open_run
+from triewise.ranking import load_evaluation
 from triewise.recipe import Recipe, dump_recipe, parse_recipe
-from triewise.runs import evaluate_run, train_run
-from triewise.search import rank_catalogue
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,8 @@ def test_beams_and_filters_in_an_evaluation(runs: tuple[Path, Path], tmp_path: P
 
 def test_lemma_1_bounds_the_ranking_by_the_losses(runs: tuple[Path, Path]) -> None:
     """MSL's Lemma 1: -ln NDCG of the full ranking by P_valid <= MSL <= LML, for every test user."""
-    from triewise.dataset import load_dataset
-    from triewise.engine import TrieEngine
+    from triewise.data import load_dataset
+    from triewise.decoding import TrieEngine
 
     rec = load(runs[1])
     test = load_dataset(Path(read_json(runs[1] / "run.json")["data"]["folder"])).test

@@ -10,13 +10,12 @@ import pytest
 
 import triewise
 from tests.worlds import write_msl_folder
+from triewise.app import evaluate_run, report_runs, train_run
 from triewise.cli import main
-from triewise.compare import report_runs
 from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
-from triewise.runs import evaluate_run, train_run
-from triewise.sequential import SequentialRecommender
+from triewise.recommenders import SequentialRecommender
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,7 @@ def test_what_a_recipe_may_not_ask(cycle: Path, sections: dict[str, Any], proble
 
 def test_older_rows_weigh_less(cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("triewise.learners.Sequences.from_windows", _spy(seen))
+    monkeypatch.setattr("triewise.app.assemble.Sequences.from_windows", _spy(seen))
     half = recipe(cycle, training={"steps": 1, "supervision": "last"}, sequential={"half_life_days": 1e-3})
     train_run(half, tmp_path / "half")
     age = (1000 + 199) - np.arange(1000, 1200)
@@ -133,7 +132,7 @@ def test_older_rows_weigh_less(cycle: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def _spy(seen: list[Any]) -> Any:
-    from triewise.sequential import Sequences
+    from triewise.training import Sequences
 
     make = Sequences.from_windows
 
@@ -147,14 +146,14 @@ def _spy(seen: list[Any]) -> Any:
 def test_weights_by_age_need_times(cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    import triewise.runs
+    import triewise.app.runs
 
     def without_times(chosen: Recipe) -> Any:
         data = opened(chosen)
         return replace(data, train=replace(data.train, timestamp=np.full(data.train.n_rows, -1)))
 
-    opened = triewise.runs.open_data
-    monkeypatch.setattr("triewise.runs.open_data", without_times)
+    opened = triewise.app.runs.open_data
+    monkeypatch.setattr("triewise.app.runs.open_data", without_times)
     half = recipe(cycle, training={"supervision": "last"}, sequential={"half_life_days": 3})
     with pytest.raises(UserError, match="half_life_days needs the time of every training row"):
         train_run(half, tmp_path / "run")
@@ -163,7 +162,7 @@ def test_weights_by_age_need_times(cycle: Path, tmp_path: Path, monkeypatch: pyt
 def test_several_processes_are_refused_before_anything_is_written(
     cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from triewise import runs
+    from triewise.app import runs
 
     open_data = runs.open_data
 

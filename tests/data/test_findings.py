@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from triewise import lint as room
-from triewise.catalog import Catalog
-from triewise.interactions import Interactions
-from triewise.lint import Finding, lint
-from triewise.splits import NAMES, WAYS, Ragged, Split, places
+from triewise.arrays import Ragged
+from triewise.data import Catalog, Interactions, Split, findings as room
+from triewise.data.findings import Finding, lint
+from triewise.data.splits import NAMES, WAYS, places
 
 CATALOG = Catalog.from_titles("abcdef", ["Alien", "Brazil", "Casino  (1995)\n", "", "Eraserhead", "x" * 99])
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
+from tests.reference import splits as slow
+from triewise.data import Interactions
+from triewise.data.interactions import core, ordered_ids
 from triewise.errors import UserError
-from triewise.interactions import Interactions, core, ordered_ids
-
-from .reference import splits as slow
 
 
 def events(rows: list[tuple[str, str, int]]) -> pl.DataFrame:

@@ -10,13 +10,12 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.conftest import shared
+from tests.data_fixtures import D3_TITLES, write_csv, write_d3, write_d3_original, write_msl
+from triewise.arrays import Ragged
+from triewise.data.published import id_lists, item_indices, json_titles, read_d3, read_msl, tab_titles
+from triewise.data.tables import ROW
 from triewise.errors import UserError
-from triewise.published import id_lists, item_indices, json_titles, read_d3, read_msl, tab_titles
-from triewise.splits import Ragged
-from triewise.tables import ROW
-
-from .conftest import shared
-from .data_fixtures import D3_TITLES, write_csv, write_d3, write_d3_original, write_msl
 
 
 def lists(ragged: Ragged) -> list[list[int]]:

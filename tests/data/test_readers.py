@@ -11,12 +11,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from triewise import fetch
-from triewise.errors import UserError
-from triewise.interactions import Interactions
-from triewise.readers import Raw, csv_folder, movielens, movielens_folder, recbole
-
-from .data_fixtures import (
+from tests.data.test_fetch import ZIP, cache  # noqa: F401  (a fixture)
+from tests.data_fixtures import (
     CLEAN_FILMS,
     RATINGS,
     u_data,
@@ -28,7 +24,9 @@ from .data_fixtures import (
     write_recbole,
     write_tables,
 )
-from .test_fetch import ZIP, cache  # noqa: F401  (a fixture)
+from triewise.data import Interactions, movielens_files
+from triewise.data.readers import Raw, csv_folder, movielens, movielens_folder, recbole
+from triewise.errors import UserError
 
 
 def ratings(raw: Raw) -> list[tuple[str, str, int]]:
@@ -58,10 +56,10 @@ def test_movielens_comes_from_the_cache(cache: Path) -> None:  # noqa: F811
 
 def test_titles_with_quotes_survive(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     films = u_item({1: '"Quoted", with comma'})
-    tables = fetch.canonical(fetch.read_100k_originals(u_data([(1, 1, 3, 1)]), films))
+    tables = movielens_files.canonical(movielens_files.read_100k_originals(u_data([(1, 1, 3, 1)]), films))
     for name, content in tables.items():
         (cache / name).write_bytes(content)
-    monkeypatch.setattr("triewise.readers.fetch", lambda _: cache)
+    monkeypatch.setattr("triewise.data.readers.fetch", lambda _: cache)
     assert movielens("ml-100k").title == {"1": '"Quoted", with comma'}
 
 

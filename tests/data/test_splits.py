@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from triewise import splits
-from triewise.interactions import Interactions
-from triewise.splits import Ragged, Split, leave_one_out, places, time_growing, time_windows
-
-from .reference import splits as slow
+from tests.reference import splits as slow
+from triewise.arrays import Ragged
+from triewise.data import Interactions, Split, splits
+from triewise.data.splits import leave_one_out, places, time_growing, time_windows
 
 
 def lists(ragged: Ragged) -> list[list[int]]:

@@ -8,10 +8,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from tests.data_fixtures import write_csv
+from triewise.data.tables import ROW, find_file, integers, read_rows
 from triewise.errors import UserError
-from triewise.tables import ROW, find_file, integers, read_rows
-
-from .data_fixtures import write_csv
 
 # --- files ------------------------------------------------------------------------------------------------------------
 

@@ -8,20 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.conftest import SIX
-from tests.models import tiny_model
 from tests.reference import beam as reference
 from tests.reference.trie import DictTrie
 from tests.strategies import catalogues
-from triewise.decisiveness import decoding_weights, information_gain
-from triewise.engine import TrieEngine
+from tests.tiny_models import tiny_model
+from triewise.decoding import TrieEngine, beam_search, rank_catalogue
 from triewise.errors import UserError
 from triewise.ranking import Ranking
-from triewise.search import beam_search, rank_catalogue
-from triewise.trie import Trie
+from triewise.tokens import Trie, decoding_weights, information_gain
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14]]
 TOLERANCE = 1e-4  # float32, two layers

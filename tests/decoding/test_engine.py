@@ -7,18 +7,16 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.conftest import SIX
-from tests.models import tiny_model
 from tests.reference import search as reference
 from tests.strategies import catalogues
-from triewise.engine import TrieEngine, edge_log_probabilities
+from tests.tiny_models import tiny_model
+from triewise.decoding import Counters, TrieEngine, rank_catalogue
+from triewise.decoding.engine import edge_log_probabilities
 from triewise.errors import UserError
-from triewise.search import rank_catalogue
-from triewise.treecache import Counters
-from triewise.trie import Trie
+from triewise.tokens import Trie
 
 PROMPTS = [[7, 8, 9, 10, 11], [12, 13], [14]]
 TOLERANCE = 1e-4  # float32, two layers
@@ -143,7 +141,7 @@ def test_a_window_shorter_than_the_longest_path_is_not_trusted() -> None:
 def test_a_mask_that_is_not_respected_is_noticed_in_any_precision(dtype: str, monkeypatch) -> None:
     import torch
 
-    from triewise import treecache
+    from triewise.decoding import treecache
 
     model = tiny_model().to(getattr(torch, dtype))
     assert TrieEngine(model, Trie.from_sequences(SIX)).tree_cache_works

@@ -7,18 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.conftest import SIX
-from tests.models import tiny_model
+from tests.decoding.test_beams import random_titles
 from tests.strategies import weighted_catalogues
-from tests.test_beam import random_titles
-from triewise.decisiveness import information_gain
-from triewise.engine import TrieEngine
+from tests.tiny_models import tiny_model
+from triewise.decoding import TrieEngine, beam_search, exact_search, rank_catalogue, score
 from triewise.errors import UserError
-from triewise.search import beam_search, exact_search, rank_catalogue, score
-from triewise.trie import Trie
+from triewise.tokens import Trie, information_gain
 
 TOLERANCE = 1e-4
 START = [21, 22, 23, 24, 25, 26, 27, 28, 29, 20]  # an instruction that prompts share

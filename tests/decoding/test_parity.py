@@ -19,13 +19,11 @@ import torch
 from tests.conftest import shared
 from tests.reference import beam as reference
 from tests.reference.trie import DictTrie
-from triewise.backbones import Backbone, load_backbone
-from triewise.dataset import Dataset, prepare
-from triewise.engine import TrieEngine
-from triewise.fetch import cache_folder
-from triewise.prompts import build_prompts
-from triewise.search import beam_search
-from triewise.trie import Trie
+from triewise.cache import cache_folder
+from triewise.data import Dataset, prepare
+from triewise.decoding import TrieEngine, beam_search
+from triewise.models import Backbone, load_backbone
+from triewise.tokens import Trie, build_prompts
 
 COMBINATIONS = list(itertools.product(("trie", "vocabulary"), (0.0, 1.0), (5, 10)))
 pytestmark = pytest.mark.parity

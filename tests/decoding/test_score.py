@@ -6,19 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.conftest import SIX
-from tests.models import tiny_model
+from tests.decoding.test_beams import random_titles
 from tests.reference import search as reference
 from tests.strategies import catalogues
-from tests.test_beam import random_titles
-from triewise.engine import TrieEngine
+from tests.tiny_models import tiny_model
+from triewise.decoding import TrieEngine, score
+from triewise.decoding.filters import TitleFilter
 from triewise.errors import UserError
-from triewise.filters import TitleFilter
-from triewise.search import score
-from triewise.trie import Trie
+from triewise.tokens import Trie
 
 TOLERANCE = 1e-4
 

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from tests.conftest import SIX
-from tests.models import tiny_model
-from triewise.decisiveness import decoding_weights, information_gain
-from triewise.engine import TrieEngine, edge_log_probabilities
+from tests.tiny_models import tiny_model
+from triewise.decoding import Counters, TrieEngine, rank_catalogue
+from triewise.decoding.engine import edge_log_probabilities
 from triewise.errors import UserError
-from triewise.search import rank_catalogue
-from triewise.treecache import Counters
-from triewise.trie import Trie
+from triewise.tokens import Trie, decoding_weights, information_gain
 
 PROMPTS = [[7, 8, 9], [12, 13]]
 TRIE = Trie.from_sequences(SIX)

@@ -20,21 +20,19 @@ from torch import Tensor
 import triewise
 from tests import worlds
 from tests.contract import HISTORIES, RecommenderContract
-from tests.models import tiny_model
-from triewise.adapters import add_lora, is_quantised, without_adapter
-from triewise.backbones import Backbone, hand_head_matches, load_backbone
-from triewise.decisiveness import zero_gain
+from tests.tiny_models import tiny_model
+from triewise.app import evaluate_run, train_run
+from triewise.app.folders import load_run
+from triewise.cache import cache_folder
 from triewise.errors import UserError
-from triewise.examples import Examples, make_windows, target_counts
-from triewise.fetch import cache_folder
 from triewise.files import read_json
-from triewise.generative import GenerativeRecommender
-from triewise.losses import Objective
-from triewise.prompts import build_prompts
+from triewise.models import Backbone, hand_head_matches, load_backbone
+from triewise.models.adapters import add_lora, is_quantised, without_adapter
 from triewise.recipe import LoraSettings, load_recipe, parse_recipe
-from triewise.runs import evaluate_run, load_run, train_run
-from triewise.train import TrainConfig, train
-from triewise.trie import Trie
+from triewise.recommenders import GenerativeRecommender
+from triewise.tokens import Trie, build_prompts, zero_gain
+from triewise.training import Examples, Objective, make_windows, target_counts, train
+from triewise.training.trainer import TrainConfig
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
 KINDS = ("qwen2", "llama", "gpt2")

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models import tiny_model
+from tests.tiny_models import tiny_model
 from tests.worlds import TINY, TITLES, backbone
-from triewise.backbones import (
+from triewise.errors import UserError
+from triewise.models import (
     body,
     hand_head_matches,
     head_weight,
     load_backbone,
     load_tokenizer,
     resolve_device,
-    resolve_dtype,
 )
-from triewise.errors import UserError
+from triewise.models.anatomy import resolve_dtype
 
 
 def test_tiny_is_what_the_seed_says() -> None:

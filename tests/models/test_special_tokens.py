@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from tests.models import tiny_model
 from tests.reference.search import catalogue
+from tests.tiny_models import tiny_model
 from tests.worlds import backbone, catalog
-from triewise.backbones import Backbone, load_tokenizer
+from triewise.cache import cache_folder
 from triewise.errors import UserError
-from triewise.fetch import cache_folder
-from triewise.generative import GenerativeRecommender
-from triewise.prompts import TEMPLATES, Prompts, build_prompts
-from triewise.trie import Trie
+from triewise.models import Backbone, load_tokenizer
+from triewise.recommenders import GenerativeRecommender
+from triewise.tokens import Prompts, Trie, build_prompts
+from triewise.tokens.prompts import TEMPLATES
 
 ORDINARY = ("Red", "Red Dawn", "Blue Moon 🎬", "Night Train (1991)", "漢字の映画", "Cafe\u0301")
 SHOWN = {"plain": "{}", "msl": '"{}"', "d3": "{}\n"}

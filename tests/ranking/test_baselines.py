@@ -10,10 +10,8 @@ import pytest
 
 from tests.contract import RecommenderContract
 from tests.worlds import catalog, split
-from triewise import neighbours
-from triewise.neighbours import ItemKNN
-from triewise.ranking import Groups
-from triewise.splits import Split
+from triewise.data import Split
+from triewise.ranking import Groups, ItemKNN, baselines as neighbours
 
 
 class TestItemKNN(RecommenderContract):

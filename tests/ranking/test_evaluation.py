@@ -9,9 +9,8 @@ import polars as pl
 import pytest
 
 from tests.worlds import catalog, split
-from triewise.evaluate import evaluate, interval, paired_interval, paired_p
 from triewise.files import read_json
-from triewise.ranking import Groups, MostPopular
+from triewise.ranking import Groups, MostPopular, evaluate, interval, paired_interval, paired_p
 
 COUNTS = np.array([9, 8, 7, 2, 6, 5, 4, 3, 0])  # items 3 and 4 have equal titles
 POPULAR = MostPopular(Groups.from_labels(catalog().group, COUNTS), COUNTS)
@@ -122,7 +121,9 @@ def test_a_kill_between_the_two_files_leaves_no_metrics(
 ) -> None:
     result = evaluate(POPULAR, split([[0]], [1]), name="p")
     result.save(tmp_path)
-    monkeypatch.setattr("triewise.evaluate.write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "triewise.ranking.evaluation.write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         result.save(tmp_path)
     assert not (tmp_path / "metrics.json").exists()

@@ -6,12 +6,12 @@ from math import log2
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.reference import metrics as reference
 from triewise.errors import UserError
-from triewise.metrics import hit_rate, metrics_from_rank, mrr, ndcg, rank_in_list, rank_of_target
+from triewise.ranking import hit_rate, metrics_from_rank, mrr, ndcg, rank_of_target
+from triewise.ranking.metrics import rank_in_list
 
 FUNCTIONS = {"HR": hit_rate, "NDCG": ndcg, "MRR": mrr}
 quick = settings(max_examples=60, deadline=None)

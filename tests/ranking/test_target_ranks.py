@@ -7,17 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from numpy.typing import NDArray
 
 from tests.worlds import split
-from triewise import counting
-from triewise.counting import _at_least, count_places
 from triewise.errors import UserError
-from triewise.evaluate import evaluate
-from triewise.metrics import metrics_from_rank
-from triewise.ranking import Groups, ItemLists, ItemScorer, MostPopular, Ranking, rank_items
+from triewise.ranking import (
+    Groups,
+    ItemLists,
+    ItemScorer,
+    MostPopular,
+    Ranking,
+    evaluate,
+    metrics_from_rank,
+    rank_items,
+    target_ranks as counting,
+)
+from triewise.ranking.target_ranks import _at_least, count_places
 
 SCORES = [-np.inf, -1.0, 0.0, 0.5, 2.0]
 

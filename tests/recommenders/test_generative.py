@@ -15,9 +15,9 @@ import triewise
 from tests import worlds
 from tests.contract import HISTORIES, RecommenderContract
 from triewise.errors import UserError
-from triewise.generative import GenerativeRecommender
 from triewise.ranking import Groups, MostPopular
-from triewise.trie import Trie
+from triewise.recommenders import GenerativeRecommender
+from triewise.tokens import Trie
 
 
 class TestGenerative(RecommenderContract):

@@ -10,25 +10,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests import worlds
 from tests.contract import HISTORIES, RecommenderContract
-from tests.models import tiny_model
 from tests.reference import grounding as reference
+from tests.tiny_models import tiny_model
 from tests.worlds import write_msl_folder
 from triewise import load
-from triewise.adapters import add_lora
-from triewise.backbones import Backbone
-from triewise.choice import choose_gamma
-from triewise.compare import collect
+from triewise.app import evaluate_run, train_run
+from triewise.app.compare import collect
 from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.generative import GenerativeRecommender
-from triewise.grounding import GroundedRecommender, generate, inject, last_states
+from triewise.models import Backbone
+from triewise.models.adapters import add_lora
 from triewise.recipe import LoraSettings, Recipe, parse_recipe
-from triewise.runs import evaluate_run, train_run
+from triewise.recommenders import GenerativeRecommender, GroundedRecommender
+from triewise.recommenders.grounding import generate, inject, last_states
+from triewise.recommenders.search_choice import choose_gamma
 
 
 class TestGrounding(RecommenderContract):
@@ -218,7 +217,7 @@ def test_another_recommender_gives_the_weights(grounded: GroundedRecommender) ->
 
 def test_the_chosen_gamma_is_the_best_of_the_grid(grounded: GroundedRecommender) -> None:
     """Judged by ranking again with every gamma that it could have been."""
-    from triewise.evaluate import evaluate
+    from triewise.ranking import evaluate
 
     rows = worlds.split([*HISTORIES, [8], [1]], [8, 7, 3, 6, 8, 5])
     for exclude, allow in (("none", None), ("history", [3, 5, 6, 8])):
@@ -296,13 +295,13 @@ def test_search_and_gamma_are_chosen_on_validation_rows(
 
 
 def test_nothing_to_choose_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triewise.dataset import load_dataset
+    from triewise.data import load_dataset
 
     def without_validation(folder: Path) -> object:
         data = load_dataset(folder)
         return replace(data, valid=data.valid.take(np.arange(0)))
 
-    monkeypatch.setattr("triewise.runs.load_dataset", without_validation)
+    monkeypatch.setattr("triewise.app.runs.load_dataset", without_validation)
     settings = recipe_of(run).evaluation.model_copy(update={"choose": ("grounding",)})
     with pytest.raises(UserError, match="evaluation.choose needs validation rows"):
         evaluate_run(run, settings)
@@ -332,6 +331,6 @@ def test_settings_that_do_not_go_together(evaluation: dict, training: dict, mess
 
 
 def recipe_of(run: Path) -> Recipe:
-    from triewise.learners import open_run
+    from triewise.app import open_run
 
     return open_run(run)[0]

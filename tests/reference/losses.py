@@ -8,7 +8,7 @@ from decimal import Decimal, localcontext
 import torch
 from torch import Tensor
 
-from triewise.trie import Trie
+from triewise.tokens import Trie
 
 
 def dense_trie_nll(logits: Tensor, target: Tensor, node: Tensor, trie: Trie, temperature: float) -> Tensor:

@@ -18,15 +18,17 @@ from markdown_it import MarkdownIt
 import triewise
 from tests import worlds
 from tests.contract import HISTORIES
-from triewise.backbones import load_backbone
-from triewise.card import IGD_BIBTEX, MSL_BIBTEX, CardFacts, addressed, escape, model_card, without_folders
+from triewise.app import evaluate_run, train_run
 from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.generative import FILES, GenerativeRecommender
+from triewise.models import load_backbone
 from triewise.recipe import LoraSettings, parse_recipe
-from triewise.runs import evaluate_run, train_run
+from triewise.recommenders import GenerativeRecommender
+from triewise.recommenders.saved import FILES
+from triewise.reports import CardFacts, addressed, model_card
+from triewise.reports.card import IGD_BIBTEX, MSL_BIBTEX, escape, without_folders
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +191,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr("huggingface_hub.HfApi", LocalApi)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    monkeypatch.setattr("triewise.hub.hub_answers", lambda: True)
+    monkeypatch.setattr("triewise.models.hub.hub_answers", lambda: True)
     return place
 
 

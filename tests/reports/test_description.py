@@ -17,33 +17,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from tests.models import tiny_model
 from tests.strategies import weighted_catalogues
-from triewise.analysis import (
-    FACTS,
-    Recommendation,
-    Token,
-    decoding_tree,
-    describe,
-    explain,
-    fact_lines,
-    forced_by_position,
-    percent,
-    pieces,
-    token_texts,
-)
-from triewise.backbones import load_tokenizer
-from triewise.catalog import Catalog
-from triewise.dataset import Dataset
-from triewise.decisiveness import forced_share, information_gain
-from triewise.engine import TrieEngine
-from triewise.prompts import build_prompts
-from triewise.search import rank_catalogue
-from triewise.splits import Ragged, Split
-from triewise.trie import Trie
+from tests.tiny_models import tiny_model
+from triewise.arrays import Ragged
+from triewise.data import Catalog, Dataset, Split
+from triewise.decoding import TrieEngine, rank_catalogue
+from triewise.models import load_tokenizer
+from triewise.reports import describe, explain, forced_by_position
+from triewise.reports.description import FACTS, fact_lines, percent
+from triewise.reports.explanation import Recommendation, Token, decoding_tree, pieces, token_texts
+from triewise.tokens import Trie, build_prompts, forced_share, information_gain
 
 FOUR = [[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9]]
 COUNTS = [4, 2, 1, 1]

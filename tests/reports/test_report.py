@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from triewise.analysis import Example, Recommendation, Token
-from triewise.report import Comparison, Report, Row, write_report
+from triewise.reports import Comparison, Example, Report, Row, write_report
+from triewise.reports.explanation import Recommendation, Token
 
 VOID = {"meta", "br", "wbr", "img", "hr", "link", "input"}
 NASTY = '<script>alert(1)</script> & "quotes" \'n <b>bold</b>'

@@ -13,10 +13,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from tests.test_report import NASTY, example, rows
-from triewise.analysis import Recommendation, Token
-from triewise.report import Comparison
-from triewise.terminal import print_examples, print_facts, print_rows
+from tests.reports.test_report import NASTY, example, rows
+from triewise.reports import Comparison, print_examples, print_facts, print_rows
+from triewise.reports.explanation import Recommendation, Token
 
 COMPARISONS = (
     Comparison("MSL", "LML", "HR@10", 0.031, 0.009, 0.053),
@@ -172,7 +171,7 @@ def test_facts_are_aligned(file: Console) -> None:
 
 def test_stdout_is_the_default_and_a_pipe_has_no_colours() -> None:
     code = (
-        "from tests.test_terminal import *\n"
+        "from tests.reports.test_terminal import *\n"
         "print_rows(rows(), COMPARISONS); print_examples((example(),)); print_facts({'users': 1})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=None)

@@ -17,28 +17,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from tests.reference.trie import DictTrie
 from tests.strategies import weighted_catalogues
-from triewise.decisiveness import (
+from triewise.errors import UserError
+from triewise.tokens import (
+    Trie,
     average_valid_tokens,
     binary_weights,
     decoding_weights,
     forced_share,
-    gain_entropy,
     information_gain,
     linear_weights,
     position_weights,
     zero_gain,
     zero_gain_share,
 )
-from triewise.errors import UserError
-from triewise.trie import Trie
+from triewise.tokens.decisiveness import gain_entropy
 
 TITLES, COUNTS = [[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9]], [4, 2, 1, 1]
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 Case = tuple[list[list[int]], list[int]]
 quick = settings(max_examples=60, deadline=None)
 

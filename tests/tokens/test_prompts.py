@@ -6,7 +6,8 @@ import pytest
 
 from tests.worlds import TITLES, backbone, catalog
 from triewise.errors import UserError
-from triewise.prompts import build_prompts, tokenizer_hash
+from triewise.tokens import build_prompts
+from triewise.tokens.prompts import tokenizer_hash
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.reference.trie import DictTrie
 from tests.strategies import catalogues, weighted_catalogues
 from triewise.errors import UserError
-from triewise.trie import FORMAT, Trie
+from triewise.tokens import Trie
+from triewise.tokens.trie import FORMAT
 
 TITLES = [[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9], [1, 3, 9]]
 ARRAYS = ("child_ptr", "token", "parent", "item_lo", "item_hi", "item_order", "leaf", "level_ptr")
@@ -275,6 +275,6 @@ def test_arguments_that_are_refused(trie: Trie) -> None:
 
 
 def test_more_nodes_than_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triewise.trie.LIMIT", 9)  # 2**31 nodes do not fit into a test
+    monkeypatch.setattr("triewise.tokens.trie.LIMIT", 9)  # 2**31 nodes do not fit into a test
     with pytest.raises(UserError, match=r"wanted fewer than 2\*\*31 nodes, got more at depth 2"):
         Trie.from_sequences([[1, 2, 0], [3, 4, 0], [5, 6, 0], [7, 8, 0]])

@@ -15,15 +15,13 @@ import pytest
 import triewise
 from tests import worlds
 from tests.worlds import write_msl_folder
-from triewise.cautions import beta_is_idle, cautions, prompts_that_lose_titles
-from triewise.decisiveness import binary_weights, zero_gain
+from triewise.app import evaluate_run, train_run
 from triewise.errors import UserError
-from triewise.examples import Examples, along_titles, make_windows, target_counts
 from triewise.files import read_json, write_json
-from triewise.prompts import build_prompts
 from triewise.recipe import ObjectiveSettings, Recipe, parse_recipe
-from triewise.runs import evaluate_run, train_run
-from triewise.trie import Trie
+from triewise.tokens import Trie, binary_weights, build_prompts, zero_gain
+from triewise.training import Examples, along_titles, make_windows, target_counts, training_warnings
+from triewise.training.cautions import beta_is_idle, prompts_that_lose_titles
 
 TITLES = [[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9]]
 IGD = ObjectiveSettings(weight="igd", beta=0.1)
@@ -65,7 +63,7 @@ def said(objective: ObjectiveSettings | None = None, **changes: Any) -> list[str
     prompts = build_prompts(rec.backbone.tokenizer, rec.catalog, "msl", **changes)
     windows = make_windows(worlds.split([[0, 1], [2, 3], [5, 6, 7, 8]], [0, 5, 6]), "last")
     counts = target_counts(windows, 9)
-    return list(cautions(objective or ObjectiveSettings(), prompts, rec.trie, windows, counts))
+    return list(training_warnings(objective or ObjectiveSettings(), prompts, rec.trie, windows, counts))
 
 
 def test_nothing_is_said_without_a_reason() -> None:
@@ -80,7 +78,7 @@ def test_what_beta_changes_is_said() -> None:
     windows = make_windows(worlds.split([[1]] * 9, list(range(9))), "last")
     for normaliser, what in (("weights", "only the normaliser"), ("decisions", "nothing")):
         objective = IGD.model_copy(update={"normaliser": normaliser})
-        [line] = cautions(objective, rec.prompts, rec.trie, windows, np.ones(9, dtype=np.int64))
+        [line] = training_warnings(objective, rec.prompts, rec.trie, windows, np.ones(9, dtype=np.int64))
         assert line.startswith(
             f"warning: objective.beta changes {what}: in trie support a forced token has no loss"
         )
@@ -91,7 +89,7 @@ def test_a_padding_token_that_is_the_terminator_is_named_and_harms_nothing() -> 
     rec.backbone.tokenizer.pad_token = rec.backbone.tokenizer.eos_token
     prompts = build_prompts(rec.backbone.tokenizer, rec.catalog, max_history=5)
     windows = make_windows(worlds.split([[0, 1, 2, 3], [2]], [2, 5]), "last")
-    [line] = cautions(ObjectiveSettings(), prompts, rec.trie, windows, rec.counts)
+    [line] = training_warnings(ObjectiveSettings(), prompts, rec.trie, windows, rec.counts)
     assert line.startswith(
         "warning: the tokenizer's padding token is its terminator; nothing is padded with it here"
     )
@@ -116,7 +114,7 @@ def test_titles_that_prompts_will_lose_are_counted_before_training() -> None:
 
 
 def test_of_many_long_prompts_so_many_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("triewise.cautions.LONGEST", 2)
+    monkeypatch.setattr("triewise.training.cautions.LONGEST", 2)
     shortest = min(len(worlds.recommender(template="msl").prompts.encode(row)) for row in ([0, 1], [2, 3]))
     assert "warning: at least 2 of 3 training prompts" in said(max_tokens=shortest - 1)[0]
 

@@ -8,26 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.reference.losses import dense_trie_nll, plain_cft
 from tests.strategies import catalogues
-from tests.test_losses import CLOSE, gradient, some_logits, tokens
-from tests.test_train import Gradients, config, same, untimed, weights
 from tests.token_worlds import Row, cycle_world, make_prompts, make_split
 from tests.train_child import small_model
+from tests.training.test_losses import CLOSE, gradient, some_logits, tokens
+from tests.training.test_trainer import Gradients, config, same, untimed, weights
 from tests.worlds import backbone, catalog, write_msl_folder
-from triewise.contrast import Contrast, contrast_parts
-from triewise.decisiveness import position_weights
+from triewise.app import train_run
 from triewise.errors import UserError
-from triewise.examples import Examples, make_windows
-from triewise.losses import AdaptiveTemperature, Objective
-from triewise.prompts import build_prompts
 from triewise.recipe import load_recipe, parse_recipe
-from triewise.runs import train_run
-from triewise.train import TrieTrainer, train
-from triewise.trie import Trie
+from triewise.tokens import Trie, build_prompts, position_weights
+from triewise.training import AdaptiveTemperature, Contrast, Examples, Objective, make_windows, train
+from triewise.training.contrast import contrast_parts
+from triewise.training.trainer import TrieTrainer
 
 
 @settings(max_examples=25, deadline=None)
@@ -206,7 +202,7 @@ def test_accumulation_changes_nothing(support: str, tmp_path: Path) -> None:
 def test_blocks_of_logits_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned, steps = Contrast(Objective("vocabulary"), 0.3), []
     for at_once in (1 << 26, 20 * 5):
-        monkeypatch.setattr("triewise.forward.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("triewise.training.forward.LOGITS_AT_ONCE", at_once)
         steps.append(one_step(learned, tmp_path / str(at_once)))
     for name in steps[0]:
         torch.testing.assert_close(steps[0][name], steps[1][name], rtol=1e-5, atol=1e-6)

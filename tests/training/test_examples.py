@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.conftest import SIX
 from tests.token_worlds import Row, make_prompts, make_split
-from triewise.decisiveness import position_weights
 from triewise.errors import UserError
-from triewise.examples import Examples, Windows, along_titles, make_windows, schedule, target_counts
-from triewise.trie import Trie
+from triewise.tokens import Trie, position_weights
+from triewise.training import Examples, Windows, along_titles, make_windows, target_counts
+from triewise.training.windows import schedule
 
 
 def listed(windows: Windows) -> list[tuple[list[int], int]]:

@@ -15,26 +15,15 @@ import triewise
 from tests import worlds
 from tests.contract import HISTORIES, RecommenderContract
 from tests.token_worlds import make_split
-from triewise.encoders import EncoderConfig, SequentialModel
+from triewise.arrays import Ragged, padded
 from triewise.errors import UserError
-from triewise.examples import Windows, make_windows, target_counts
 from triewise.files import read_json, write_json
-from triewise.sequential import (
-    LossConfig,
-    Sequences,
-    SequentialRecommender,
-    cloze_task,
-    dros,
-    fit,
-    learning_rate,
-    padded,
-    propensities,
-    sampled_bce,
-    shifted_task,
-    task_loss,
-)
-from triewise.splits import Ragged
-from triewise.train import TrainConfig
+from triewise.models import EncoderConfig, SequentialModel
+from triewise.recommenders import SequentialRecommender
+from triewise.training import LossConfig, Sequences, Windows, fit, make_windows, target_counts
+from triewise.training.item_fit import learning_rate
+from triewise.training.item_tasks import cloze_task, dros, propensities, sampled_bce, shifted_task, task_loss
+from triewise.training.trainer import TrainConfig
 
 KINDS = ("gru4rec", "sasrec", "bert4rec", "lrurec")
 

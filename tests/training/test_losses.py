@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from tests.reference.losses import (
@@ -21,19 +20,11 @@ from tests.reference.losses import (
     weighted_mean,
 )
 from tests.strategies import catalogues
-from triewise.decisiveness import binary_weights, linear_weights, position_weights
 from triewise.errors import UserError
-from triewise.losses import (
-    AdaptiveTemperature,
-    Objective,
-    gradient_weight,
-    head_rows,
-    lml_parts,
-    trie_nll,
-    vocabulary_nll,
-    widest_node,
-)
-from triewise.trie import Trie
+from triewise.models import head_rows
+from triewise.tokens import Trie, binary_weights, linear_weights, position_weights
+from triewise.training import AdaptiveTemperature, Objective, trie_nll, vocabulary_nll
+from triewise.training.losses import gradient_weight, lml_parts, widest_node
 
 V = 12
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

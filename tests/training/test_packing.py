@@ -8,25 +8,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from tests.conftest import shared
-from tests.models import tiny_model
+from tests.tiny_models import tiny_model
 from tests.token_worlds import make_prompts, make_split
-from triewise import forward
-from triewise.backbones import compute_again, computes_again
-from triewise.dataset import prepare
-from triewise.decisiveness import zero_gain
+from triewise.data import Split, prepare
 from triewise.errors import UserError
-from triewise.examples import Examples, chains, make_windows, schedule, target_counts
-from triewise.forward import MicroBatches, TitleLoss
-from triewise.losses import AdaptiveTemperature, Objective
-from triewise.packing import SHARE_AT_LEAST, hidden_states, pack, packing_works
-from triewise.splits import Split
-from triewise.train import TrainConfig, TrieTrainer, train
-from triewise.trie import Trie
+from triewise.models import compute_again, computes_again
+from triewise.tokens import Trie, zero_gain
+from triewise.training import (
+    AdaptiveTemperature,
+    Examples,
+    Objective,
+    forward,
+    make_windows,
+    target_counts,
+    train,
+)
+from triewise.training.forward import MicroBatches, TitleLoss
+from triewise.training.packing import SHARE_AT_LEAST, hidden_states, pack, packing_works
+from triewise.training.trainer import TrainConfig, TrieTrainer
+from triewise.training.windows import chains, schedule
 
 
 @st.composite

@@ -9,31 +9,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from tests.reference.losses import dense_trie_nll, plain_sdpo
 from tests.strategies import catalogues
-from tests.test_train import Gradients, config, same, untimed, weights
 from tests.token_worlds import Row, make_prompts, make_split
 from tests.train_child import small_model
+from tests.training.test_trainer import Gradients, config, same, untimed, weights
 from tests.worlds import write_msl_folder
-from triewise.decisiveness import zero_gain
+from triewise.app import evaluate_run, train_run
 from triewise.errors import UserError
-from triewise.examples import Examples, Windows, draw_rejected, make_windows, target_counts
-from triewise.losses import Objective
-from triewise.preferences import (
-    Preferences,
-    kept_reference,
-    reference_key,
-    reference_logp,
-    sdpo_loss,
-)
 from triewise.recipe import Recipe, parse_recipe
-from triewise.runs import evaluate_run, train_run
-from triewise.train import TrieTrainer, train
-from triewise.trie import Trie
+from triewise.tokens import Trie, zero_gain
+from triewise.training import (
+    Examples,
+    Objective,
+    Preferences,
+    Windows,
+    draw_rejected,
+    kept_reference,
+    make_windows,
+    target_counts,
+    train,
+)
+from triewise.training.preferences import reference_key, reference_logp, sdpo_loss
+from triewise.training.trainer import TrieTrainer
 
 
 def sums(n_rows: int, n: int, seed: int = 0, scale: float = 3.0) -> list[Tensor]:
@@ -193,7 +194,7 @@ def test_the_reference_is_computed_once(tmp_path: Path, capsys: pytest.CaptureFi
     first, key = kept_reference(path, small_model(), examples, rejected, "vocabulary")
     assert "computed again" not in capsys.readouterr().err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("triewise.preferences.reference_logp", None)
+        patch.setattr("triewise.training.preferences.reference_logp", None)
         again, same_key = kept_reference(path, small_model(), examples, rejected, "vocabulary")
     assert np.array_equal(first, again) and key == same_key
     other, _ = kept_reference(path, small_model(seed=1), examples, rejected, "vocabulary")
@@ -283,7 +284,7 @@ def test_packing_runs_a_prompt_once_and_changes_nothing(support: str, tmp_path: 
 def test_blocks_of_logits_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples, steps = world(), []
     for at_once in (1 << 26, 20 * 5):
-        monkeypatch.setattr("triewise.forward.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("triewise.training.forward.LOGITS_AT_ONCE", at_once)
         seen, settings = Gradients(), config(steps=1, batch_size=4, max_grad_norm=1e9)
         trainer = TrieTrainer(small_model(), examples, learned(examples), settings, tmp_path)
         trainer.add_callback(seen)

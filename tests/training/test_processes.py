@@ -29,10 +29,10 @@ from tests.process_child import (
     whole_run,
 )
 from tests.worlds import write_msl_folder
-from triewise import processes
-from triewise.checkpoints import WEIGHTS, checkpoints, remove
 from triewise.errors import UserError
-from triewise.train import TrainConfig
+from triewise.training import processes
+from triewise.training.checkpoints import WEIGHTS, checkpoints, remove
+from triewise.training.trainer import TrainConfig
 
 TIMES = ("seconds", "tokens_per_second")
 RECIPE = """

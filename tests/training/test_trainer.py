@@ -16,20 +16,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tests.models import tiny_model
 from tests.reference.losses import dense_lml_parts
+from tests.tiny_models import tiny_model
 from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG, KILLED_STEP, PLACES, adaptive_run, die, small_model, some_metric
 from tests.worlds import write_msl_folder
-from triewise.checkpoints import WEIGHTS, checkpoints
-from triewise.decisiveness import binary_weights, zero_gain
+from triewise.app import train_run
 from triewise.errors import UserError
-from triewise.examples import Examples, along_titles, schedule, target_counts
-from triewise.forward import PARTS, MicroBatches, TitleLoss
-from triewise.losses import AdaptiveTemperature, Objective
 from triewise.recipe import load_recipe, recipe_folder
-from triewise.runs import train_run
-from triewise.train import TrainConfig, TrainResult, TrieTrainer, train
+from triewise.tokens import binary_weights, zero_gain
+from triewise.training import AdaptiveTemperature, Examples, Objective, along_titles, target_counts, train
+from triewise.training.checkpoints import WEIGHTS, checkpoints
+from triewise.training.forward import PARTS, MicroBatches, TitleLoss
+from triewise.training.trainer import TrainConfig, TrainResult, TrieTrainer
+from triewise.training.windows import schedule
 
 TIMES = ("seconds", "tokens_per_second")
 

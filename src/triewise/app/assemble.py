@@ -15,36 +15,52 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise import processes
-from triewise.adapters import unfreeze_lora
-from triewise.backbones import BASE_FACTS, Backbone, load_backbone, resolve_device
-from triewise.cautions import cautions
-from triewise.contrast import Contrast
-from triewise.course import TrainConfig, TrainResult
-from triewise.dataset import Dataset, data_hash, load_dataset, prepare
-from triewise.decisiveness import binary_weights, linear_weights, position_weights, zero_gain
-from triewise.encoders import EncoderConfig, SequentialModel
+from triewise.app.folders import open_run
+from triewise.data import Dataset, Split, data_hash
 from triewise.errors import UserError
-from triewise.examples import (
+from triewise.models import (
+    BASE_FACTS,
+    Backbone,
+    EncoderConfig,
+    SequentialModel,
+    load_backbone,
+    resolve_device,
+    unfreeze_lora,
+)
+from triewise.progress import note
+from triewise.recipe import EvaluationSettings, ObjectiveSettings, Recipe
+from triewise.recommenders import SETTINGS, GenerativeRecommender, SequentialRecommender, hashes
+from triewise.tokens import (
+    Prompts,
+    Trie,
+    binary_weights,
+    build_prompts,
+    linear_weights,
+    position_weights,
+    zero_gain,
+)
+from triewise.training import (
+    AdaptiveTemperature,
+    Contrast,
     Examples,
+    LossConfig,
+    Objective,
+    Preferences,
+    Sequences,
+    TrainConfig,
+    TrainResult,
     Windows,
     along_titles,
     draw_rejected,
+    fit,
+    kept_reference,
     make_windows,
+    packs,
+    processes,
     target_counts,
+    train,
+    training_warnings,
 )
-from triewise.files import read_json
-from triewise.generative import SETTINGS, GenerativeRecommender, hashes
-from triewise.losses import AdaptiveTemperature, Objective
-from triewise.preferences import Preferences, kept_reference
-from triewise.progress import note
-from triewise.prompts import Prompts, build_prompts
-from triewise.recipe import EvaluationSettings, ObjectiveSettings, Recipe, load_recipe
-from triewise.sequential import LossConfig, Sequences, SequentialRecommender, fit
-from triewise.sources import settings_of
-from triewise.splits import Split
-from triewise.train import packs, train
-from triewise.trie import Trie
 
 REFERENCE = "reference.npz"
 
@@ -78,46 +94,6 @@ class Learner:
 def learner_of(recipe: Recipe, dataset: Dataset) -> Learner:
     """A language model over titles, or a sequential model over items, as a recipe says."""
     return (_generative if recipe.sequential is None else _sequential)(recipe, dataset)
-
-
-def open_data(recipe: Recipe) -> Dataset:
-    """The prepared folder of a recipe; prepared first where it is absent."""
-    folder = recipe.data.folder or Path("data") / recipe.data.source.replace(":", "-").replace(
-        "/", "-"
-    ).strip("-.")
-    choices = recipe.data.model_dump(include={"max_history", "clean", "k_core", "split"})
-    if (folder / "dataset.json").is_file():
-        dataset = load_dataset(folder)
-        wanted = {"source": recipe.data.source} | settings_of(recipe.data.source, **choices)
-        found = {"k_core": 0} | dataset.info["settings"] | {"source": dataset.info["source"]}
-        if any(found[name] != wanted[name] for name in ("source", "max_history")):
-            raise UserError(
-                f"{folder} was prepared from {found['source']} with histories of {found['max_history']}, the recipe "
-                f"wants {wanted['source']} and {wanted['max_history']}; give another data.folder or prepare it again"
-            )
-        other = [name for name in wanted if found[name] != wanted[name]]
-        if other:
-            raise UserError(
-                f"{folder} was prepared with {other[0]} = {found[other[0]]!r}, the recipe wants {wanted[other[0]]!r}; "
-                "give another data.folder or prepare it again"
-            )
-        return dataset
-    note(f"preparing {recipe.data.source} in {folder}")
-    return prepare(recipe.data.source, folder, **choices)
-
-
-def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Recipe and ``run.json`` of a run folder; UserError when it is not one or its training has not ended."""
-    if not (run / "run.json").is_file():
-        raise UserError(
-            f"wanted a run folder, but {run} has no run.json; give the folder that triewise train wrote"
-        )
-    facts = read_json(run / "run.json")
-    if facts.get("status") != "trained":
-        raise UserError(
-            f"the training in {run} has not ended; go on with: triewise train {run / 'recipe.toml'} --resume --out {run}"
-        )
-    return load_recipe(run / "recipe.toml"), facts
 
 
 def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
@@ -155,7 +131,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
                 )
     windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
     counts = target_counts(windows, dataset.catalog.n_items)
-    for line in cautions(recipe.objective, prompts, trie, windows, counts):
+    for line in training_warnings(recipe.objective, prompts, trie, windows, counts):
         note(line)
     return Parts(backbone, prompts, trie, windows, counts)
 

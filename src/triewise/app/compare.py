@@ -9,32 +9,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
-from triewise.analysis import Example, describe, explain, forced_by_position
-from triewise.dataset import Dataset, load_dataset
-from triewise.decisiveness import information_gain
+from triewise.app.folders import load_run, open_run
+from triewise.data import Dataset, Split, allowed_items, first_rows, load_dataset
 from triewise.errors import UserError
-from triewise.evaluate import SHOWN, Evaluation, evaluate, interval, paired_interval, paired_p
-from triewise.files import read_json
-from triewise.generative import GenerativeRecommender
-from triewise.learners import open_run
-from triewise.neighbours import ItemKNN
-from triewise.ranking import Groups, MostPopular, Recommender
+from triewise.ranking import (
+    SHOWN,
+    Evaluation,
+    Groups,
+    ItemKNN,
+    MostPopular,
+    Recommender,
+    evaluate,
+    interval,
+    load_evaluation,
+    paired_interval,
+    paired_p,
+)
 from triewise.recipe import Recipe
-from triewise.report import Comparison, Report, Row, write_report
-from triewise.runs import allowed_items, first_rows, load_run
-from triewise.splits import Split
+from triewise.recommenders import GenerativeRecommender
+from triewise.reports import (
+    Comparison,
+    Example,
+    Report,
+    Row,
+    describe,
+    explain,
+    forced_by_position,
+    write_report,
+)
+from triewise.tokens import information_gain
 
 POPULAR, KNN = "most popular", "item-kNN"
 MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")
 JUDGED = ("split", "exclude", "allow")  # what rows of one table have in common
+
+
 # How a row was ranked: runs that differ here are no repeats of each other, and a row says it.
 RANKED = (
     *("search", "support", "beams", "length_penalty", "alpha", "scope"),
     *("text_beams", "text_tokens", "gamma", "adapter"),
 )
+
+
 # Of two runs of one recipe these may differ: what is reported and when, and when a clock stops it.
 FREE: dict[str, Any] = {
     "seed": True,
@@ -71,24 +89,6 @@ class Repeats:
         """(B,) means over the runs."""
         mean: NDArray[np.float64] = np.mean([run.per_user(metric) for run in self.runs], axis=0)
         return mean
-
-
-def load_evaluation(run: Path) -> Evaluation:
-    """What ``triewise evaluate`` wrote into a run folder."""
-    metrics = read_json(run / "metrics.json")
-    if not (run / "predictions.parquet").is_file():
-        raise UserError(f"wanted {run}/predictions.parquet, which is missing; run: triewise evaluate {run}")
-    frame = pl.read_parquet(run / "predictions.parquet")
-    return Evaluation(
-        name=metrics["name"],
-        metrics=metrics,
-        rank=frame["rank"].to_numpy(),
-        items=np.array(frame["items"].to_list(), dtype=np.int32),
-        scores=np.array(frame["scores"].to_list(), dtype=np.float32),
-        certified=frame["certified"].to_numpy(),
-        target=frame["target"].to_numpy(),
-        user_id=np.array(frame["user_id"].to_list(), dtype=object),
-    )
 
 
 def baselines(dataset: Dataset, like: Evaluation) -> list[Evaluation]:

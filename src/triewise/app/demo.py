@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from triewise.compare import collect
-from triewise.learners import open_data
+from triewise.app.compare import collect
+from triewise.app.folders import open_data
+from triewise.app.runs import evaluate_run, train_run
 from triewise.progress import note
 from triewise.recipe import Recipe, load_recipe
-from triewise.report import Report, write_report
-from triewise.runs import evaluate_run, train_run
+from triewise.reports import Report, write_report
 
 LIMIT_S = 600.0
 RESERVE_S = 90.0  # for ranking, comparing and drawing after the last training

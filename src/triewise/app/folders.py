@@ -1,201 +1,63 @@
-"""A run folder from beginning to end: prepare, train, evaluate, report.
-
-``recipe.toml`` and ``run.json`` say what was done and with which data, prompt, trie and counts; ``log.jsonl``
-how the training went; ``model/``, ``trie.npz``, ``catalog.parquet`` and ``recommender.json`` are the
-recommender; ``predictions.parquet`` and ``metrics.json`` how good it is. Each file is whole or absent.
-"""
+"""Folders that runs live in: prepared data, trained runs, and what was installed when they were made."""
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import platform
 import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from triewise import processes
-from triewise.backbones import Backbone
-from triewise.card import CardFacts, model_card
-from triewise.catalog import Catalog
-from triewise.checkpoints import clear
-from triewise.choice import choose_search
-from triewise.course import FREE, TrainConfig, TrainResult
-from triewise.dataset import Dataset, data_hash, load_dataset
+from triewise.data import Dataset, load_dataset, prepare, settings_of
 from triewise.errors import UserError
-from triewise.evaluate import SHOWN, Evaluation, evaluate
-from triewise.files import read_json, write_json, write_text
-from triewise.generative import CARD, SETTINGS, GenerativeRecommender
-from triewise.learners import Learner, learner_of, open_data, open_run, search_settings
+from triewise.files import read_json
 from triewise.progress import note
-from triewise.recipe import EvaluationSettings, Recipe, dump_recipe, load_recipe
-from triewise.sequential import SequentialRecommender
-from triewise.splits import Split
+from triewise.recipe import Recipe, load_recipe
+from triewise.recommenders import GenerativeRecommender, SequentialRecommender
+
+
+def open_data(recipe: Recipe) -> Dataset:
+    """The prepared folder of a recipe; prepared first where it is absent."""
+    folder = recipe.data.folder or Path("data") / recipe.data.source.replace(":", "-").replace(
+        "/", "-"
+    ).strip("-.")
+    choices = recipe.data.model_dump(include={"max_history", "clean", "k_core", "split"})
+    if (folder / "dataset.json").is_file():
+        dataset = load_dataset(folder)
+        wanted = {"source": recipe.data.source} | settings_of(recipe.data.source, **choices)
+        found = {"k_core": 0} | dataset.info["settings"] | {"source": dataset.info["source"]}
+        if any(found[name] != wanted[name] for name in ("source", "max_history")):
+            raise UserError(
+                f"{folder} was prepared from {found['source']} with histories of {found['max_history']}, the recipe "
+                f"wants {wanted['source']} and {wanted['max_history']}; give another data.folder or prepare it again"
+            )
+        other = [name for name in wanted if found[name] != wanted[name]]
+        if other:
+            raise UserError(
+                f"{folder} was prepared with {other[0]} = {found[other[0]]!r}, the recipe wants {wanted[other[0]]!r}; "
+                "give another data.folder or prepare it again"
+            )
+        return dataset
+    note(f"preparing {recipe.data.source} in {folder}")
+    return prepare(recipe.data.source, folder, **choices)
+
+
+def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Recipe and ``run.json`` of a run folder; UserError when it is not one or its training has not ended."""
+    if not (run / "run.json").is_file():
+        raise UserError(
+            f"wanted a run folder, but {run} has no run.json; give the folder that triewise train wrote"
+        )
+    facts = read_json(run / "run.json")
+    if facts.get("status") != "trained":
+        raise UserError(
+            f"the training in {run} has not ended; go on with: "
+            f"triewise train {run / 'recipe.toml'} --resume --out {run}"
+        )
+    return load_recipe(run / "recipe.toml"), facts
+
 
 PACKAGES = ("triewise", "torch", "transformers", "numpy", "polars", "tokenizers")
-
-
-def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
-    """Train a recipe into a run folder; in several processes each calls it, and the first one writes.
-
-    Args:
-        recipe: What to do.
-        out: The run folder.
-        resume: Go on from the last whole checkpoint; the recipe must be the one the run was started with.
-        overwrite: Start anew in a folder that holds a run.
-
-    Raises:
-        UserError: The folder holds a run and neither ``resume`` nor ``overwrite`` is given; another recipe on
-            resume.
-    """
-    processes.start()
-    with processes.together():
-        return _train_run(recipe, out, resume, overwrite)
-
-
-def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> TrainResult:
-    config = _config(recipe)
-    config.share(processes.count())
-    going_on = processes.on_first(lambda: _check_folder(recipe, out, resume, overwrite))
-    dataset = processes.first_then_others(lambda: open_data(recipe))
-    if recipe.evaluation.exclude == "seen" and dataset.test.seen is None:
-        raise UserError(
-            "evaluation.exclude = 'seen' needs what users had before, which this data set does not know; use 'history'"
-        )
-    learner = processes.first_then_others(lambda: learner_of(recipe, dataset))
-    started = time.time()
-    facts, recommender = _facts(recipe, dataset, learner), learner.recommender
-    validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
-    if going_on is None:
-        processes.on_first(lambda: _begin(recipe, out, facts))
-    elif going_on["hashes"] != facts["hashes"]:
-        changed = next(
-            part for part, value in facts["hashes"].items() if going_on["hashes"].get(part) != value
-        )
-        raise UserError(
-            f"the {changed} changed since {out} was started; restore it, or start anew with --overwrite"
-        )
-    result = learner.fit(config, out, validate=validate, resume=going_on is not None, title=recipe.name)
-    training = {
-        "steps": result.steps_done,
-        "stopped": result.stopped,
-        "best_step": result.best_step,
-        "best_metric": result.best_metric,
-    }
-    if isinstance(recommender, GenerativeRecommender):
-        n_dropped = sum(processes.gather_objects(recommender.prompts.n_dropped))
-        if n_dropped:
-            note(
-                f"{recipe.name}: {n_dropped} titles dropped from prompts longer than "
-                f"{recommender.prompts.max_tokens} tokens"
-            )
-        recommender.backbone.model.eval()
-        training["titles_dropped_from_prompts"] = n_dropped
-    if going_on and going_on["status"] == "trained" and going_on["training"]["steps"] == result.steps_done:
-        return result
-    if not processes.is_first():
-        return result
-    for name in ("metrics.json", CARD):  # they speak of other weights
-        (out / name).unlink(missing_ok=True)
-    if result.stopped != "interrupted":
-        recommender.save_pretrained(out)
-    status = "interrupted" if result.stopped == "interrupted" else "trained"
-    timing = {"seconds": round(result.seconds, 1), "wall_seconds": round(time.time() - started, 1)}
-    write_json(out / "run.json", facts | {"status": status, "training": training, "timing": timing})
-    return result
-
-
-def _begin(recipe: Recipe, out: Path, facts: dict[str, Any]) -> None:
-    """Make a folder that of a run which has just started."""
-    for name in ("run.json", "recommender.json", "metrics.json", CARD):
-        (out / name).unlink(missing_ok=True)
-    clear(out, False)
-    write_text(out / "recipe.toml", dump_recipe(recipe))
-    write_json(out / "run.json", facts | {"status": "training"})
-
-
-def evaluate_run(
-    run: Path, changes: EvaluationSettings | None = None, *, name: str | None = None
-) -> Evaluation:
-    """Evaluate a trained run; writes metrics, predictions and a model card (``README.md``) into its folder.
-
-    Args:
-        run: The run folder.
-        changes: Settings to use instead of the recipe's.
-        name: Name of the row; default the title of the recipe.
-    """
-    recipe, facts = open_run(run)
-    settings = changes or recipe.evaluation
-    if settings.split == "valid" and recipe.training.rows != "train":
-        raise UserError(f"{run} was trained on the validation rows; evaluate it with --split test")
-    dataset, recommender = _as_trained(run, recipe.model_copy(update={"evaluation": settings}), facts)
-    split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
-    allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
-    name, chosen = name or recipe.title or recipe.name, None
-    if settings.choose and isinstance(recommender, GenerativeRecommender):
-        valid = first_rows(dataset.valid, settings.users)
-        settings, chosen = choose_search(recommender, valid, settings, allow)
-        recommender = recommender.with_settings(**search_settings(settings))
-        name += (
-            f" ({settings.search}{f', gamma {settings.gamma:g}' if settings.search == 'grounding' else ''})"
-        )
-    judge = functools.partial(
-        evaluate,
-        split=split,
-        name=name,
-        split_name=settings.split,
-        k=settings.k,
-        exclude=settings.exclude,
-        allow=allow,
-        facts=_used(settings, recommender) | ({"chosen": chosen} if chosen else {}) | {"seed": recipe.seed},
-        train_targets=recommender.counts,
-        train_interactions=dataset.train_interactions,
-        seed=recipe.seed,
-    )
-    evaluation = judge(recommender, depth=_depth(settings))
-    if settings.against_exact and isinstance(recommender, GenerativeRecommender):
-        exact = judge(recommender.with_settings(search="exact"), depth=max(settings.k, 10))
-        evaluation.metrics["against_exact"] = _against(evaluation, exact)
-    if isinstance(recommender, GenerativeRecommender):
-        dropped = recommender.prompts.dropped
-        evaluation.metrics["titles_dropped_from_prompts"] = dropped.titles
-        if dropped.titles:
-            limit = recommender.prompts.max_tokens
-            note(f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {limit} tokens")
-    evaluation.save(run)
-    done = recipe.model_copy(update={"evaluation": settings})
-    write_text(
-        run / CARD, model_card(_card_facts(done, facts, dataset, recommender, evaluation), _shown(run))
-    )
-    return evaluation
-
-
-def _as_trained(
-    run: Path, recipe: Recipe, facts: dict[str, Any]
-) -> tuple[Dataset, GenerativeRecommender | SequentialRecommender]:
-    """Data and recommender of a run; UserError where one of them is not what was trained."""
-    dataset = load_dataset(Path(facts["data"]["folder"]))
-    if facts["hashes"]["data"] != data_hash(dataset):
-        raise UserError(
-            f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
-        )
-    recommender = load_run(run, recipe)
-    for part, value in recommender.hashes.items():
-        if facts["hashes"].get(part, value) != value:
-            raise UserError(
-                f"the {part} of the recommender in {run} is not the one of its training (hash {value[:12]}, run.json "
-                f"says {facts['hashes'][part][:12]}); restore its files, or train again"
-            )
-    if isinstance(recommender, GenerativeRecommender):
-        recommender = recommender.with_settings(**search_settings(recipe.evaluation))
-    return dataset, recommender
 
 
 def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender | SequentialRecommender:
@@ -214,178 +76,6 @@ def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender | SequentialRec
     return recommender.merged() if merge and recommender.backbone.adapted else recommender
 
 
-def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
-    """Item indices of the raw ids in a text file, one a line; blank lines are left out.
-
-    Raises:
-        UserError: No such file, not UTF-8, no id, or an id that is not in the catalogue.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"wanted a UTF-8 file of item ids in {path}, got: {error}; one raw id a line"
-        ) from None
-    ids = [line.strip() for line in lines if line.strip()]
-    index = {raw: item for item, raw in enumerate(catalog.item_id)}
-    unknown = [raw for raw in ids if raw not in index]
-    if unknown or not ids:
-        got = f"{unknown[0]!r} ({len(unknown)} unknown ids)" if unknown else "none"
-        raise UserError(
-            f"wanted raw item ids of the catalogue in {path}, got {got}; see item_id in catalog.parquet"
-        )
-    return np.array([index[raw] for raw in ids], dtype=np.int32)
-
-
-def first_rows(split: Split, n: int | None) -> Split:
-    """The first ``n`` rows of a split (all for None)."""
-    return split if n is None or n >= split.n_rows else split.take(np.arange(n))
-
-
-def _config(recipe: Recipe) -> TrainConfig:
-    settings = recipe.training
-    shared = settings.model_dump(exclude={"supervision", "rows", "sample", "valid_users"})
-    return TrainConfig(**shared, seed=recipe.seed)
-
-
-def _used(
-    settings: EvaluationSettings, recommender: GenerativeRecommender | SequentialRecommender
-) -> dict[str, Any]:
-    """The settings a ranking depends on, for ``metrics.json``."""
-    if isinstance(recommender, SequentialRecommender):
-        return settings.model_dump(include={"search", "allow"}, mode="json") | {"support": "items"}
-    grounding = {"text_beams", "text_tokens", "gamma"}
-    if settings.search == "grounding":
-        used = settings.model_dump(include={"search", "allow", *grounding}, mode="json") | {"support": "none"}
-    else:
-        used = settings.model_dump(include={*SETTINGS, "allow"} - grounding - {"batch_users"}, mode="json")
-    return used | _adapter(recommender.backbone)
-
-
-def _depth(settings: EvaluationSettings) -> int | None:
-    """How many titles an evaluation asks for: all of them where all are scored anyway."""
-    every = {"catalogue": None, "grounding": None}
-    return (every | {"exact": max(settings.k, 10), "beam": settings.beams})[settings.search]
-
-
-def _against(evaluation: Evaluation, exact: Evaluation) -> dict[str, Any]:
-    """How often a search gave the exact best k, and which share of them it missed."""
-    missed = (exact.items[:, :, None] != evaluation.items[:, None, :]).all(2) & (exact.items >= 0)
-    return {
-        "users_with_all": int((~missed.any(1)).sum()),
-        "missed_share": round(float(missed.sum() / max(int((exact.items >= 0).sum()), 1)), 6),
-        "metrics": {name: exact.metrics[name] for name in SHOWN},
-        "counters": exact.metrics["counters"],
-    }
-
-
-def _validator(
-    recipe: Recipe, dataset: Dataset, recommender: GenerativeRecommender | SequentialRecommender
-) -> Callable[[Any], dict[str, float]]:
-    """Metrics of the model as it is now on rows of the validation split, drawn once."""
-    n_rows = dataset.valid.n_rows
-    if n_rows == 0:
-        raise UserError("training.evaluate_every > 0 needs validation rows, and this data set has none")
-    drawn = np.random.default_rng(recipe.seed).permutation(n_rows)[: recipe.training.valid_users]
-    split = dataset.valid.take(np.sort(drawn))
-    path = recipe.evaluation.allow
-    allow = None if path is None else allowed_items(path, dataset.catalog)
-
-    def validate(model: Any) -> dict[str, float]:
-        result = evaluate(
-            recommender,
-            split,
-            name="validation",
-            split_name="valid",
-            depth=_depth(recipe.evaluation),
-            exclude=recipe.evaluation.exclude,
-            allow=allow,
-        )
-        return {name: value for name, value in result.metrics.items() if "@" in name}
-
-    return validate
-
-
-def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """What ``run.json`` says of the run to go on with, or None for a new one; changes nothing."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"wanted a folder for the run, but {out} is a file; choose another --out")
-    if not (out / "run.json").is_file():
-        foreign = (
-            [] if not out.is_dir() else [p.name for p in out.iterdir() if not p.name.startswith(".tmp-")]
-        )
-        if set(foreign) - {"recipe.toml", "log.jsonl"}:
-            raise UserError(
-                f"wanted a new or empty folder for the run, but {out} holds {sorted(foreign)[0]}; choose another --out"
-            )
-        return None
-    if overwrite:
-        return None
-    if not resume:
-        raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
-    if _settled(load_recipe(out / "recipe.toml")) != _settled(recipe):
-        raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
-    facts: dict[str, Any] = read_json(out / "run.json")
-    return facts
-
-
-def _settled(recipe: Recipe) -> dict[str, Any]:
-    """What may not change when a run goes on; how often it reports and when it stops may."""
-    return recipe.model_dump(exclude={"training": set(FREE), "evaluation": True, "title": True})
-
-
-def _facts(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]:
-    """What ``run.json`` says before training starts."""
-    return {
-        "format": 1,
-        "name": recipe.name,
-        "seed": recipe.seed,
-        "command": " ".join(["triewise", *sys.argv[1:]]),
-        "versions": versions(),
-        "commit": _commit(),
-        "processes": processes.count(),
-        "machine": f"{platform.system()} {platform.machine()}, {_threads()} threads",
-        "data": {"folder": str(dataset.folder.resolve()), "source": dataset.info["source"]},
-        **learner.facts,
-        "hashes": {"data": data_hash(dataset), **learner.facts["hashes"]},
-    }
-
-
-def _adapter(backbone: Backbone) -> dict[str, str]:
-    """How the adapter was evaluated, for ``metrics.json``; nothing where there is none."""
-    if "lora" not in backbone.origin:
-        return {}
-    return {"adapter": "separate" if backbone.adapted else "merged"}
-
-
-def _card_facts(
-    recipe: Recipe,
-    facts: dict[str, Any],
-    dataset: Dataset,
-    recommender: GenerativeRecommender | SequentialRecommender,
-    evaluation: Evaluation,
-) -> CardFacts:
-    origin = facts["origin"]
-    if isinstance(recommender, GenerativeRecommender):  # as before its adapter was merged
-        origin = replace(recommender.backbone, origin=origin).anonymous().origin
-    return CardFacts(
-        name=recipe.title or recipe.name,
-        n_items=dataset.catalog.n_items,
-        example=dataset.catalog.title[int(np.argmax(recommender.counts))],
-        origin=origin,
-        settings=search_settings(recipe.evaluation),
-        recipe=recipe,
-        data=dataset.info,
-        run=facts,
-        metrics=evaluation.metrics,
-    )
-
-
-def _shown(run: Path) -> str:
-    """A run folder as a reader of its card may give it: no path of this machine."""
-    return run.resolve().name if run.is_absolute() else run.as_posix()
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages results depend on."""
     return {"python": platform.python_version()} | {
@@ -393,15 +83,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def _threads() -> int:
+def n_threads() -> int:
+    """Threads that torch computes with."""
     import torch
 
     return torch.get_num_threads()
 
 
-def _commit() -> str | None:
+def commit_of_source() -> str | None:
     """Commit of the source tree this package is run from, with ``+`` when it has changes; None when installed."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     if not (root / "pyproject.toml").is_file():
         return None
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]

@@ -8,9 +8,7 @@ recommender; ``predictions.parquet`` and ``metrics.json`` how good it is. Each f
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,27 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from triewise import processes
-from triewise.backbones import Backbone
-from triewise.card import CardFacts, model_card
-from triewise.catalog import Catalog
-from triewise.checkpoints import clear
-from triewise.choice import choose_search
-from triewise.course import FREE, TrainConfig, TrainResult
-from triewise.dataset import Dataset, data_hash, load_dataset
+from triewise.app.assemble import Learner, learner_of, search_settings
+from triewise.app.folders import (
+    commit_of_source,
+    load_run,
+    n_threads,
+    open_data,
+    open_run,
+    versions,
+)
+from triewise.data import Dataset, allowed_items, data_hash, first_rows, load_dataset
 from triewise.errors import UserError
-from triewise.evaluate import SHOWN, Evaluation, evaluate
 from triewise.files import read_json, write_json, write_text
-from triewise.generative import CARD, SETTINGS, GenerativeRecommender
-from triewise.learners import Learner, learner_of, open_data, open_run, search_settings
+from triewise.models import Backbone
 from triewise.progress import note
+from triewise.ranking import SHOWN, Evaluation, evaluate
 from triewise.recipe import EvaluationSettings, Recipe, dump_recipe, load_recipe
-from triewise.sequential import SequentialRecommender
-from triewise.splits import Split
-
-PACKAGES = ("triewise", "torch", "transformers", "numpy", "polars", "tokenizers")
+from triewise.recommenders import CARD, SETTINGS, GenerativeRecommender, SequentialRecommender, choose_search
+from triewise.reports import CardFacts, model_card
+from triewise.training import FREE, TrainConfig, TrainResult, clear, processes
 
 
 def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -198,50 +195,6 @@ def _as_trained(
     return dataset, recommender
 
 
-def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender | SequentialRecommender:
-    """The recommender of a run with the device, dtype and trust of its recipe, and its adapter merged or not."""
-    if recipe.sequential is not None:
-        return SequentialRecommender.from_pretrained(run, device=recipe.sequential.device)
-    settings = recipe.backbone
-    recommender = GenerativeRecommender.from_pretrained(
-        run, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
-    )
-    merge = recipe.evaluation.merge_adapter
-    if merge is None:
-        # Over a 4bit base it would take the memory that quantisation was to save. So it does over an 8bit one, but
-        # there layers round their inputs together, and the scores of a user depend on who shares the batch.
-        merge = recommender.backbone.origin.get("quantisation") != "4bit"
-    return recommender.merged() if merge and recommender.backbone.adapted else recommender
-
-
-def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
-    """Item indices of the raw ids in a text file, one a line; blank lines are left out.
-
-    Raises:
-        UserError: No such file, not UTF-8, no id, or an id that is not in the catalogue.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"wanted a UTF-8 file of item ids in {path}, got: {error}; one raw id a line"
-        ) from None
-    ids = [line.strip() for line in lines if line.strip()]
-    index = {raw: item for item, raw in enumerate(catalog.item_id)}
-    unknown = [raw for raw in ids if raw not in index]
-    if unknown or not ids:
-        got = f"{unknown[0]!r} ({len(unknown)} unknown ids)" if unknown else "none"
-        raise UserError(
-            f"wanted raw item ids of the catalogue in {path}, got {got}; see item_id in catalog.parquet"
-        )
-    return np.array([index[raw] for raw in ids], dtype=np.int32)
-
-
-def first_rows(split: Split, n: int | None) -> Split:
-    """The first ``n`` rows of a split (all for None)."""
-    return split if n is None or n >= split.n_rows else split.take(np.arange(n))
-
-
 def _config(recipe: Recipe) -> TrainConfig:
     settings = recipe.training
     shared = settings.model_dump(exclude={"supervision", "rows", "sample", "valid_users"})
@@ -342,9 +295,9 @@ def _facts(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]
         "seed": recipe.seed,
         "command": " ".join(["triewise", *sys.argv[1:]]),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit_of_source(),
         "processes": processes.count(),
-        "machine": f"{platform.system()} {platform.machine()}, {_threads()} threads",
+        "machine": f"{platform.system()} {platform.machine()}, {n_threads()} threads",
         "data": {"folder": str(dataset.folder.resolve()), "source": dataset.info["source"]},
         **learner.facts,
         "hashes": {"data": data_hash(dataset), **learner.facts["hashes"]},
@@ -384,29 +337,3 @@ def _card_facts(
 def _shown(run: Path) -> str:
     """A run folder as a reader of its card may give it: no path of this machine."""
     return run.resolve().name if run.is_absolute() else run.as_posix()
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages results depend on."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES
-    }
-
-
-def _threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _commit() -> str | None:
-    """Commit of the source tree this package is run from, with ``+`` when it has changes; None when installed."""
-    root = Path(__file__).parents[2]
-    if not (root / "pyproject.toml").is_file():
-        return None
-    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-    try:
-        head = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    except OSError:
-        return None
-    return head.stdout.strip() or None

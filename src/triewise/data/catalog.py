@@ -10,6 +10,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -128,3 +129,26 @@ def clean_titles(titles: Sequence[str], clean: str = "none") -> tuple[str, ...]:
     if clean == "none":
         return tuple(titles)
     return tuple(" ".join(html.unescape(title).split()) for title in titles)
+
+
+def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
+    """Item indices of the raw ids in a text file, one a line; blank lines are left out.
+
+    Raises:
+        UserError: No such file, not UTF-8, no id, or an id that is not in the catalogue.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"wanted a UTF-8 file of item ids in {path}, got: {error}; one raw id a line"
+        ) from None
+    ids = [line.strip() for line in lines if line.strip()]
+    index = {raw: item for item, raw in enumerate(catalog.item_id)}
+    unknown = [raw for raw in ids if raw not in index]
+    if unknown or not ids:
+        got = f"{unknown[0]!r} ({len(unknown)} unknown ids)" if unknown else "none"
+        raise UserError(
+            f"wanted raw item ids of the catalogue in {path}, got {got}; see item_id in catalog.parquet"
+        )
+    return np.array([index[raw] for raw in ids], dtype=np.int32)

@@ -19,13 +19,13 @@ import polars as pl
 from numpy.typing import NDArray
 from polars.io.plugins import register_io_source
 
-from triewise.catalog import Catalog
+from triewise.data.catalog import Catalog
+from triewise.data.findings import Rows, lint
+from triewise.data.sources import read_source, settings_of
+from triewise.data.splits import NAMES, Split
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, sha256_file, write_json
-from triewise.lint import Rows, lint
 from triewise.progress import note, progress
-from triewise.sources import read_source, settings_of
-from triewise.splits import NAMES, Split
 
 FORMAT = 1
 FILES = ("catalog.parquet", *(f"{name}.parquet" for name in NAMES))
@@ -120,7 +120,7 @@ def prepare(
         out: Folder to write; may be absent, empty or an older prepared folder, which is replaced as a whole.
         max_history: Histories are cut to the last so many items; with ``"time-windows"`` also the length of a
             window.
-        clean: How titles are cleaned; see :func:`triewise.catalog.clean_titles`.
+        clean: How titles are cleaned; see :func:`triewise.data.catalog.clean_titles`.
         k_core: Users and items with fewer interactions are left out, again and again until none is left; 0 or 1
             keeps all. Not for published splits.
         split: ``"leave-one-out"``, ``"time-windows"`` or ``"time-growing"``; see the functions of that name in
@@ -203,9 +203,6 @@ def load_dataset(folder: Path) -> Dataset:
         _check_table(folder, name, info["sha256"])
     catalog = Catalog.from_frame(pl.read_parquet(folder / FILES[0]))
     return Dataset.in_folder(folder, catalog, info)
-
-
-# --- reading and writing ------------------------------------------------------------------------------------
 
 
 def _read_table(folder: Path, name: str, hashes: Any) -> pl.DataFrame:

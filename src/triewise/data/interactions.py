@@ -15,10 +15,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from triewise.arrays import Int32, Int64
 from triewise.errors import UserError
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

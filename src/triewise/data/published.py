@@ -13,13 +13,13 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from triewise.arrays import Ragged
+from triewise.data.splits import NAMES, Split
+from triewise.data.tables import ROW, find_file, integers, read_rows, read_text, refuse, shown
 from triewise.errors import UserError
-from triewise.splits import NAMES, Ragged, Split
-from triewise.tables import ROW, find_file, integers, read_rows, read_text, refuse, shown
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
-
 _LIST = r"^\s*\[\s*(?:-?[0-9]+\s*(?:,\s*-?[0-9]+\s*)*,?\s*)?\]\s*$"
 
 
@@ -187,9 +187,6 @@ def _with_history(split: Split, path: Path, repairs: dict[str, int]) -> Split:
     return split.take(np.flatnonzero(chosen))
 
 
-# --- cells -------------------------------------------------------------------------------------------------
-
-
 def id_lists(rows: pl.DataFrame, column: str, path: Path) -> tuple[Int64, Int64]:
     """A column of lists such as ``[3, 14]``: all ids in one array (E,), and where each row starts, (R+1,)."""
     refuse(rows, ~rows[column].str.contains(_LIST), column, path, "a list of ids such as [3, 14]")
@@ -227,9 +224,6 @@ def item_indices(ids: Int64, known: Int64, row: Int64, path: Path, titles: Path)
             f"({len(unknown)} such ids in the file); add its title or drop the row"
         )
     return index.astype(np.int32)
-
-
-# --- titles ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,19 +15,10 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from triewise.errors import UserError
-from triewise.fetch import (
-    CITATION,
-    INTERACTIONS,
-    TITLES,
-    fetch,
-    film_titles,
-    movies_dat,
-    u_item,
-)
-from triewise.interactions import Events, ordered_ids
-from triewise.progress import note
-from triewise.tables import (
+from triewise.data.fetch import CITATION, fetch
+from triewise.data.interactions import Events, ordered_ids
+from triewise.data.movielens_files import INTERACTIONS, TITLES, film_titles, movies_dat, u_item
+from triewise.data.tables import (
     ROW,
     Table,
     entries,
@@ -39,13 +30,14 @@ from triewise.tables import (
     refuse_empty,
     shown,
 )
+from triewise.errors import UserError
+from triewise.progress import note
 
 # Names of columns, in small letters: those of csv:DIR, and of the files it is mostly made from.
 USER = ("user", "user_id", "userid", "reviewerid")
 ITEM = ("item", "item_id", "itemid", "movieid", "asin")
 TIME = ("timestamp", "time", "ts", "unixreviewtime")
 TITLE = ("title", "item_title", "movie_title", "item_name", "name")
-
 _RATING = ("user", "item", "rating", "timestamp")
 _TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
 _LARGE = 1 << 26  # bytes; reading more than this takes long enough to say so
@@ -69,14 +61,11 @@ class Raw:
     repairs: dict[str, int]
 
 
-# --- MovieLens ----------------------------------------------------------------------------------------------
-
-
 def movielens(name: str) -> Raw:
     """The ratings of ``"ml-100k"`` or ``"ml-1m"``, from the cache or fetched; every rating counts.
 
     Raises:
-        UserError: If the data cannot be had; see :func:`triewise.fetch.fetch`.
+        UserError: If the data cannot be had; see :func:`triewise.data.fetch.fetch`.
     """
     folder = fetch(name)
     table = open_table(folder / INTERACTIONS, separator="\t", quote=None)
@@ -143,9 +132,6 @@ def _film_titles(read: Callable[[], pl.DataFrame], path: Path, repairs: dict[str
     return _one_title_each(zip(films["item"].cast(pl.String), films["title"], strict=True), path, repairs)
 
 
-# --- RecBole ------------------------------------------------------------------------------------------------
-
-
 def recbole(folder: Path) -> Raw:
     """RecBole's atomic files ``NAME.inter`` and ``NAME.item``: tabs, and a header of ``name:type``.
 
@@ -177,9 +163,6 @@ def _atomic(path: Path) -> Table:
         raise UserError(f"wanted each column once in {path}, found {', '.join(bare)}; rename one of the two")
     columns = {bare[column]: kind for column, kind in table.columns.items()}
     return Table(path, table.kind, table.rows.rename(bare), columns)
-
-
-# --- CSV and Parquet ----------------------------------------------------------------------------------------
 
 
 def csv_folder(folder: Path) -> Raw:
@@ -214,9 +197,6 @@ def _one_table(folder: Path, found: list[Table], columns: str) -> Table:
     )
 
 
-# --- tables to events and titles ----------------------------------------------------------------------------
-
-
 def read_events(table: Table, user: str, item: str, time: str, repairs: dict[str, int]) -> Events:
     """Three columns of a table as numbers, in the order of the file.
 
@@ -224,7 +204,7 @@ def read_events(table: Table, user: str, item: str, time: str, repairs: dict[str
         table: The table.
         user: Column of raw user ids.
         item: Column of raw item ids.
-        time: Column of Unix seconds or milliseconds, or of dates; see :meth:`triewise.tables.Table.seconds`.
+        time: Column of Unix seconds or milliseconds, or of dates; see :meth:`triewise.data.tables.Table.seconds`.
         repairs: Counts ``blank_rows`` (left out), ``milliseconds`` (divided by 1000) and
             ``fractions_of_a_second`` (cut off).
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from triewise.catalog import clean_titles
+from triewise.arrays import Ragged
+from triewise.data.catalog import clean_titles
+from triewise.data.fetch import CITATION, RELEASES
+from triewise.data.interactions import Interactions
+from triewise.data.published import Published, read_d3, read_msl
+from triewise.data.readers import Raw, csv_folder, movielens, movielens_folder, recbole
+from triewise.data.splits import NAMES, WAYS, Places, Split, places
 from triewise.errors import UserError
-from triewise.fetch import CITATION, RELEASES
 from triewise.files import sha256_file
-from triewise.interactions import Interactions
-from triewise.published import Published, read_d3, read_msl
-from triewise.readers import Raw, csv_folder, movielens, movielens_folder, recbole
-from triewise.splits import NAMES, WAYS, Places, Ragged, Split, places
 
 SOURCES = "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR"
 _PUBLISHED: dict[str, Callable[[Path], Published]] = {"msl": read_msl, "d3": read_d3}
@@ -26,6 +27,7 @@ _RAW: dict[str, Callable[[Path], Raw]] = {
     "csv": csv_folder,
 }
 _LATER = ("amazon", "steam")
+
 
 # What the items are and what users did with them, by a word in the name of the folder or of a file: the words
 # of the papers ("musics" is D3's).
@@ -87,9 +89,9 @@ def settings_of(source: str, *, max_history: int, clean: str, k_core: int, split
     Args:
         source: A source string.
         max_history: Histories are cut to the last so many items; at least 1.
-        clean: One of :data:`triewise.catalog.CLEAN`.
+        clean: One of :data:`triewise.data.catalog.CLEAN`.
         k_core: 0 or 1 for none.
-        split: One of :data:`triewise.splits.WAYS`; a published split stays as it is.
+        split: One of :data:`triewise.data.splits.WAYS`; a published split stays as it is.
 
     Raises:
         UserError: Unknown source, a setting out of range, or one that a published split cannot follow.

@@ -6,7 +6,6 @@ are spelled out a part at a time. Shape suffixes: R rows, I items, U users.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,99 +13,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from triewise.interactions import Int32, Int64, Interactions
+from triewise.arrays import Int32, Int64, Ragged
+from triewise.data.interactions import Interactions
 
 NAMES = ("train", "valid", "test")
 WAYS = ("leave-one-out", "time-windows", "time-growing")
-_TOGETHER = 1 << 14  # rows
-
-
-@dataclass(frozen=True, eq=False)
-class Ragged:
-    """Rows of int32 of different lengths in two flat arrays.
-
-    Attributes:
-        values: All rows one after the other, int32 (E,).
-        offsets: Row i is ``values[offsets[i]:offsets[i + 1]]``, int64 (R+1,).
-
-    >>> Ragged.from_lists([[3, 1], [], [4]])[0]
-    array([3, 1], dtype=int32)
-    """
-
-    values: Int32
-    offsets: Int64
-
-    @classmethod
-    def from_lists(cls, rows: Sequence[Sequence[int]]) -> Ragged:
-        """Pack lists of integers."""
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        return cls(np.array([value for row in rows for value in row], dtype=np.int32), offsets)
-
-    @classmethod
-    def windows(cls, values: Int32, start: Int64, length: Int64) -> Ragged:
-        """Row i is ``values[start[i]:start[i] + length[i]]``; windows may overlap."""
-        offsets = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
-        gathered = np.empty(offsets[-1], dtype=np.int32)
-        for low in range(0, len(length), _TOGETHER):  # the places to gather from take twice the memory
-            high = min(low + _TOGETHER, len(length))
-            begin, end = offsets[low], offsets[high]
-            place = np.repeat(start[low:high] - offsets[low:high], length[low:high])
-            place += np.arange(begin, end)
-            gathered[begin:end] = values[place]
-        return cls(gathered, offsets)
-
-    @classmethod
-    def from_series(cls, lists: pl.Series) -> Ragged:
-        """Rows of a polars List column."""
-        offsets = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
-        return cls(lists.explode().drop_nulls().cast(pl.Int32).to_numpy(writable=True), offsets)
-
-    def to_series(self) -> pl.Series:
-        """The same rows as a polars column of type List(Int32)."""
-        full = np.flatnonzero(self.lengths)
-        row = np.repeat(np.arange(len(full), dtype=np.int32), self.lengths[full])
-        pairs = pl.DataFrame({"row": row, "values": self.values}).with_columns(pl.col("row").set_sorted())
-        lists = pairs.group_by("row", maintain_order=True).agg("values")["values"]
-        if len(full) == len(self):
-            return lists
-        place = np.full(len(self), len(full))
-        place[full] = np.arange(len(full))
-        return lists.append(pl.Series([[]], dtype=pl.List(pl.Int32))).gather(place)
-
-    @property
-    def lengths(self) -> Int64:
-        """Length of each row, int64 (R,)."""
-        return np.diff(self.offsets)
-
-    def part(self, start: int, stop: int) -> Ragged:
-        """The rows from ``start`` to before ``stop``; a view."""
-        offsets = self.offsets[start : stop + 1]
-        return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
-
-    def take(self, rows: Int64) -> Ragged:
-        """The rows with these numbers, in this order."""
-        return Ragged.windows(self.values, self.offsets[rows], self.lengths[rows])
-
-    def then(self, other: Ragged) -> Ragged:
-        """These rows and after them those of ``other``."""
-        offsets = np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]])
-        return Ragged(np.concatenate([self.values, other.values]), offsets)
-
-    def last(self, n: int) -> Ragged:
-        """The last ``n`` values of each row, or all where there are fewer."""
-        length = np.minimum(self.lengths, n)
-        return Ragged.windows(self.values, self.offsets[1:] - length, length)
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> Int32:
-        row = range(len(self))[row]
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-    def __iter__(self) -> Iterator[Int32]:
-        return (self[row] for row in range(len(self)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,3 +267,8 @@ def _spelled_out(parts: tuple[Places, Places, Places]) -> Splits:
 def _narrow(place: Int64) -> Int32 | Int64:
     """The same numbers in half the memory, where they fit."""
     return place.astype(np.int32) if place.max(initial=0) < 2**31 else place
+
+
+def first_rows(split: Split, n: int | None) -> Split:
+    """The first ``n`` rows of a split (all for None)."""
+    return split if n is None or n >= split.n_rows else split.take(np.arange(n))

@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from triewise.errors import UserError
 
 Int64 = NDArray[np.int64]
-
 ROW = "row number"  # column with the number of a data row: the first row after the header is 1
 _INTEGER = r"^\s*-?[0-9]+(?:\.0*)?\s*$"
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
@@ -36,9 +35,6 @@ _DATES = (  # a time without a zone is UTC
     "%Y-%m-%dT%H:%M:%S%.f%#z",
 )
 _CHUNK = 1 << 24  # bytes
-
-
-# --- whole files --------------------------------------------------------------------------------------------
 
 
 def entries(folder: Path) -> list[Path]:
@@ -133,9 +129,6 @@ def _parsed(path: Path, kind: str) -> Iterator[None]:
         ) from None
 
 
-# --- small tables, read at once -----------------------------------------------------------------------------
-
-
 def read_rows(
     path: Path, columns: Sequence[str], repairs: dict[str, int], optional: Sequence[str] = ()
 ) -> pl.DataFrame:
@@ -202,9 +195,6 @@ def refuse_empty(rows: pl.DataFrame, bad: pl.Series, column: str, path: Path) ->
             f"{path}, row {rows[ROW][int(bad.arg_true()[0])]}: wanted a value in column {column}, "
             "got an empty cell; fill it in"
         )
-
-
-# --- tables of any size -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.backbones import (
+from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, common_length, pad
+from triewise.errors import UserError
+from triewise.models import (
     hand_head_matches,
     head_bias,
     head_weight,
@@ -30,9 +32,7 @@ from triewise.backbones import (
     shortest_window,
     takes_masks,
 )
-from triewise.errors import UserError
-from triewise.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, common_length, pad
-from triewise.trie import Trie
+from triewise.tokens import Trie
 
 Support = Literal["trie", "vocabulary"]
 AT_ONCE = 16

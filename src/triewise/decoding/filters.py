@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triewise.ranking import Items, checked_items
-from triewise.trie import Trie
+from triewise.tokens import Trie
 
 LONG = 32  # an allow-list of more than one item in so many is long
 

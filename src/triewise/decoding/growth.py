@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from triewise.backbones import head_weight
-from triewise.engine import LOGITS_AT_ONCE, Children, TrieEngine
-from triewise.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, pad
-from triewise.trie import Trie
+from triewise.decoding.engine import LOGITS_AT_ONCE, Children, TrieEngine
+from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, pad
+from triewise.models import head_weight
+from triewise.tokens import Trie
 
 Ints = NDArray[np.int64]
 Foreseen = Callable[[], tuple[Ints, Ints]]

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.backbones import body, head_weight, own_mask
-from triewise.trie import Trie
+from triewise.models import body, head_weight, own_mask
+from triewise.tokens import Trie
 
 TokenLists = Sequence[Sequence[int]]
 NOTHING = -1  # a place of the cache that holds no node

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from triewise.errors import UserError
 from triewise.files import read_json, write_json
-from triewise.hub import first_line
+from triewise.models.hub import first_line
 from triewise.recipe import LoraSettings
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

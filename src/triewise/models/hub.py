@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from triewise.cache import offline
 from triewise.errors import UserError
-from triewise.fetch import offline
 
 HUB_SECONDS = "10"
 

@@ -1,74 +1,13 @@
-"""Stopping a training run and going on: whole checkpoints, random states, the log up to a step, signals."""
+"""The trained tensors of a model as a file."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import random
-import re
-import shutil
-import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from triewise.errors import UserError
-from triewise.files import TEMPORARY, atomic_folder, write_json, write_text
-
-LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS = (
-    "log.jsonl",
-    "best",
-    "state.json",
-    "weights.safetensors",
-    "best.safetensors",
-)
-
-
-def checkpoints(out: Path) -> list[tuple[int, Path]]:
-    """The whole checkpoints of a run folder with their steps, oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*")]
-    return sorted((int(m[1]), path) for m, path in found if m and (path / STATE).is_file())
-
-
-def clear(out: Path, resume: bool) -> Path | None:
-    """Remove what a killed run, or without ``resume`` any earlier one, left; the checkpoint to go on from."""
-    out.mkdir(parents=True, exist_ok=True)
-    found = checkpoints(out)
-    for name in ("checkpoint-*", f"{BEST}*"):
-        for path in out.glob(TEMPORARY + name):
-            shutil.rmtree(path)
-    if resume and found:
-        return found[-1][1]
-    for path in [*(path for _, path in found), out / BEST]:
-        remove(path)
-    (out / LOG).unlink(missing_ok=True)
-    return None
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder; a kill on the way leaves a temporary name, never half of what was there."""
-    if folder.exists():
-        temporary = folder.with_name(f"{TEMPORARY}{folder.name}.removed")
-        os.replace(folder, temporary)
-        shutil.rmtree(temporary)
-
-
-def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drop the rows after a step, and a last line that was cut short; the rows that stay."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    rows = [row for row in rows if row["step"] <= step]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -96,77 +35,3 @@ def load_trained(model: nn.Module, path: Path) -> None:
             f"wanted the weights of this model in {path}, got those of another; start the training anew"
         )
     model.load_state_dict(tensors, strict=False)
-
-
-def link(source: Path, target: Path) -> None:
-    """A second name for a file that is never changed in place; a copy where the file system has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def random_state(device: torch.device) -> dict[str, Any]:
-    """All random numbers that training may draw, in types that ``torch.load(weights_only=True)`` reads."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-        "cpu": torch.get_rng_state(),
-    }
-    if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Continue where `random_state` was taken."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["cpu"])
-    if device.type != "cpu" and "device" in state:
-        torch.get_device_module(device).set_rng_state(state["device"])
-
-
-@contextlib.contextmanager
-def signals_set(asked: threading.Event) -> Iterator[None]:
-    """Let a first Ctrl-C or SIGTERM set ``asked``; then the handlers of before are back."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python takes signals in the main thread only
-        return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in numbers}
-
-    def ask(number: int, frame: Any) -> None:
-        asked.set()
-        put_back()
-
-    def put_back() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    for number in numbers:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        put_back()
-
-
-def keep_best(model: Any, out: Path, best: dict[str, Any]) -> None:
-    """Put the weights as they are, and what makes them the best, into ``best/`` of a run folder."""
-    with atomic_folder(out / BEST) as folder:
-        save_trained(model, folder / WEIGHTS)
-        write_json(folder / "best.json", best)
-
-
-def restore_folder(
-    out: Path, checkpoint: Path, best: dict[str, Any] | None, step: int
-) -> list[dict[str, Any]]:
-    """Best weights and log of a run folder as they were at a checkpoint; the rows of the log."""
-    if best is not None:
-        with atomic_folder(out / BEST) as folder:
-            link(checkpoint / BEST_WEIGHTS, folder / WEIGHTS)
-            write_json(folder / "best.json", best)
-    return cut_log(out / LOG, step)

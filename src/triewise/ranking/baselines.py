@@ -15,9 +15,44 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.interactions import Int32, Int64
-from triewise.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
-from triewise.splits import Ragged, Split
+from triewise.arrays import Int32, Int64, Ragged
+from triewise.data import Split
+from triewise.ranking.ranking import (
+    Groups,
+    ItemLists,
+    Ranking,
+    check_histories,
+    rank_items,
+)
+
+
+@dataclass(frozen=True)
+class MostPopular:
+    """Everybody gets the items with most training interactions; the row every method has to beat.
+
+    Attributes:
+        groups: The units of ranking.
+        counts: (I,) interactions of each item in the training split.
+    """
+
+    groups: Groups
+    counts: NDArray[np.int64]
+
+    def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
+        """(B, I) the counts, for everybody alike; a view that takes no memory."""
+        check_histories(histories, self.groups)
+        return np.broadcast_to(self.counts.astype(np.float32), (len(histories), len(self.counts)))
+
+    def recommend(
+        self,
+        histories: ItemLists,
+        k: int | None = 10,
+        exclude: ItemLists | str | None = None,
+        allow: ItemLists | None = None,
+    ) -> Ranking:
+        """The most popular allowed groups; a group counts as its best member."""
+        return rank_items(self, histories, k, exclude, allow)
+
 
 PAIRS_AT_ONCE = 1 << 22  # co-occurrences looked at together
 TINY = 1e-12  # popularity orders what no neighbour speaks for, and nothing else

@@ -19,13 +19,22 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from triewise.counting import Places, count_places
+from triewise.arrays import Ragged
+from triewise.data import Split
 from triewise.errors import UserError
-from triewise.files import atomic_path, write_json
-from triewise.metrics import metrics_from_rank
+from triewise.files import atomic_path, read_json, write_json
 from triewise.progress import progress
-from triewise.ranking import SCORES_AT_ONCE, Groups, Items, ItemScorer, Ranking, Recommender, add_counters
-from triewise.splits import Ragged, Split
+from triewise.ranking.metrics import metrics_from_rank
+from triewise.ranking.ranking import (
+    SCORES_AT_ONCE,
+    Groups,
+    Items,
+    ItemScorer,
+    Ranking,
+    Recommender,
+    add_counters,
+)
+from triewise.ranking.target_ranks import Places, count_places
 
 CUTS = (1, 5, 10, 20)
 SHOWN = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
@@ -286,3 +295,21 @@ def _coverage(items: NDArray[np.int32], groups: Groups, allow: Items | None) -> 
 def _shown(rank: NDArray[np.int32]) -> dict[str, Any]:
     """Metrics of some of the rows."""
     return {"n_users": len(rank), **{m: v for m, v in summary(rank).items() if m in SHOWN}}
+
+
+def load_evaluation(run: Path) -> Evaluation:
+    """What ``triewise evaluate`` wrote into a run folder."""
+    metrics = read_json(run / "metrics.json")
+    if not (run / "predictions.parquet").is_file():
+        raise UserError(f"wanted {run}/predictions.parquet, which is missing; run: triewise evaluate {run}")
+    frame = pl.read_parquet(run / "predictions.parquet")
+    return Evaluation(
+        name=metrics["name"],
+        metrics=metrics,
+        rank=frame["rank"].to_numpy(),
+        items=np.array(frame["items"].to_list(), dtype=np.int32),
+        scores=np.array(frame["scores"].to_list(), dtype=np.float32),
+        certified=frame["certified"].to_numpy(),
+        target=frame["target"].to_numpy(),
+        user_id=np.array(frame["user_id"].to_list(), dtype=object),
+    )

@@ -282,31 +282,3 @@ def rank_items(
         scores = groups.scores(scorer.item_scores(histories[part]))
         items[part], ranked[part] = rank_groups(scores, groups, k, without[part], only[part])
     return Ranking(items, ranked, np.ones(len(histories), dtype=bool), {})
-
-
-@dataclass(frozen=True)
-class MostPopular:
-    """Everybody gets the items with most training interactions; the row every method has to beat.
-
-    Attributes:
-        groups: The units of ranking.
-        counts: (I,) interactions of each item in the training split.
-    """
-
-    groups: Groups
-    counts: NDArray[np.int64]
-
-    def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
-        """(B, I) the counts, for everybody alike; a view that takes no memory."""
-        check_histories(histories, self.groups)
-        return np.broadcast_to(self.counts.astype(np.float32), (len(histories), len(self.counts)))
-
-    def recommend(
-        self,
-        histories: ItemLists,
-        k: int | None = 10,
-        exclude: ItemLists | str | None = None,
-        allow: ItemLists | None = None,
-    ) -> Ranking:
-        """The most popular allowed groups; a group counts as its best member."""
-        return rank_items(self, histories, k, exclude, allow)

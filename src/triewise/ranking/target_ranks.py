@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.ranking import (
+from triewise.arrays import Ragged
+from triewise.ranking.ranking import (
     SCORES_AT_ONCE,
     Groups,
     ItemLists,
@@ -30,7 +31,6 @@ from triewise.ranking import (
     checked_items,
     checked_lists,
 )
-from triewise.splits import Ragged
 
 Scores = NDArray[np.floating]
 _IN_CACHE = 1 << 18  # scores that are counted together

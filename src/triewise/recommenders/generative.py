@@ -8,7 +8,6 @@ hashes that tie the parts together), with a model card in ``README.md`` once it 
 from __future__ import annotations
 
 import hashlib
-import re
 import tempfile
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,27 +18,25 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from triewise.backbones import Backbone, load_backbone
-from triewise.card import CardFacts, addressed, model_card
-from triewise.catalog import Catalog
-from triewise.decisiveness import information_gain
-from triewise.engine import Support, TrieEngine
-from triewise.errors import UserError
-from triewise.files import atomic_path, read_json, write_json, write_text
-from triewise.grounding import GroundedRecommender
-from triewise.hub import download, upload
-from triewise.prompts import Prompts, build_prompts
-from triewise.ranking import (
-    Groups,
-    ItemLists,
-    Ranking,
-    check_histories,
-    check_lists,
-    resolve_filters,
+from triewise.data import Catalog
+from triewise.decoding import (
+    Scope,
+    Support,
+    TokenLists,
+    TrieEngine,
+    beam_search,
+    exact_search,
+    rank_catalogue,
+    score,
 )
-from triewise.search import Scope, beam_search, exact_search, rank_catalogue, score
-from triewise.treecache import TokenLists
-from triewise.trie import Trie
+from triewise.errors import UserError
+from triewise.files import read_json, write_json, write_text
+from triewise.models import Backbone, load_backbone, upload
+from triewise.ranking import Groups, ItemLists, Ranking, check_histories, check_lists, resolve_filters
+from triewise.recommenders.grounding import GroundedRecommender
+from triewise.recommenders.saved import CARD, FILES, FORMAT, MANIFEST, local_folder, save_catalog
+from triewise.reports import CardFacts, addressed, model_card
+from triewise.tokens import Prompts, Trie, build_prompts, information_gain
 
 Search = Literal["beam", "exact", "catalogue", "grounding"]
 SEARCHES: tuple[Search, ...] = ("beam", "exact", "catalogue", "grounding")
@@ -55,10 +52,6 @@ SETTINGS = (
     "text_tokens",
     "gamma",
 )
-FORMAT = 1
-MANIFEST = "recommender.json"  # written last: where it is, the rest is whole
-FILES = ("catalog.parquet", "trie.npz", "model")
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -343,24 +336,6 @@ def hashes(prompts: Prompts, trie: Trie, counts: NDArray[np.int64]) -> dict[str,
     """Hex SHA-256 of the prompts (template, titles, tokenizer, limits), the trie and the training targets."""
     of_counts = hashlib.sha256(counts.astype("<i8").tobytes()).hexdigest()
     return {"prompt": prompts.hash, "trie": trie.fingerprint(), "counts": of_counts}
-
-
-def save_catalog(catalog: Catalog, counts: NDArray[np.int64], path: Path) -> None:
-    """Write a catalogue with the training targets of each item."""
-    with atomic_path(path) as temporary:
-        catalog.to_frame(counts.astype(np.int32)).write_parquet(temporary)
-
-
-def local_folder(name: Path | str, revision: str | None) -> Path:
-    """The folder itself, or the downloaded one of a hub id."""
-    if Path(name).is_dir():
-        return Path(name)
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(
-            f"wanted a run folder with a trained recommender, but {name} is no folder; train one first"
-        )
-    patterns = [MANIFEST, CARD, *(f for f in FILES if f != "model"), "model/*"]
-    return download(name, revision, patterns)
 
 
 def _check_parts(

@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.backbones import Backbone, body, causal_lm, head_weight
+from triewise.decoding import Counters, TokenLists, pad
 from triewise.errors import UserError
-from triewise.prompts import Prompts
+from triewise.models import Backbone, body, causal_lm, head_weight
 from triewise.ranking import (
     Groups,
     ItemLists,
@@ -36,7 +36,7 @@ from triewise.ranking import (
     rank_groups,
     resolve_filters,
 )
-from triewise.treecache import Counters, TokenLists, pad
+from triewise.tokens import Prompts
 
 TOKENS_AT_ONCE = 8192  # of texts that are embedded in one forward
 POPULARITY_GAMMAS = tuple(float(g) for g in range(100))  # the grids of BIGRec's code

@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from triewise.data import Split
 from triewise.errors import UserError
-from triewise.evaluate import evaluate
-from triewise.generative import GenerativeRecommender
-from triewise.grounding import COLLABORATIVE_GAMMAS, POPULARITY_GAMMAS, GroundedRecommender, inject
-from triewise.metrics import metrics_from_rank, rank_of_target
 from triewise.progress import note, progress
-from triewise.ranking import Items
+from triewise.ranking import Items, evaluate, metrics_from_rank, rank_of_target
 from triewise.recipe import EvaluationSettings
-from triewise.splits import Split
+from triewise.recommenders.generative import GenerativeRecommender
+from triewise.recommenders.grounding import (
+    COLLABORATIVE_GAMMAS,
+    POPULARITY_GAMMAS,
+    GroundedRecommender,
+    inject,
+)
 
 METRIC = "NDCG@10"
 ROWS_AT_ONCE = 256

@@ -17,14 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.analysis import Branch, Recommendation, decoding_tree, percent, pieces
+from triewise.reports.description import percent
+from triewise.reports.explanation import Branch, Recommendation, decoding_tree, pieces
 
 WIDTH = 400
 ROW = 66  # height of one title in a drawn tree
 BOLD = 1.07  # bold text is so much wider
 POSITIONS = 24  # bars of the forced share
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # what no HTML file may hold
-
 Interval = tuple[float, float]
 
 

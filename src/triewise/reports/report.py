@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.analysis import Example, Recommendation, Token, fact_lines, percent, pieces
-from triewise.figures import (
+from triewise.files import write_text
+from triewise.reports.description import fact_lines, percent
+from triewise.reports.explanation import Example, Recommendation, Token, pieces
+from triewise.reports.figures import (
     POSITIONS,
     Interval,
     curve_panel,
@@ -26,7 +28,6 @@ from triewise.figures import (
     forced_bars,
     tree_drawing,
 )
-from triewise.files import write_text
 
 # The field's four; other metrics are shown only where none of these is.
 METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
@@ -102,8 +103,8 @@ class Report:
         rows: The methods, the one the report is about first.
         comparisons: Paired differences.
         curves: Rows of ``log.jsonl`` by name of the run; a run named as a method has its colour.
-        facts: Numbers of `triewise.analysis.describe`.
-        forced: What `triewise.analysis.forced_by_position` gives.
+        facts: Numbers of `triewise.reports.description.describe`.
+        forced: What `triewise.reports.description.forced_by_position` gives.
         examples: Users; the decoding paths of the first two are drawn.
         notes: Sentences on the method.
         provenance: Versions, commit, seeds, hashes, command.
@@ -135,7 +136,7 @@ def write_report(path: Path, report: Report) -> None:
         _provenance(report.provenance),
     )
     body = "\n".join(part for part in (f"<header>{head}</header>", *sections) if part)
-    template = resources.files("triewise").joinpath("report.html").read_text(encoding="utf-8")
+    template = resources.files("triewise.reports").joinpath("report.html").read_text(encoding="utf-8")
     page, rest = template.split("{title}")
     write_text(path, page + escape(report.title) + rest.replace("{body}", body))
 

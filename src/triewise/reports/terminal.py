@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from triewise.analysis import Example, Recommendation, fact_lines, percent, pieces
-from triewise.report import Comparison, Row, shown_metrics
+from triewise.reports.description import fact_lines, percent
+from triewise.reports.explanation import Example, Recommendation, pieces
+from triewise.reports.report import Comparison, Row, shown_metrics
 
 RECENT = 5  # titles of a history that are printed
 NARROWEST = 20  # columns that a wrapped text gets at least
@@ -93,7 +94,7 @@ def print_facts(facts: Mapping[str, Any], console: Console | None = None) -> Non
     """Print names and values, one a line, aligned.
 
     Args:
-        facts: Numbers of `triewise.analysis.describe`, or any others.
+        facts: Numbers of `triewise.reports.description.describe`, or any others.
         console: Where to print; default stdout.
     """
     console = console or Console()

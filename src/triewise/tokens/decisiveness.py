@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from triewise.errors import UserError
-from triewise.trie import Trie
+from triewise.tokens.trie import Trie
 
 # Gains of siblings with equal masses may differ in their last bits, by the order of summation. Scaled to
 # [0, 1] such a difference would cost one of them a weight of 1 - alpha. Relative to the larger gain.

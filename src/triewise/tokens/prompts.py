@@ -22,9 +22,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from triewise.catalog import Catalog
+from triewise.arrays import Ragged
+from triewise.data import Catalog
 from triewise.errors import UserError
-from triewise.splits import Ragged
 
 _ANNOUNCEMENT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -32,6 +32,8 @@ _ANNOUNCEMENT = (
 )
 _ALONE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _UNKNOWN = "Unknow"  # IGD's code spells it so
+
+
 # "palyed" is the D3 authors' spelling; results depend on the exact text, so it stays.
 _BEFORE = {
     "msl": _ANNOUNCEMENT

@@ -33,7 +33,6 @@ FORMAT = 1
 LIMIT = 2**31  # tokens and node ids are int32
 SHOWN = 12  # tokens of a title that an error line quotes
 _ARRAYS = ("child_ptr", "token", "parent", "item_lo", "item_hi", "item_order", "leaf", "level_ptr")
-
 Sequences = Sequence[Sequence[int]] | tuple[NDArray[Any], NDArray[Any]]
 
 

@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.decisiveness import zero_gain
-from triewise.examples import Windows
-from triewise.prompts import Dropped, Prompts
 from triewise.recipe import ObjectiveSettings
-from triewise.trie import Trie
+from triewise.tokens import Dropped, Prompts, Trie, zero_gain
+from triewise.training.windows import Windows
 
 LONGEST = 256  # prompts that are made to see whether they lose titles
 
 
-def cautions(
+def training_warnings(
     objective: ObjectiveSettings,
     prompts: Prompts,
     trie: Trie,

@@ -16,11 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from triewise.errors import UserError
 from triewise.files import TEMPORARY, atomic_folder, write_json, write_text
+from triewise.models import save_trained
 
 LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS = (
     "log.jsonl",
@@ -69,33 +67,6 @@ def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     rows = [row for row in rows if row["step"] <= step]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: parameters that have a gradient, shared ones once, and saved buffers."""
-    saved = model.state_dict().keys()
-    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tensors |= {name: b for name, b in model.named_buffers() if name in saved}
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-
-
-def save_trained(model: nn.Module, path: Path) -> None:
-    """Write what training changes as one safetensors file."""
-    save_file(trained(model), path)
-
-
-def load_trained(model: nn.Module, path: Path) -> None:
-    """Put the tensors of `save_trained` into a model.
-
-    Raises:
-        UserError: They are those of another model.
-    """
-    tensors = load_file(path)
-    if tensors.keys() != trained(model).keys():
-        raise UserError(
-            f"wanted the weights of this model in {path}, got those of another; start the training anew"
-        )
-    model.load_state_dict(tensors, strict=False)
 
 
 def link(source: Path, target: Path) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from triewise.errors import UserError
-from triewise.examples import Examples
-from triewise.forward import MicroBatches, TitleLoss, title_sums
-from triewise.losses import AdaptiveTemperature, Columns, Objective, Parts
-from triewise.trie import DeviceTrie, Trie
+from triewise.tokens import DeviceTrie, Trie
+from triewise.training.examples import Examples
+from triewise.training.forward import MicroBatches, TitleLoss, title_sums
+from triewise.training.losses import Columns, Objective, Parts
+from triewise.training.temperature import AdaptiveTemperature
 
 
 def contrast_parts(

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
-from triewise import processes
-from triewise.backbones import body, hand_head_matches, head_bias, head_weight
-from triewise.examples import Batch, Examples
-from triewise.losses import Columns, Objective, Parts, gradient_weight, head_rows, lml_parts
-from triewise.packing import hidden_states, pack
+from triewise.models import body, hand_head_matches, head_bias, head_rows, head_weight
 from triewise.progress import note
-from triewise.trie import Trie
+from triewise.tokens import Trie
+from triewise.training import processes
+from triewise.training.examples import Batch, Examples
+from triewise.training.losses import Columns, Objective, Parts, gradient_weight, lml_parts
+from triewise.training.packing import hidden_states, pack
 
 LOGITS_AT_ONCE = 1 << 26  # logits of the whole vocabulary that are held at one time
 WORTH_PACKING = 0.9  # share of the places that packing has to leave

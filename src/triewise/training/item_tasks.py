@@ -1,47 +1,28 @@
-"""Sequential recommenders: any encoder with any loss, trained on whole users' sequences, and ranked.
+"""What sequential models learn: next items, masked items, and the losses on their scores.
 
-Encoder, loss and supervision are independent choices. Supervision ``every`` puts a sequence through the model
-once and takes each item after the context as a target; ``last`` has one row per prefix and one target per row,
-as the papers. A run leaves the same log, checkpoints and best weights as `triewise.train`, and a resumed one
-ends with the weights of an uninterrupted one.
+Encoder, loss and supervision are independent choices. Supervision ``every`` puts a sequence through the model once
+and takes each item after the context as a target; ``last`` has one row per prefix and one target per row.
 
-Shape key: W windows, B rows of a batch, L places, M targets, N negatives, D width, I items, G groups.
+Shape key: W windows, B rows of a batch, L places, M targets, N negatives, I items.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from triewise.backbones import resolve_device
-from triewise.catalog import Catalog
-from triewise.checkpoints import clear, load_trained, random_state, set_random_state, signals_set
-from triewise.course import Course, TrainConfig, TrainResult, Validate
-from triewise.encoders import PAD, EncoderConfig, SequentialModel
-from triewise.errors import UserError
-from triewise.examples import Windows, schedule
-from triewise.files import atomic_folder, read_json, write_json, write_text
-from triewise.generative import CARD, FORMAT, MANIFEST, local_folder, save_catalog
-from triewise.progress import progress
-from triewise.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
-from triewise.splits import Ragged
+from triewise.arrays import padded
+from triewise.models import PAD, SequentialModel
+from triewise.training.windows import Windows
 
 LOSSES = ("cross-entropy", "bce", "cloze")
-
 Bools = NDArray[np.bool_]
 
 
@@ -115,14 +96,6 @@ class Task:
     place: NDArray[np.int64]
     target: NDArray[np.int64]
     weight: NDArray[np.float32]
-
-
-def padded(rows: Ragged) -> NDArray[np.int32]:
-    """Item indices as int32 (R, L) of ``item + 1``, padded on the right with 0."""
-    length = rows.lengths
-    ids = np.zeros((len(rows), int(length.max(initial=0))), dtype=np.int32)
-    ids[np.arange(ids.shape[1]) < length[:, None]] = rows.values + 1
-    return ids
 
 
 def shifted_task(sequences: Sequences, index: NDArray[np.int64]) -> Task:
@@ -225,301 +198,6 @@ def task_loss(
     return (weight * loss).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
-def fit(
-    model: SequentialModel,
-    sequences: Sequences,
-    counts: NDArray[np.int64],
-    loss: LossConfig,
-    config: TrainConfig,
-    out: Path,
-    *,
-    validate: Validate | None = None,
-    resume: bool = False,
-    title: str = "",
-) -> TrainResult:
-    """Train ``model`` in place; the weights it ends with are the best validation's, or the last ones.
-
-    A first Ctrl-C or SIGTERM finishes the step, writes a checkpoint and returns; a second one acts at once. It is for
-    one process; a recipe refuses several.
-
-    Args:
-        model: On its device.
-        sequences: What is learned from.
-        counts: (I,) training targets of each item, for `propensities`.
-        loss: What is minimised.
-        config: Budget and optimiser; ``accumulation`` and ``log_parts`` have no meaning here.
-        out: Folder for the log, checkpoints and best weights.
-        validate: From the model to metrics; called every ``evaluate_every`` steps.
-        resume: Go on from the newest whole checkpoint in ``out``, or from the start where there is none.
-        title: What the progress line calls this run.
-
-    Raises:
-        UserError: A loss that does not go with the encoder, ``evaluate_every`` without ``validate``, a checkpoint
-            of another run, a metric that ``validate`` does not give, or a loss that is not finite.
-    """
-    if loss.base not in LOSSES or (loss.base == "cloze") != model.bidirectional:
-        fitting = "cloze" if model.bidirectional else "cross-entropy or bce"
-        raise UserError(f"wanted the loss {fitting} for {model.config.kind}, got {loss.base!r}")
-    config.check_validate(validate)
-    checkpoint = clear(out, resume)
-    run = _Fit(model, sequences, counts, loss, config, Course(config, out, validate))
-    if checkpoint is not None:
-        run.take_up(checkpoint)
-    if run.course.stopped is None:
-        left = config.steps - run.step
-        with signals_set(run.course.asked_to_stop), progress(title or "training", left, "steps") as advance:
-            run.run(advance)
-    return run.course.result(model, run.step, run.course.seconds)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of a step (the first is 0): linear warm-up, then constant, or down to 0 in a line or half a wave."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    share = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    left = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 + 0.5 * math.cos(math.pi * share)}
-    return config.learning_rate * left[config.schedule]
-
-
-class _Fit:
-    """The state of one training run."""
-
-    def __init__(
-        self,
-        model: SequentialModel,
-        sequences: Sequences,
-        counts: NDArray[np.int64],
-        loss: LossConfig,
-        config: TrainConfig,
-        course: Course,
-    ) -> None:
-        self.model, self.sequences, self.loss = model, sequences, loss
-        self.config, self.course = config, course
-        self.device = model.bias.device
-        self.propensity = torch.from_numpy(propensities(counts)).to(self.device) if loss.dros_alpha else None
-        self.optimizer = _optimizer(model, loss.optimizer, config)
-        self.step = 0
-        self.sums = torch.zeros(2, device=self.device)  # loss and gradient norm since the last row
-        self.summed = 0
-        torch.manual_seed(config.seed)
-
-    def run(self, advance: Callable[..., None]) -> None:
-        """All steps that are left."""
-        config, course = self.config, self.course
-        order = schedule(len(self.sequences.ids), config.batch_size, config.steps, config.seed)
-        detail = ""
-        while course.stopped is None:
-            self.one_step(order[self.step])
-            self.step += 1
-            course.see(self.step)
-            if course.stopped or course.logs_at(self.step):
-                detail = self.log()
-            if course.validates_at(self.step):
-                course.judge(self.model, self.step, self.device)
-            if course.saves_at(self.step):
-                self.save()
-            advance(1, detail)
-        if course.judges_late(self.step):
-            course.judge(self.model, self.step, self.device)
-
-    def one_step(self, index: NDArray[np.int64]) -> None:
-        """One step of the optimiser; what is drawn for it depends on the seed and its number alone."""
-        rng = np.random.default_rng([self.config.seed, 1, self.step])
-        if self.model.bidirectional:
-            task = cloze_task(self.sequences, index, self.loss, self.model.config.mask, rng)
-        else:
-            task = shifted_task(self.sequences, index)
-        self.model.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
-        loss = task_loss(self.model, task, self.loss, self.propensity, rng)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.sums += torch.stack([loss.detach(), norm.detach()])
-        self.summed += 1
-
-    def log(self) -> str:
-        """Write a row about the steps since the last one; what the progress line says."""
-        loss, norm = (self.sums / max(self.summed, 1)).tolist()
-        rate = learning_rate(self.config, self.step - 1)
-        epoch = self.step * self.config.batch_size / len(self.sequences.ids)
-        row = {"step": self.step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "epoch": epoch}
-        self.course.write_row(row | {"seconds": self.course.seconds})
-        self.sums.zero_()
-        self.summed = 0
-        return f"loss {loss:.3f}"
-
-    def learned(self) -> dict[str, Any]:
-        """What a checkpoint is of; a run with anything else cannot go on from it."""
-        data = self.sequences.fingerprint()
-        return {"encoder": asdict(self.model.config), "loss": asdict(self.loss), "sequences": data}
-
-    def save(self) -> None:
-        """Write a checkpoint."""
-        state = {"sums": self.sums.tolist(), "summed": self.summed}
-        files = {"optimizer.pt": self.optimizer.state_dict(), "rng.pt": random_state(self.device)}
-        self.course.save(self.model, self.step, self.learned(), state, files)
-
-    def take_up(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            UserError: The checkpoint is of another run.
-        """
-        state = self.course.take_up(self.model, checkpoint, self.learned())
-        self.step, self.summed = int(state["step"]), state["summed"]
-        self.sums = torch.tensor(state["sums"], device=self.device)
-        load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(load(checkpoint / "optimizer.pt"))
-        set_random_state(load(checkpoint / "rng.pt"), self.device)
-
-
-@dataclass(frozen=True)
-class SequentialRecommender:
-    """Ranks items by the scores of a sequential model; a group of equal titles counts as its best member.
-
-    Attributes:
-        model: Encoder and head.
-        catalog: The items.
-        counts: (I,) training targets of each item; decide which member represents a group.
-        batch_users: Histories of one forward.
-        origin: What the model is, for ``run.json`` and the card.
-        card: Text of its model card; empty where there is none.
-    """
-
-    model: SequentialModel
-    catalog: Catalog
-    counts: NDArray[np.int64]
-    batch_users: int = 256
-    origin: dict[str, Any] = field(default_factory=dict)
-    card: str = field(default="", repr=False)
-
-    @cached_property
-    def groups(self) -> Groups:
-        """Groups of items with the same title."""
-        return Groups.from_labels(self.catalog.group, self.counts)
-
-    @property
-    def hashes(self) -> dict[str, str]:
-        """Hex SHA-256 of what training and ranking must have in common."""
-        return {"counts": hashlib.sha256(self.counts.astype("<i8").tobytes()).hexdigest()}
-
-    def with_settings(self, **changes: Any) -> SequentialRecommender:
-        """The same: a sequential model scores every item and has no settings of its search.
-
-        Raises:
-            UserError: Any other setting than ``search = "catalogue"``.
-        """
-        for name, value in changes.items():
-            if (name, value) != ("search", "catalogue"):
-                raise UserError(
-                    f"a sequential model scores every item: wanted no {name}, got {value!r}; leave it out"
-                )
-        return self
-
-    def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
-        """Scores of all items, float32 (B, I), higher is better, on no scale of their own.
-
-        Args:
-            histories: Item indices, oldest first; the last ``max_length`` of each are read. May be empty.
-
-        Raises:
-            UserError: An item outside the catalogue.
-        """
-        check_histories(histories, self.groups)
-        scores = np.zeros((len(histories), self.catalog.n_items), dtype=np.float32)
-        last = self.model.config.max_length
-        was_training, device = self.model.training, self.model.bias.device
-        self.model.eval()
-        with torch.inference_mode():
-            for start in range(0, len(histories), self.batch_users):
-                part = [np.asarray(h)[-last:].tolist() for h in histories[start : start + self.batch_users]]
-                ids = padded(Ragged.from_lists(part))
-                if not ids.shape[1]:
-                    ids = np.zeros((len(ids), 1), dtype=np.int32)
-                found = self.model.last_scores(torch.from_numpy(ids.astype(np.int64)).to(device))
-                scores[start : start + len(part)] = found.cpu().numpy()
-        self.model.train(was_training)
-        return scores
-
-    def recommend(
-        self,
-        histories: ItemLists,
-        k: int | None = 10,
-        exclude: ItemLists | str | None = None,
-        allow: ItemLists | None = None,
-    ) -> Ranking:
-        """The ``k`` best groups for each history, which may be empty; see `Recommender.recommend`.
-
-        Raises:
-            UserError: An item outside the catalogue, or ``k < 1``.
-        """
-        return rank_items(self, histories, k, exclude, allow)
-
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        with atomic_folder(folder / "model") as model:
-            save_file(self.model.state_dict(), model / "model.safetensors")
-            write_json(model / "config.json", asdict(self.model.config))
-        save_catalog(self.catalog, self.counts, folder / "catalog.parquet")
-        if self.card:
-            write_text(folder / CARD, self.card)
-        facts = {"format": FORMAT, "kind": "sequential", "batch_users": self.batch_users}
-        write_json(folder / MANIFEST, facts | {"origin": self.origin})
-
-    @classmethod
-    def from_pretrained(
-        cls, folder_or_hub_id: Path | str, *, revision: str | None = None, device: str = "auto"
-    ) -> SequentialRecommender:
-        """Load what :meth:`save_pretrained` wrote, from a folder or the Hugging Face hub.
-
-        Raises:
-            UserError: Something is missing, or it is no sequential recommender.
-        """
-        folder = local_folder(folder_or_hub_id, revision)
-        facts = read_json(folder / MANIFEST)
-        if (facts.get("format"), facts.get("kind")) != (FORMAT, "sequential"):
-            got = f"kind {facts.get('kind')} of format {facts.get('format')}"
-            raise UserError(
-                f"wanted a sequential recommender of format {FORMAT} in {folder}/{MANIFEST}, got {got}; load it with "
-                "triewise.load, or save it again"
-            )
-        for name in ("catalog.parquet", "model"):
-            if not (folder / name).exists():
-                raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
-        config = EncoderConfig(**read_json(folder / "model" / "config.json"))
-        model = SequentialModel(config)
-        load_trained(model, folder / "model" / "model.safetensors")
-        model.requires_grad_(False)
-        frame = pl.read_parquet(folder / "catalog.parquet")
-        return cls(
-            model.to(resolve_device(device)).eval(),
-            Catalog.from_frame(frame),
-            frame["train_targets"].to_numpy().astype(np.int64),
-            facts["batch_users"],
-            facts["origin"],
-            (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "",
-        )
-
-
 def _trimmed(ids: NDArray[np.int32]) -> NDArray[np.int64]:
     """Without the columns that are padding in every row."""
     return ids[:, : max(int((ids != PAD).sum(1).max(initial=0)), 2)].astype(np.int64)
-
-
-def _optimizer(model: SequentialModel, name: str, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW without decay of norms and biases, or Adam with an L2 term on everything."""
-    parameters = list(model.parameters())
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    flat = [p for p in parameters if p.dim() < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": flat, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.backbones import (
+from triewise.models import (
     body,
     computes_again,
     head_weight,

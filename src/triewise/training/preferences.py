@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.data import Dataset
 
-from triewise import processes
 from triewise.errors import UserError
-from triewise.examples import Examples
 from triewise.files import atomic_path
-from triewise.forward import MicroBatches, TitleLoss, title_sums
-from triewise.losses import Objective
 from triewise.progress import note, progress
-from triewise.trie import Trie
+from triewise.tokens import Trie
+from triewise.training import processes
+from triewise.training.examples import Examples
+from triewise.training.forward import MicroBatches, TitleLoss, title_sums
+from triewise.training.losses import Objective
 
 
 def sdpo_loss(

@@ -23,6 +23,8 @@ from torch import Tensor
 from triewise.errors import UserError
 
 T = TypeVar("T")
+
+
 # One process prepares data and validates while the others wait; one that has died is noticed at once.
 PATIENCE = timedelta(hours=2)
 

@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 
-from triewise import processes
-from triewise.checkpoints import (
+from triewise.errors import UserError
+from triewise.files import atomic_folder, read_json, write_json
+from triewise.models import load_trained, save_trained
+from triewise.training import processes
+from triewise.training.checkpoints import (
     BEST,
     BEST_WEIGHTS,
     LOG,
@@ -28,24 +31,21 @@ from triewise.checkpoints import (
     checkpoints,
     keep_best,
     link,
-    load_trained,
     random_state,
     remove,
     restore_folder,
-    save_trained,
     set_random_state,
 )
-from triewise.errors import UserError
-from triewise.files import atomic_folder, read_json, write_json
 
 SCHEDULES = ("linear", "cosine", "constant")
 ORDERS = ("rows", "chains")
+
+
 # A resumed run may change these: they decide when to look, when to stop and what memory it takes, not what is computed.
 FREE = (
     *("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"),
     "gradient_checkpointing",
 )
-
 Validate = Callable[[Any], Mapping[str, float]]
 
 

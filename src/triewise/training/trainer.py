@@ -27,20 +27,21 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from triewise import processes
-from triewise.backbones import compute_again
-from triewise.checkpoints import clear, random_state, set_random_state, signals_set
-from triewise.contrast import Contrast
-from triewise.course import Course, TrainConfig, TrainResult, Validate
-from triewise.examples import Examples, chains, schedule
-from triewise.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
-from triewise.losses import AdaptiveTemperature, Objective
-from triewise.packing import packing_works
-from triewise.preferences import Preferences
+from triewise.models import compute_again
 from triewise.progress import progress
+from triewise.training import processes
+from triewise.training.checkpoints import clear, random_state, set_random_state, signals_set
+from triewise.training.contrast import Contrast
+from triewise.training.examples import Examples
+from triewise.training.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
+from triewise.training.losses import Objective
+from triewise.training.packing import packing_works
+from triewise.training.preferences import Preferences
+from triewise.training.state import Course, TrainConfig, TrainResult, Validate
+from triewise.training.temperature import AdaptiveTemperature
+from triewise.training.windows import chains, schedule
 
 _THEIR_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-
 Learned = Objective | Contrast | Preferences
 
 

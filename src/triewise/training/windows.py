@@ -1,30 +1,25 @@
-"""Training examples: windows of items, and their ids with one trie node per target token.
+"""Windows of one user's items: what is learned from, and in which order.
 
-A window is a run of one user's items: some leading ones are context, the titles of the rest are targets.
-Supervision ``last`` (the papers') has one target per row; ``every`` makes each title after the first a target
-of the same sequence and tiles every user's items with as few windows as it can.
+Some leading items of a window are context, the titles of the rest are targets. Supervision ``last`` (the papers')
+has one target per row; ``every`` makes each title after the first a target of the same sequence and tiles every
+user's items with as few windows as it can.
 
-Shape key: W windows, I items, N trie nodes, B batch, L tokens, M target positions, R rows of a split, S
-titles, T tokens.
+Shape key: W windows, I items, R rows of a split.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from triewise.arrays import Ragged, ranges
+from triewise.data import Split
 from triewise.errors import UserError
 from triewise.progress import note
-from triewise.prompts import Prompts
-from triewise.splits import Ragged, Split
-from triewise.trie import Trie
+from triewise.tokens import Prompts
 
 Ints = NDArray[np.integer[Any]]
 
@@ -51,49 +46,6 @@ class Windows:
         length = self.items.lengths
         place = np.arange(len(self.items.values)) - np.repeat(self.items.offsets[:-1], length)
         return place >= np.repeat(self.n_context, length)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch.
-
-    Right padding needs no attention mask with a causal model: it stands behind every token that matters.
-
-    Attributes:
-        input_ids: int64 (B, L), padded on the right with 0.
-        position: int64 (M,); index into the flattened (B * L) of the position whose hidden state predicts the
-            target.
-        target: int64 (M,); token ids.
-        node: int64 (M,); trie node before the target.
-        weight: float32 (M,); weight of the target in the loss.
-        zero_gain: bool (M,); whether the target decides nothing.
-        n_tokens: Tokens of ``input_ids`` without the padding.
-    """
-
-    input_ids: NDArray[np.int64]
-    position: NDArray[np.int64]
-    target: NDArray[np.int64]
-    node: NDArray[np.int64]
-    weight: NDArray[np.float32]
-    zero_gain: NDArray[np.bool_]
-    n_tokens: int
-
-
-@dataclass(frozen=True)
-class Alone:
-    """The target titles of a `Batch` behind a prompt that is the same for all.
-
-    Attributes:
-        input_ids: int64 (U, L); one row for each different title, padded on the right with 0.
-        position: int64 (M,); as in `Batch`, in the same order, but into (U * L).
-        node: int64 (M,); as in `Batch`.
-        n_tokens: Tokens of ``input_ids`` without the padding.
-    """
-
-    input_ids: NDArray[np.int64]
-    position: NDArray[np.int64]
-    node: NDArray[np.int64]
-    n_tokens: int
 
 
 def make_windows(split: Split, supervision: str, prompts: Prompts | None = None) -> Windows:
@@ -231,202 +183,6 @@ def schedule(
     return order.astype(np.int64).reshape(steps, batch_size)
 
 
-class Examples:
-    """Windows with everything that turns a few of them into a `Batch`.
-
-    Args:
-        windows: What is learned from.
-        prompts: Histories to prompt ids.
-        trie: Built from ``prompts.title_tokens``.
-        weight: Weight of each title token in the loss, title after title, float (T,); None: 1. `along_titles`
-            makes it from weights of nodes.
-        zero_gain: bool (N,); whether the token into each node decides nothing.
-
-    Raises:
-        UserError: A trie of other titles, arrays of another size, or several targets in a window without the
-            plain template.
-    """
-
-    def __init__(
-        self,
-        windows: Windows,
-        prompts: Prompts,
-        trie: Trie,
-        weight: NDArray[Any] | None,
-        zero_gain: NDArray[np.bool_],
-    ) -> None:
-        self.windows, self.prompts, self.trie = windows, prompts, trie
-        before_T, offsets = trie.paths()
-        after_T = _node_after(trie)
-        title = prompts.title_tokens
-        if not (np.array_equal(offsets, title.offsets) and np.array_equal(trie.token[after_T], title.values)):
-            raise UserError(
-                "wanted the trie of the prompts' titles, got another one; build both from one catalogue"
-            )
-        weight_T = np.ones(len(after_T)) if weight is None else weight
-        sized = (
-            ("weight", weight_T, len(after_T), "title tokens"),
-            ("zero_gain", zero_gain, trie.n_nodes, "nodes"),
-        )
-        for name, array, size, what in sized:
-            if array.shape != (size,):
-                raise UserError(f"wanted {name} for {size} {what}, got an array of shape {array.shape}")
-        self._check_windows()
-        self._node_T = before_T.astype(np.int64)
-        self._weight_T = weight_T.astype(np.float32)
-        self._zero_T = zero_gain[after_T]
-
-    def _check_windows(self) -> None:
-        n_targets = self.windows.items.lengths - self.windows.n_context
-        if n_targets.max(initial=0) > 1 and self.prompts.template != "plain":
-            raise UserError(
-                "windows with several targets need the plain template, got "
-                f"{self.prompts.template!r}; use supervision = 'last'"
-            )
-
-    def __len__(self) -> int:
-        """Number of windows."""
-        return len(self.windows)
-
-    @cached_property
-    def size(self) -> NDArray[np.int64]:
-        """Tokens of the titles of each window, context included; int64 (W,)."""
-        length = self.prompts.title_tokens.lengths[self.windows.items.values]
-        return np.add.reduceat(length, self.windows.items.offsets[:-1])
-
-    @cached_property
-    def of_title(self) -> dict[str, NDArray[np.int64]]:
-        """How many tokens of each title (I,) are ``tokens``, ``zero_gain``, ``positive_gain``, ``decisions``."""
-        is_T = {
-            "tokens": np.ones(len(self._zero_T), dtype=np.bool_),
-            "zero_gain": self._zero_T,
-            "positive_gain": ~self._zero_T,
-            "decisions": self.trie.branching[self._node_T],
-        }
-        first = self.prompts.title_tokens.offsets[:-1]
-        return {name: np.add.reduceat(is_t.astype(np.int64), first) for name, is_t in is_T.items()}
-
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of all that batches depend on."""
-        digest = hashlib.sha256((self.prompts.hash + self.trie.fingerprint()).encode())
-        for array in (self.windows.items.values, self.windows.items.offsets, self.windows.n_context):
-            digest.update(np.ascontiguousarray(array, dtype="<i8").tobytes())
-        digest.update(self._weight_T.astype("<f4").tobytes() + self._zero_T.tobytes())
-        return digest.hexdigest()
-
-    def batch(self, indices: Sequence[int] | Ints) -> Batch:
-        """The ids of some windows and where their target tokens are.
-
-        Args:
-            indices: Window numbers (B,).
-        """
-        index_B = np.asarray(indices, dtype=np.int64)
-        items, title = self.windows.items, self.prompts.title_tokens
-        start_B, n_context_B = items.offsets[index_B], self.windows.n_context[index_B].astype(np.int64)
-        prefixes = [
-            self.prompts.encode(items.values[s : s + n].tolist())
-            for s, n in zip(start_B, n_context_B, strict=True)
-        ]
-        prefix_B = np.array([len(p) for p in prefixes], dtype=np.int64)
-
-        n_titles_B = items.offsets[index_B + 1] - start_B - n_context_B
-        item_S = items.values[_ranges(start_B + n_context_B, n_titles_B).at]
-        token_T = _ranges(title.offsets[item_S], title.lengths[item_S])
-        row_T = np.repeat(np.arange(len(index_B)), n_titles_B)[token_T.row]
-        n_tokens_B = np.bincount(row_T, minlength=len(index_B))
-        place_T = _ranges(prefix_B, n_tokens_B).at
-
-        length_B = prefix_B + n_tokens_B
-        input_ids = np.zeros((len(index_B), int(length_B.max(initial=0))), dtype=np.int64)
-        for row, prefix in enumerate(prefixes):
-            input_ids[row, : len(prefix)] = prefix
-        target = title.values[token_T.at].astype(np.int64)
-        input_ids[row_T, place_T] = target
-        return Batch(
-            input_ids=input_ids,
-            position=row_T * input_ids.shape[1] + place_T - 1,
-            target=target,
-            node=self._node_T[token_T.at],
-            weight=self._weight_T[token_T.at],
-            zero_gain=self._zero_T[token_T.at],
-            n_tokens=int(length_B.sum()),
-        )
-
-    def alone(self, indices: Sequence[int] | Ints, prompt: Sequence[int]) -> Alone:
-        """The target titles of some windows, each different one once, behind a prompt without history.
-
-        Args:
-            indices: Window numbers (B,), as for `batch`.
-            prompt: Ids in front of every title, at least one.
-        """
-        index_B = np.asarray(indices, dtype=np.int64)
-        items, title = self.windows.items, self.prompts.title_tokens
-        first_B = items.offsets[index_B] + self.windows.n_context[index_B]
-        item_S = items.values[_ranges(first_B, items.offsets[index_B + 1] - first_B).at]
-        item_U, row_S = np.unique(item_S, return_inverse=True)
-        ids_U, place_U = (
-            _ranges(start, title.lengths[item_U]) for start in (title.offsets[item_U], 0 * item_U)
-        )
-        input_ids = np.zeros((len(item_U), len(prompt) + int(place_U.at.max(initial=-1)) + 1), dtype=np.int64)
-        input_ids[:, : len(prompt)] = prompt
-        input_ids[place_U.row, len(prompt) + place_U.at] = title.values[ids_U.at]
-        length_S = title.lengths[item_S]
-        place_T, token_T = _ranges(0 * item_S, length_S), _ranges(title.offsets[item_S], length_S).at
-        position = row_S[place_T.row] * input_ids.shape[1] + len(prompt) + place_T.at - 1
-        n_tokens = len(item_U) * len(prompt) + len(ids_U.at)
-        return Alone(input_ids, position.astype(np.int64), self._node_T[token_T], n_tokens)
-
-    def against(self, rejected: NDArray[np.int32]) -> Examples:
-        """Each window once with its target and then once with each rejected title in its place.
-
-        Args:
-            rejected: Item indices (W, n); each window has one target.
-
-        Returns:
-            Examples of ``W * (1 + n)`` windows; window w is number ``w * (1 + n)``.
-        """
-        items, n = self.windows.items, rejected.shape[1]
-        times = np.full(len(self.windows), 1 + n)
-        start, length = (np.repeat(array, times) for array in (items.offsets[:-1], items.lengths))
-        more = Ragged.windows(items.values, start, length)
-        target = np.column_stack([items.values[items.offsets[1:] - 1], rejected])
-        more.values[more.offsets[1:] - 1] = target.ravel()
-        other = copy.copy(self)
-        other.windows = Windows(more, np.repeat(self.windows.n_context, times))
-        other.__dict__.pop("size", None)
-        return other
-
-
-def along_titles(trie: Trie, value_per_node: NDArray[Any]) -> NDArray[Any]:
-    """A number per node (N,) as one per title token (T,), title after title: that of the node it leads into."""
-    if value_per_node.shape != (trie.n_nodes,):
-        raise UserError(
-            f"wanted a value for each of {trie.n_nodes} nodes, got an array of shape {value_per_node.shape}"
-        )
-    return value_per_node[_node_after(trie)]
-
-
-def _node_after(trie: Trie) -> NDArray[np.int32]:
-    """The node that each title token leads into, (T,)."""
-    before_T, offsets = trie.paths()
-    after_T = np.append(before_T[1:], before_T[:1])
-    after_T[offsets[1:] - 1] = trie.leaf
-    return after_T
-
-
-class _Flat(NamedTuple):
-    """Several ranges end to end: ``at`` are their numbers, ``row`` the range that each is from."""
-
-    at: NDArray[np.int64]
-    row: NDArray[np.int64]
-
-
-def _ranges(start: Ints, length: Ints) -> _Flat:
-    row = np.repeat(np.arange(len(start)), length)
-    shift = start - (np.cumsum(length) - length)
-    return _Flat(np.arange(len(row)) + shift[row], row)
-
-
 def _rows(rows: Ragged, index: Ints) -> Ragged:
     """Some rows of a ragged array, in the order of ``index``."""
     return Ragged.windows(rows.values, rows.offsets[index], rows.lengths[index])
@@ -474,8 +230,8 @@ def _continues(rows: Ragged, code_R: Ints) -> NDArray[np.bool_]:
     result = np.zeros(len(code_R), dtype=np.bool_)
     fits = (code_R[1:] == code_R[:-1]) & (history_R[1:] > 0) & (history_R[1:] <= history_R[:-1] + 1)
     later = np.flatnonzero(fits) + 1
-    ours = _ranges(rows.offsets[later], history_R[later])
-    theirs = _ranges(rows.offsets[later] - history_R[later], history_R[later])  # it ends where ours begins
+    ours = ranges(rows.offsets[later], history_R[later])
+    theirs = ranges(rows.offsets[later] - history_R[later], history_R[later])  # it ends where ours begins
     differs = rows.values[ours.at] != rows.values[theirs.at]
     result[later] = np.bincount(ours.row, weights=differs, minlength=len(later)) == 0
     return result

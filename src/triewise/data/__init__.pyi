@@ -1,0 +1,19 @@
+from .catalog import Catalog as Catalog, allowed_items as allowed_items
+from .dataset import (
+    Dataset as Dataset,
+    data_hash as data_hash,
+    load_dataset as load_dataset,
+    prepare as prepare,
+)
+from .interactions import Interactions as Interactions
+from .sources import settings_of as settings_of
+from .splits import Split as Split, first_rows as first_rows
+
+__all__ = [
+    "Catalog",
+    "Dataset",
+    "Interactions",
+    "Split",
+    "load_dataset",
+    "prepare",
+]

@@ -1,0 +1,28 @@
+from .card import CardFacts as CardFacts, addressed as addressed, model_card as model_card
+from .description import describe as describe, forced_by_position as forced_by_position
+from .explanation import Example as Example, explain as explain
+from .report import Comparison as Comparison, Report as Report, Row as Row, write_report as write_report
+from .terminal import (
+    clean as clean,
+    print_examples as print_examples,
+    print_facts as print_facts,
+    print_rows as print_rows,
+)
+
+__all__ = [
+    "CardFacts",
+    "Comparison",
+    "Example",
+    "Report",
+    "Row",
+    "addressed",
+    "clean",
+    "describe",
+    "explain",
+    "forced_by_position",
+    "model_card",
+    "print_examples",
+    "print_facts",
+    "print_rows",
+    "write_report",
+]

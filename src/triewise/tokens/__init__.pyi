@@ -1,0 +1,26 @@
+from .decisiveness import (
+    average_valid_tokens as average_valid_tokens,
+    binary_weights as binary_weights,
+    decoding_weights as decoding_weights,
+    forced_share as forced_share,
+    information_gain as information_gain,
+    linear_weights as linear_weights,
+    position_weights as position_weights,
+    scale_within as scale_within,
+    zero_gain as zero_gain,
+    zero_gain_share as zero_gain_share,
+)
+from .prompts import Dropped as Dropped, Prompts as Prompts, build_prompts as build_prompts
+from .trie import DeviceTrie as DeviceTrie, Trie as Trie
+
+__all__ = [
+    "Prompts",
+    "Trie",
+    "binary_weights",
+    "build_prompts",
+    "decoding_weights",
+    "information_gain",
+    "linear_weights",
+    "position_weights",
+    "zero_gain",
+]
