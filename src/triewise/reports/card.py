@@ -227,7 +227,8 @@ def _model(facts: CardFacts) -> str:
         lines.append(f"- {training['steps']} steps, ended by: {training['stopped']}")
         hashes = ", ".join(f"{name} {value[:16]}" for name, value in facts.run["hashes"].items())
         lines.append(f"- hashes (sha256): {hashes}")
-        versions = (f"{name} {facts.run['versions'][name]}" for name in ("triewise", "torch", "transformers"))
+        wanted = ("triewise", "trierec", "torch", "transformers")  # trierec: in runs made before the rename
+        versions = (f"{name} {v}" for name in wanted if (v := facts.run["versions"].get(name)))
         lines.append(f"- made with {escape(', '.join(versions))}")
     return "## Model\n\n" + "\n".join(lines)
 
