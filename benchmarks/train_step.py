@@ -5,7 +5,7 @@ titles (or, with ``--support trie``, ours uses the softmax over valid tokens, wh
 plain side is the usual recipe: one padded row a window, labels of -100 on the prompt, the model's own loss over all
 positions. Gradients are compared first; then steps of both alternate, and the first of each round is left out.
 
-    python benchmarks/train_step.py [--data games|office|books] [--model tiny|smollm2-135m-q4]
+    python benchmarks/train_step.py [--data games|office|books] [--model tiny|smollm2-135m-q4] [--quick]
 
 The last line of stdout is one JSON object.
 """
@@ -25,25 +25,32 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from triewise.data import prepare
-from triewise.models import load_backbone
-from triewise.tokens import Trie, build_prompts, zero_gain
-from triewise.training import Examples, Objective, make_windows, target_counts
-from triewise.training.forward import MicroBatches, TitleLoss
-from triewise.training.trainer import TrainConfig, TrieTrainer
-from triewise.training.windows import chains, schedule
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-SOURCES = {"games": "d3:amazon_games_d3", "office": "msl:amazon_office", "books": "msl:amazon_books"}
-TEMPLATE = {"games": "d3", "office": "msl", "books": "msl"}
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks._data import SHARED, SYNTHETIC, prepared  # noqa: E402
+
+from triewise.models import load_backbone  # noqa: E402
+from triewise.tokens import Trie, build_prompts, zero_gain  # noqa: E402
+from triewise.training import Examples, Objective, make_windows, target_counts  # noqa: E402
+from triewise.training.forward import MicroBatches, TitleLoss  # noqa: E402
+from triewise.training.trainer import TrainConfig, TrieTrainer  # noqa: E402
+from triewise.training.windows import chains, schedule  # noqa: E402
+
+SOURCES = {
+    "games": f"d3:{SHARED / 'amazon_games_d3'}",
+    "office": f"msl:{SHARED / 'amazon_office'}",
+    "books": f"msl:{SHARED / 'amazon_books'}",
+    SYNTHETIC: SYNTHETIC,
+}
+TEMPLATE = {"games": "d3", "office": "msl", "books": "msl", SYNTHETIC: "plain"}
 
 
 def load(data: str, model: str) -> tuple[Any, Examples]:
     """A model and the training rows of a data set, with histories of ten titles."""
-    kind, _, name = SOURCES[data].partition(":")
-    with tempfile.TemporaryDirectory() as folder:
-        dataset = prepare(f"{kind}:{SHARED / name}", Path(folder) / data, max_history=10)
-        rows, catalog, info = dataset.train, dataset.catalog, dataset.info
+    dataset = prepared(SOURCES[data])
+    rows, catalog, info = dataset.train, dataset.catalog, dataset.info
     backbone = load_backbone(model, titles=catalog.title, seed=0)
     prompts = build_prompts(
         backbone.tokenizer, catalog, TEMPLATE[data], info["noun"], info["verb"], max_history=10
@@ -230,7 +237,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="of ours")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
-    options = parser.parse_args()
+    options = parsed(parser, data=SYNTHETIC, rows=8, steps=2, rounds=1, no_memory=True)
     options.order = options.order or ("chains" if options.data == "games" else "rows")
     options.plain_rows = options.rows if options.plain_rows is None else options.plain_rows
     if options.plain_rows < 1 or options.rows % options.plain_rows:
