@@ -29,7 +29,7 @@ from triewise.data import prepare
 from triewise.models import load_backbone
 from triewise.tokens import Trie, build_prompts, zero_gain
 from triewise.training import Examples, Objective, make_windows, target_counts
-from triewise.training.forward import MicroBatches, TitleLoss
+from triewise.training.objective import MicroBatches, TitleLoss
 from triewise.training.trainer import TrainConfig, TrieTrainer
 from triewise.training.windows import chains, schedule
 

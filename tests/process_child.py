@@ -34,7 +34,7 @@ from triewise.training import (
     target_counts,
     train,
 )
-from triewise.training.forward import MicroBatches, TitleLoss
+from triewise.training.objective import MicroBatches, TitleLoss
 from triewise.training.trainer import TrainConfig, TrieTrainer
 
 STEPS = 5

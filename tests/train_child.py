@@ -12,7 +12,7 @@ import torch
 
 import triewise.files
 import triewise.training.checkpoints
-import triewise.training.forward
+import triewise.training.objective
 import triewise.training.state
 from tests.token_worlds import cycle_world
 from triewise.training import AdaptiveTemperature, Objective, train
@@ -71,7 +71,7 @@ def die(out: str, place: str) -> None:
     torch.set_num_threads(1)
     name = f"checkpoint-{KILLED_STEP}"
     if place == "training":
-        _kill_when(triewise.training.forward.TitleLoss, "forward", count=2 * 6 + 1)  # in the seventh step
+        _kill_when(triewise.training.objective.TitleLoss, "forward", count=2 * 6 + 1)  # in the seventh step
     elif place == "before":
         _kill_when(triewise.training.state, "atomic_folder", lambda path, *_: path.name == name)
     elif place == "middle":

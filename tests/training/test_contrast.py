@@ -202,7 +202,7 @@ def test_accumulation_changes_nothing(support: str, tmp_path: Path) -> None:
 def test_blocks_of_logits_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned, steps = Contrast(Objective("vocabulary"), 0.3), []
     for at_once in (1 << 26, 20 * 5):
-        monkeypatch.setattr("triewise.training.forward.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("triewise.training.objective.LOGITS_AT_ONCE", at_once)
         steps.append(one_step(learned, tmp_path / str(at_once)))
     for name in steps[0]:
         torch.testing.assert_close(steps[0][name], steps[1][name], rtol=1e-5, atol=1e-6)

@@ -27,7 +27,7 @@ from triewise.training import (
     target_counts,
     train,
 )
-from triewise.training.forward import MicroBatches, TitleLoss
+from triewise.training.objective import MicroBatches, TitleLoss
 from triewise.training.packing import SHARE_AT_LEAST, hidden_states, pack, packing_works
 from triewise.training.trainer import TrainConfig, TrieTrainer
 from triewise.training.windows import chains, schedule

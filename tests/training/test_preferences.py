@@ -284,7 +284,7 @@ def test_packing_runs_a_prompt_once_and_changes_nothing(support: str, tmp_path: 
 def test_blocks_of_logits_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples, steps = world(), []
     for at_once in (1 << 26, 20 * 5):
-        monkeypatch.setattr("triewise.training.forward.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("triewise.training.objective.LOGITS_AT_ONCE", at_once)
         seen, settings = Gradients(), config(steps=1, batch_size=4, max_grad_norm=1e9)
         trainer = TrieTrainer(small_model(), examples, learned(examples), settings, tmp_path)
         trainer.add_callback(seen)

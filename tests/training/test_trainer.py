@@ -27,7 +27,7 @@ from triewise.recipe import load_recipe, recipe_folder
 from triewise.tokens import binary_weights, zero_gain
 from triewise.training import AdaptiveTemperature, Examples, Objective, along_titles, target_counts, train
 from triewise.training.checkpoints import WEIGHTS, checkpoints
-from triewise.training.forward import PARTS, MicroBatches, TitleLoss
+from triewise.training.objective import PARTS, MicroBatches, TitleLoss
 from triewise.training.trainer import TrainConfig, TrainResult, TrieTrainer
 from triewise.training.windows import schedule
 

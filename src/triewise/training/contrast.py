@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from triewise.errors import UserError
 from triewise.tokens import DeviceTrie, Trie
 from triewise.training.examples import Examples
-from triewise.training.forward import MicroBatches, TitleLoss, title_sums
+from triewise.training.objective import MicroBatches, TitleLoss, title_sums
 from triewise.training.losses import Columns, Objective, Parts
 from triewise.training.temperature import AdaptiveTemperature
 

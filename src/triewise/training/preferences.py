@@ -27,7 +27,7 @@ from triewise.progress import note, progress
 from triewise.tokens import Trie
 from triewise.training import processes
 from triewise.training.examples import Examples
-from triewise.training.forward import MicroBatches, TitleLoss, title_sums
+from triewise.training.objective import MicroBatches, TitleLoss, title_sums
 from triewise.training.losses import Objective
 
 

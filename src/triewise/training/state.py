@@ -64,7 +64,7 @@ class TrainConfig:
         max_grad_norm: Gradients are scaled down to this norm.
         log_every: Steps between rows of the log.
         log_parts: Whether rows of the log have both parts of the language-modelling loss at their step and the
-            norms of their gradients (`forward.measure_parts`), null at a stop nobody could foresee. It costs a
+            norms of their gradients (`objective.measure_parts`), null at a stop nobody could foresee. It costs a
             forward and two backward passes per row and changes nothing in what is learned.
         evaluate_every: Steps between validations, and one after the last step; 0: never.
         checkpoint_every: Steps between checkpoints, and one at the end; 0: only at the end.

@@ -33,7 +33,7 @@ from triewise.training import processes
 from triewise.training.checkpoints import clear, random_state, set_random_state, signals_set
 from triewise.training.contrast import Contrast
 from triewise.training.examples import Examples
-from triewise.training.forward import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
+from triewise.training.objective import PARTS, Meter, MicroBatches, TitleLoss, measure_parts
 from triewise.training.losses import Objective
 from triewise.training.packing import packing_works
 from triewise.training.preferences import Preferences
