@@ -132,7 +132,7 @@ def test_a_plain_prompt_without_history_is_an_empty_one() -> None:
 def test_titles_without_history_are_those_of_the_batch() -> None:
     """Several targets in a window, the same title in several windows."""
     examples, rows = cycle_world(), [0, 3, 3, 7]
-    batch, alone = examples.batch(rows), examples.alone(rows, [1, 19])
+    batch, alone = examples.batch(rows), examples.without_history(rows, [1, 19])
     ids = alone.input_ids.ravel()
     assert np.array_equal(ids[alone.position + 1], batch.target)
     assert np.array_equal(alone.node, batch.node)

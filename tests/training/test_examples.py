@@ -12,7 +12,7 @@ from tests.token_worlds import Row, make_prompts, make_split
 from triewise.errors import UserError
 from triewise.tokens import Trie, position_weights
 from triewise.training import Examples, Windows, along_titles, make_windows, target_counts
-from triewise.training.windows import schedule
+from triewise.training.windows import batch_order
 
 
 def listed(windows: Windows) -> list[tuple[list[int], int]]:
@@ -108,13 +108,13 @@ def test_wrong_supervision(supervision: str, template: str, line: str) -> None:
 
 
 def test_the_schedule_is_one_permutation_after_another() -> None:
-    order = schedule(n_windows=7, batch_size=3, steps=6, seed=4)
+    order = batch_order(n_windows=7, batch_size=3, steps=6, seed=4)
     assert order.shape == (6, 3)
     flat = order.ravel()
     assert sorted(flat[:7]) == sorted(flat[7:14]) == list(range(7))
     assert not np.array_equal(flat[:7], flat[7:14])
-    assert np.array_equal(schedule(7, 3, 9, 4)[:6], order), "more steps only add to it"
-    assert not np.array_equal(schedule(7, 3, 6, 5), order)
+    assert np.array_equal(batch_order(7, 3, 9, 4)[:6], order), "more steps only add to it"
+    assert not np.array_equal(batch_order(7, 3, 6, 5), order)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from triewise.errors import UserError
 from triewise.models import (
     BASE_FACTS,
     Backbone,
-    EncoderConfig,
     SequentialModel,
     load_backbone,
     resolve_device,
@@ -43,11 +42,10 @@ from triewise.training import (
     AdaptiveTemperature,
     Contrast,
     Examples,
-    LossConfig,
+    Learned,
     Objective,
     Preferences,
     Sequences,
-    TrainConfig,
     TrainResult,
     Windows,
     along_titles,
@@ -66,7 +64,7 @@ REFERENCE = "reference.npz"
 
 
 @dataclass(frozen=True)
-class Parts:
+class Assembly:
     """What a recipe and a data set become before training starts."""
 
     backbone: Backbone
@@ -83,7 +81,7 @@ class Learner:
     Attributes:
         recommender: Ranks with the model as it is now.
         facts: What ``run.json`` says of it.
-        fit: ``fit(config, out, validate=..., resume=..., title=...)`` trains it.
+        fit: ``fit(out, validate=..., resume=..., title=...)`` trains it.
     """
 
     recommender: GenerativeRecommender | SequentialRecommender
@@ -96,7 +94,7 @@ def learner_of(recipe: Recipe, dataset: Dataset) -> Learner:
     return (_generative if recipe.sequential is None else _sequential)(recipe, dataset)
 
 
-def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
+def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     """Backbone, prompts, trie, training windows and target counts of a recipe."""
     settings, reference = recipe.backbone, recipe.objective.preference.reference
     backbone = _backbone(recipe, dataset) if reference is None else _reference_backbone(recipe, reference)
@@ -117,14 +115,14 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
     )
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     if reference is not None:
-        found = open_run(reference)[1]["hashes"]
-        if found["data"] != data_hash(dataset):
+        theirs = open_run(reference)[1]["hashes"]
+        if theirs["data"] != data_hash(dataset):
             raise UserError(
                 f"the reference {reference} was trained on other rows than those of {dataset.folder}; give both the "
                 "same data, split and data.max_history"
             )
         for part, ours in (("prompt", prompts.hash), ("trie", trie.fingerprint())):
-            if found.get(part) != ours:
+            if theirs.get(part) != ours:
                 raise UserError(
                     f"the {part} of the reference {reference} is another one; give both the same data, "
                     "data.max_history and backbone, or train a reference for this recipe"
@@ -133,7 +131,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
     counts = target_counts(windows, dataset.catalog.n_items)
     for line in training_warnings(recipe.objective, prompts, trie, windows, counts):
         note(line)
-    return Parts(backbone, prompts, trie, windows, counts)
+    return Assembly(backbone, prompts, trie, windows, counts)
 
 
 def _backbone(recipe: Recipe, dataset: Dataset) -> Backbone:
@@ -198,10 +196,9 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
     }
     examples, rejected = _examples(recipe, parts), _rejected(recipe, parts)
 
-    def fit_it(config: TrainConfig, out: Path, **how: Any) -> TrainResult:
-        at_once, kept = config.share(processes.count()), out / REFERENCE
-        learned = _learned(recipe, model, examples, rejected, at_once, kept)
-        return train(model, examples, learned, config, out, **how)
+    def fit_it(out: Path, **how: Any) -> TrainResult:
+        learned = _learned(recipe, model, examples, rejected, out / REFERENCE)
+        return train(model, examples, learned, recipe.training, out, seed=recipe.seed, **how)
 
     return Learner(_recommender(recipe, dataset, parts), facts, fit_it)
 
@@ -226,9 +223,8 @@ def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
         age_days = (rows.timestamp.max() - rows.timestamp) / 86400
         weight = np.exp2(-age_days / settings.half_life_days)
     sequences = Sequences.from_windows(windows, weight)
-    shape = settings.model_dump(include={"width", "blocks", "heads", "dropout", "head"})
-    encoder = EncoderConfig(settings.encoder, n_items, recipe.data.max_history, **shape)
-    model = SequentialModel(encoder, recipe.seed).to(resolve_device(settings.device))
+    model = SequentialModel(settings, n_items, recipe.data.max_history, recipe.seed)
+    model.to(resolve_device(settings.device))
     origin = {"name": settings.encoder, "kind": "sequential"}
     recommender = SequentialRecommender(model, dataset.catalog, counts, origin=origin)
     size = sum(p.numel() for p in model.parameters())
@@ -240,9 +236,8 @@ def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
         "windows": len(windows),
         "targets": int(counts.sum()),
     }
-    chosen = settings.model_dump(include={f.name for f in fields(LossConfig)})
-    loss = LossConfig(base=settings.loss, **chosen)
-    return Learner(recommender, facts, functools.partial(fit, model, sequences, counts, loss))
+    fit_it = functools.partial(fit, model, sequences, counts, settings, recipe.training, seed=recipe.seed)
+    return Learner(recommender, facts, fit_it)
 
 
 def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
@@ -255,7 +250,7 @@ def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
     return rows
 
 
-def _examples(recipe: Recipe, parts: Parts) -> Examples:
+def _examples(recipe: Recipe, parts: Assembly) -> Examples:
     """Training examples; title tokens are weighed as the objective says, zero-gain edges marked for the log."""
     weight, kind, beta = None, recipe.objective.weight, recipe.objective.beta
     if kind == "position":
@@ -267,34 +262,27 @@ def _examples(recipe: Recipe, parts: Parts) -> Examples:
 
 
 def _objective(settings: ObjectiveSettings) -> Objective:
-    temperature: float | AdaptiveTemperature
-    if settings.temperature == "adaptive":
-        ats = settings.adaptive
-        temperature = AdaptiveTemperature(**ats.model_dump())
-    else:
-        temperature = settings.temperature
-    return Objective(settings.support, temperature, settings.normaliser, settings.expand_negatives)
+    temperature = settings.temperature
+    ats = AdaptiveTemperature(**settings.adaptive.model_dump()) if temperature == "adaptive" else temperature
+    return Objective(settings.support, ats, settings.normaliser, settings.expand_negatives)
 
 
-def _rejected(recipe: Recipe, parts: Parts) -> NDArray[np.int32] | None:
+def _rejected(recipe: Recipe, parts: Assembly) -> NDArray[np.int32] | None:
     """The titles that S-DPO holds against the target of each window; None without it."""
     n = recipe.objective.preference.negatives
     return draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed) if n else None
 
 
 def _learned(
-    recipe: Recipe,
-    model: Any,
-    examples: Examples,
-    rejected: NDArray[np.int32] | None,
-    at_once: int,
-    kept: Path,
-) -> Objective | Contrast | Preferences:
-    """What is trained; the reference of S-DPO is read from ``kept``, or computed ``at_once`` windows a forward."""
+    recipe: Recipe, model: Any, examples: Examples, rejected: NDArray[np.int32] | None, kept: Path
+) -> Learned:
+    """What is trained; the reference of S-DPO is read from ``kept``, or computed and written there."""
     settings, contrast = recipe.objective, recipe.objective.contrast
     if rejected is not None:
         packing = recipe.training.packing and packs(model, examples)
-        reference, key = kept_reference(kept, model, examples, rejected, settings.support, at_once, packing)
+        reference, key = kept_reference(
+            kept, model, examples, rejected, settings.support, processes.share(recipe.training), packing
+        )
         return Preferences(rejected, reference, settings.preference.beta, settings.support, key)
     objective = _objective(settings)
     if not contrast.strength:
@@ -302,7 +290,7 @@ def _learned(
     return Contrast(objective, contrast.strength, contrast.without_history)
 
 
-def _recommender(recipe: Recipe, dataset: Dataset, parts: Parts) -> GenerativeRecommender:
+def _recommender(recipe: Recipe, dataset: Dataset, parts: Assembly) -> GenerativeRecommender:
     return GenerativeRecommender(
         parts.backbone,
         dataset.catalog,

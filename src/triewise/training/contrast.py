@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from triewise.errors import UserError
-from triewise.tokens import DeviceTrie, Trie
+from triewise.tokens import Trie
 from triewise.training.examples import Examples
-from triewise.training.objective import MicroBatches, TitleLoss, title_sums
-from triewise.training.losses import Columns, Objective, Parts
-from triewise.training.temperature import AdaptiveTemperature
+from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses, title_sums
 
 
 def contrast_parts(
@@ -31,13 +29,8 @@ def contrast_parts(
     strength: float,
     logits: Tensor,
     without: Tensor,
-    target: Tensor,
-    node: Tensor,
-    trie: Trie | DeviceTrie,
-    weight: Tensor | None = None,
-    n_edges: int | None = None,
-    columns: Columns | None = None,
-) -> Parts:
+    *rest: Any,
+) -> TokenLosses:
     r"""The loss of CFT per token, with the support, temperature and weights of ``objective``.
 
     .. math:: \ell_m = w_m \, \mathrm{nll}(f_m, y_m) + \lambda \, w_m \, \mathrm{nll}(f_m - f^0_m, y_m)
@@ -50,12 +43,7 @@ def contrast_parts(
         strength: Lambda, >= 0.
         logits: Next-token logits with the history (M, V), any float dtype.
         without: Those of the same tokens without the history (M, V).
-        target: Target token ids (M,), int64.
-        node: Trie node before each target (M,), int64.
-        trie: The trie of all items.
-        weight: Token weights (M,) >= 0; None: 1.
-        n_edges: As in `losses.trie_nll`.
-        columns: The same.
+        rest: Target and what follows, as of `Objective.parts`.
 
     Returns:
         ``loss`` of both terms; ``contribution`` and ``nll`` of the first, so that the divisor is the sum of the
@@ -63,9 +51,9 @@ def contrast_parts(
 
     Source: the code of CFT and of IGD, which agree; the formula of the CFT paper was not read.
     """
-    factual = objective.parts(logits, target, node, trie, weight, n_edges, columns)
+    factual = objective.parts(logits, *rest)
     effect = logits.float() - without.float()
-    contrast = objective.parts(effect, target, node, trie, weight, n_edges, columns)
+    contrast = objective.parts(effect, *rest)
     return factual._replace(loss=factual.loss + strength * contrast.loss)
 
 
@@ -98,16 +86,6 @@ class Contrast:
                 "not for differences; give a number"
             )
 
-    @property
-    def tau(self) -> float:
-        """The temperature."""
-        return self.objective.tau
-
-    @property
-    def temperature(self) -> float | AdaptiveTemperature:
-        """The temperature; never an adaptive one."""
-        return self.objective.temperature
-
     def settings(self) -> dict[str, Any]:
         """What training does not change."""
         contrast = {"strength": self.strength, "without_history": self.without_history}
@@ -118,11 +96,11 @@ class Contrast:
         return self.objective.divisor(total)
 
     def module(self, model: Any, trie: Trie) -> ContrastLoss:
-        """What training wraps and calls."""
+        """See `objective.Learned`."""
         return ContrastLoss(model, self, trie)
 
     def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> ContrastBatches:
-        """Arguments of that module."""
+        """See `objective.Learned`."""
         return ContrastBatches(examples, self, rows, packing)
 
 
@@ -169,7 +147,7 @@ class ContrastBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Arguments of `ContrastLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
         item, examples = self.titles[index], self.titles.examples
-        alone = examples.alone(self.titles.rows[index], self.prompt)
+        alone = examples.without_history(self.titles.rows[index], self.prompt)
         kept = np.ones(len(alone.node), dtype=np.bool_)
         if self.titles.objective.support == "trie":
             kept = examples.trie.branching[alone.node]

@@ -18,9 +18,7 @@ from numpy.typing import NDArray
 from triewise.arrays import Ragged, ranges
 from triewise.errors import UserError
 from triewise.tokens import Prompts, Trie
-from triewise.training.windows import (
-    Windows,
-)
+from triewise.training.windows import Windows
 
 Ints = NDArray[np.integer[Any]]
 
@@ -52,7 +50,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Alone:
+class WithoutHistory:
     """The target titles of a `Batch` behind a prompt that is the same for all.
 
     Attributes:
@@ -189,7 +187,7 @@ class Examples:
             n_tokens=int(length_B.sum()),
         )
 
-    def alone(self, indices: Sequence[int] | Ints, prompt: Sequence[int]) -> Alone:
+    def without_history(self, indices: Sequence[int] | Ints, prompt: Sequence[int]) -> WithoutHistory:
         """The target titles of some windows, each different one once, behind a prompt without history.
 
         Args:
@@ -211,9 +209,9 @@ class Examples:
         place_T, token_T = ranges(0 * item_S, length_S), ranges(title.offsets[item_S], length_S).at
         position = row_S[place_T.row] * input_ids.shape[1] + len(prompt) + place_T.at - 1
         n_tokens = len(item_U) * len(prompt) + len(ids_U.at)
-        return Alone(input_ids, position.astype(np.int64), self._node_T[token_T], n_tokens)
+        return WithoutHistory(input_ids, position.astype(np.int64), self._node_T[token_T], n_tokens)
 
-    def against(self, rejected: NDArray[np.int32]) -> Examples:
+    def with_rejected(self, rejected: NDArray[np.int32]) -> Examples:
         """Each window once with its target and then once with each rejected title in its place.
 
         Args:

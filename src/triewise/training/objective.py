@@ -1,16 +1,13 @@
-"""What a micro-batch goes through: window numbers to tensors, body and head to a loss, sums for the log.
+"""What is learned from titles, and what a micro-batch goes through: window numbers to tensors, body and head to a loss.
 
-Shape key: B batch, L tokens, D width, V vocabulary, M target positions.
+Shape key: B batch, L tokens, D width, V vocabulary, C of its tokens, M target positions.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,16 +16,218 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
+from triewise.errors import UserError
 from triewise.models import body, hand_head_matches, head_bias, head_rows, head_weight
 from triewise.progress import note
-from triewise.tokens import Trie
+from triewise.tokens import DeviceTrie, Trie
 from triewise.training import processes
 from triewise.training.examples import Batch, Examples
-from triewise.training.losses import Columns, Objective, Parts, gradient_weight, lml_parts
+from triewise.training.losses import (
+    Columns,
+    check_temperature,
+    child_edges,
+    column_of,
+    edge_logits,
+    gradient_weight,
+    on_device,
+    trie_nll,
+    vocabulary_nll,
+    widest_node,
+)
 from triewise.training.packing import hidden_states, pack
+from triewise.training.temperature import AdaptiveTemperature
 
+SUPPORTS = ("trie", "vocabulary")
+NORMALISERS = ("weights", "decisions", "sum")
 LOGITS_AT_ONCE = 1 << 26  # logits of the whole vocabulary that are held at one time
 WORTH_PACKING = 0.9  # share of the places that packing has to leave
+
+
+class Learned(Protocol):
+    """What `trainer.train` lowers: an `Objective`, `contrast.Contrast` or `preferences.Preferences`."""
+
+    @property
+    def objective(self) -> Objective:
+        """What gives the loss of a token."""
+
+    def settings(self) -> dict[str, Any]:
+        """What training does not change, as JSON values."""
+
+    def divisor(self, total: Tensor) -> Tensor:
+        """What a sum of losses is divided by, from the sum of what all micro-batches of the step contribute."""
+
+    def module(self, model: Any, trie: Trie) -> nn.Module:
+        """What is wrapped and called: a `TitleLoss`, or a module that has one as ``titles``."""
+
+    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> Dataset[dict[str, Any]]:
+        """Its arguments, a micro-batch for each of ``rows`` (n, B), as `MicroBatches`."""
+
+
+class TokenLosses(NamedTuple):
+    """Per token, float32 (M,): the weighted loss, what it adds to the normaliser, the plain nll in nats."""
+
+    loss: Tensor
+    contribution: Tensor
+    nll: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A training loss put together from choices.
+
+    Attributes:
+        support: ``trie`` (MSL) or ``vocabulary`` (LML): which tokens the softmax runs over.
+        temperature: A number > 0, or an `AdaptiveTemperature` (trie support only). In trie support the loss
+            is multiplied by it, as in the paper: ``sum -tau log softmax(z / tau)``, each token by its own where
+            it has one; in vocabulary support it is not, as in the authors' LML + tau.
+        normaliser: What the sum of weighted losses is divided by. ``weights``: the sum of the weights of all
+            target tokens (LML, IGD); ``decisions``: the same over tokens with more than one valid choice (the
+            released MSL with ATS); ``sum``: 1.
+        expand_negatives: MSL + alpha, trie support only; see `trie_nll`. An adaptive temperature is found
+            without it.
+
+    Raises:
+        UserError: An unknown choice, a temperature <= 0, or an adaptive one or ``expand_negatives`` without
+            trie support.
+    """
+
+    support: str = "trie"
+    temperature: float | AdaptiveTemperature = 1.0
+    normaliser: str = "weights"
+    expand_negatives: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what does not exist."""
+        for name, known in (("support", SUPPORTS), ("normaliser", NORMALISERS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"wanted {name} among {', '.join(known)}, got {getattr(self, name)!r}")
+        if not self.is_adaptive:
+            check_temperature(self.tau)
+        elif self.support != "trie":
+            raise UserError(
+                f"an adaptive temperature needs trie support, got {self.support!r}; give a number instead"
+            )
+        if self.expand_negatives and self.support != "trie":
+            raise UserError(f"expand_negatives needs trie support, got {self.support!r}; set it to False")
+
+    @property
+    def objective(self) -> Objective:
+        """Itself; see `Learned`."""
+        return self
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the temperature changes while training."""
+        return isinstance(self.temperature, AdaptiveTemperature)
+
+    @property
+    def tau(self) -> float:
+        """The temperature now; see ``value`` of an adaptive one."""
+        t = self.temperature
+        return t.value if isinstance(t, AdaptiveTemperature) else float(t)
+
+    def settings(self) -> dict[str, Any]:
+        """What training does not change."""
+        t = self.temperature
+        return vars(self) | {"temperature": t.settings() if isinstance(t, AdaptiveTemperature) else t}
+
+    def __call__(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        node: Tensor,
+        trie: Trie | DeviceTrie,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """The normalised loss of one batch, a scalar; see `parts` for the arguments.
+
+        It changes nothing: an adaptive temperature moves by `observe` alone.
+        """
+        parts = self.parts(logits, target, node, trie, weight)
+        return parts.loss.sum() / self.divisor(parts.contribution.sum())
+
+    def parts(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        node: Tensor,
+        trie: Trie | DeviceTrie,
+        weight: Tensor | None = None,
+        n_edges: int | None = None,
+        columns: Columns | None = None,
+    ) -> TokenLosses:
+        """Losses of single tokens, for callers that normalise over more than one batch.
+
+        Args:
+            logits: Next-token logits (M, V).
+            target: Target token ids (M,), int64.
+            node: Trie node before each target (M,), int64.
+            trie: The trie of all items.
+            weight: Token weights (M,) >= 0; None: 1.
+            n_edges: As in `trie_nll`.
+            columns: As in `trie_nll`; trie support only.
+        """
+        device_trie = on_device(trie, logits.device)
+        weight = torch.ones_like(target, dtype=torch.float32) if weight is None else weight.float()
+        contribution = self.contribution(weight, device_trie.n_children[node] > 1)
+        if self.support == "vocabulary":
+            nll = vocabulary_nll(logits, target, self.tau)
+            return TokenLosses(weight * nll, contribution, nll)
+        tau: float | Tensor = self.tau
+        if isinstance(self.temperature, AdaptiveTemperature) and self.temperature.scope == "token":
+            row, token = child_edges(node, device_trie, n_edges)
+            valid, positive = edge_logits(logits.detach(), target, row, token, columns)
+            tau = self.temperature.per_token(positive, valid, row)
+        nll = trie_nll(logits, target, node, device_trie, tau, n_edges, self.expand_negatives, columns)
+        return TokenLosses(weight * nll * tau, contribution, nll)
+
+    def contribution(self, weight: Tensor, decision: Tensor) -> Tensor:
+        """What each token adds to the normaliser (M,); ``decision``: whether several tokens are valid."""
+        return weight * decision if self.normaliser == "decisions" else weight
+
+    def divisor(self, total: Tensor) -> Tensor:
+        """The divisor for a sum of contributions; 1 where nothing contributes: the loss is 0, not NaN."""
+        return torch.where(total > 0, total, 1.0) if self.normaliser != "sum" else torch.ones_like(total)
+
+    def module(self, model: Any, trie: Trie) -> TitleLoss:
+        """See `Learned`."""
+        return TitleLoss(model, self, trie)
+
+    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> MicroBatches:
+        """See `Learned`."""
+        return MicroBatches(examples, self, rows, packing)
+
+    @torch.no_grad()
+    def observe(
+        self, logits: Tensor, target: Tensor, node: Tensor, trie: Trie, columns: Columns | None = None
+    ) -> None:
+        """Let an adaptive temperature see one micro-batch of a training forward; arguments as in `parts`.
+
+        In several processes, each of which has to call it, the rows of all are seen as one micro-batch, process
+        after process: one update, and the same value everywhere.
+        """
+        ats = self.temperature
+        if not isinstance(ats, AdaptiveTemperature):
+            return
+        device_trie = trie.to(logits.device)
+        if ats.rows == "all" or ats.scope == "token":
+            look = (device_trie.n_children.index_select(0, node) > 1).nonzero()[:, 0]
+            n_edges = None
+        else:
+            reference, m = (0, int(trie.n_children[0])) if ats.rows == "root" else widest_node(trie)
+            look = (node == reference).nonzero()[:, 0]
+            n_edges = m * len(look)
+        row, token = child_edges(node[look], device_trie, n_edges)
+        positive = processes.concatenate(logits[look, column_of(target[look], columns)].float())
+        valid = processes.concatenate(logits[look[row], column_of(token, columns)].float())
+        if n_edges is not None:
+            ats.update(positive, valid, m)
+            return
+        n_valid = processes.concatenate(device_trie.n_children.index_select(0, node[look]))
+        if len(positive):
+            row = torch.arange(len(positive), device=valid.device)
+            row = row.repeat_interleave(n_valid, output_size=len(valid))
+            ats.update(positive, valid, len(valid) / len(positive), row)
 
 
 class TitleLoss(nn.Module):
@@ -78,49 +277,26 @@ class TitleLoss(nn.Module):
             bias = None if bias is None else bias.index_select(0, tokens)
         return nn.functional.linear(hidden, weight, bias)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position: Tensor,
-        target: Tensor,
-        node: Tensor,
-        weight: Tensor,
-        zero_gain: Tensor,
-        decision: Tensor,
-        n_edges: int,
-        tokens: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        subtree_end: Tensor | None = None,
-        prefix_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, zero_gain: Tensor, decision: Tensor, **batch: Any) -> dict[str, Tensor]:
         """Sum of the weighted losses of a micro-batch, not normalised, and sums for the log.
 
         Args:
-            input_ids: (B, L) rows, or (S, T) packed ones with the last three arguments; see `packing.Packed`.
-            position: (M,) where each target is predicted, in the flattened ``input_ids``.
-            target: (M,) token ids.
-            node: (M,) trie node before each target.
-            weight: (M,) weight of each target.
             zero_gain: (M,) whether the target decides nothing.
             decision: (M,) whether several tokens are valid.
-            n_edges: Number of children of all nodes of ``node`` together.
-            tokens: (C,) the tokens that logits are needed of, ascending; None: all.
-            position_ids: (S, T) of packed rows.
-            subtree_end: (S, T) of packed rows.
-            prefix_ids: (P,) of packed rows.
+            batch: ``input_ids`` (B, L), or of packed rows that and ``position_ids``, ``subtree_end`` and
+                ``prefix_ids`` of `packing.Packed`; ``position`` (M,), where each target is predicted in the
+                flattened ``input_ids``; ``target``, ``node``, ``weight`` (M,) and ``n_edges`` of `Objective.parts`;
+                ``tokens`` (C,), those that logits are needed of, ascending; where it is left out, all.
 
         Returns:
             ``loss``, a scalar; ``sums`` (3,), detached: nll of tokens without and with gain, and the gradient
             weight w = 1 - P(target) of the decisions.
         """
-        batch = {"input_ids": input_ids, "position": position, "n_edges": n_edges, "tokens": tokens}
-        batch |= {"target": target, "node": node, "weight": weight}
-        batch |= {"position_ids": position_ids, "subtree_end": subtree_end, "prefix_ids": prefix_ids}
         loss, nll = self.losses(batch, self.objective.parts)
         return {"loss": loss.sum(), "sums": title_sums(nll.detach(), zero_gain, decision)}
 
     def losses(
-        self, batch: Mapping[str, Any], score: Callable[..., Parts], *more: Mapping[str, Any]
+        self, batch: Mapping[str, Any], score: Callable[..., TokenLosses], *more: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Loss and nll (M,) of the targets of a micro-batch.
 
@@ -147,7 +323,7 @@ class TitleLoss(nn.Module):
         parts = score(*logits, *arguments[:2], self.trie, arguments[2], batch["n_edges"], columns)
         return parts.loss, parts.nll
 
-    def _block(self, score: Callable[..., Parts], *arrays: Tensor) -> tuple[Tensor, Tensor]:
+    def _block(self, score: Callable[..., TokenLosses], *arrays: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and nll (m,) of some positions over the whole vocabulary; run again for the backward pass."""
         *hidden, target, node, weight = arrays
         parts = score(*(self.head(states, None) for states in hidden), target, node, self.trie, weight)
@@ -217,102 +393,3 @@ def _shorten(batch: Batch, keep: Any) -> tuple[Any, Any]:
     row, column = np.divmod(batch.position[keep], batch.input_ids.shape[1])
     width = int(column.max(initial=0)) + 1
     return np.ascontiguousarray(batch.input_ids[:, :width]), row * width + column
-
-
-PARTS = ("loss_invalid", "loss_choice", "grad_norm_invalid", "grad_norm_choice")
-
-
-def measure_parts(module: TitleLoss, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Both parts of the language-modelling loss over some micro-batches, and the norms of their gradients.
-
-    Each part is a mean over all target tokens, unweighted, at temperature 1; its gradient is that of the mean
-    with respect to all trained parameters. Nothing is changed but random states: no gradient is kept and no
-    temperature moves. Costs a forward and two backward passes, and twice the memory of the gradients.
-
-    Args:
-        module: The model, in the mode to measure it in.
-        batches: Items of a `MicroBatches` of vocabulary support, on the module's device.
-
-    Returns:
-        A number for each name of ``PARTS``: nats, and nats per unit of weight; of the batches of all
-        processes. MSL, Figure 3.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    gradients = [[torch.zeros_like(p, dtype=torch.float32) for p in parameters] for _ in range(2)]
-    losses, n_tokens = torch.zeros(2, device=parameters[0].device), 0
-    for batch in batches:
-        logits = module.logits(batch)
-        parts = lml_parts(logits, batch["target"], batch["node"], module.trie, batch["n_edges"])
-        sums = torch.stack(parts).sum(1)
-        for i in range(2):
-            found = torch.autograd.grad(sums[i], parameters, retain_graph=i == 0, allow_unused=True)
-            for gradient, add in zip(gradients[i], found, strict=True):
-                gradient += 0 if add is None else add
-        losses += sums.detach()
-        n_tokens += len(batch["target"])
-    processes.add_up([*gradients[0], *gradients[1], losses])
-    n_tokens = int(sum(theirs for (theirs,) in processes.gather([n_tokens])))
-    norms = [nn.utils.get_total_norm(gradient) for gradient in gradients]
-    values = torch.cat([losses, torch.stack(norms)]) / n_tokens
-    return dict(zip(PARTS, values.tolist(), strict=True))
-
-
-@dataclass
-class Meter:
-    """Sums since the last row of the log; they stay on the device, so that no step waits for them."""
-
-    sums: Tensor  # (4,): loss, then the three of TitleLoss
-    counts: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    since: float = field(default_factory=time.monotonic)
-
-    def add(self, loss: Tensor, sums: Tensor, counts: dict[str, int]) -> None:
-        """Take in a micro-batch."""
-        self.sums += torch.cat([loss.detach()[None], sums])
-        self.counts.update(counts)
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave a block out of the training time."""
-        self.seconds += time.monotonic() - self.since
-        try:
-            yield
-        finally:
-            self.since = time.monotonic()
-
-    def row(self) -> dict[str, float | None]:
-        """Means since the last row, over all processes; then it starts anew.
-
-        ``tokens_per_place`` are tokens of rows for each position that went through the body: below 1 where rows are
-        padded, above 1 where what they share runs once.
-        """
-        with self.pause():
-            n, (loss, zero, positive, w) = self.totals()
-        values = {
-            "loss": loss / n["steps"],
-            "loss_zero_gain": zero / n["zero_gain"] if n["zero_gain"] else None,
-            "loss_positive_gain": positive / n["positive_gain"] if n["positive_gain"] else None,
-            "w": w / n["decisions"] if n["decisions"] else None,
-            "tokens_per_place": n["tokens"] / n["places"] if n["places"] else None,
-            "tokens_per_second": n["tokens"] / max(self.seconds, 1e-9),
-        }
-        self.sums.zero_()
-        self.counts, self.seconds = Counter(), 0.0
-        return values
-
-    def totals(self) -> tuple[Counter[str], list[float]]:
-        """Counts and sums of all processes; every one of them counts each step, the first one for all."""
-        ours = self.counts if processes.is_first() else Counter({**self.counts, "steps": 0})
-        found = processes.gather_objects((ours, self.sums.tolist()))
-        counts = sum((theirs for theirs, _ in found), Counter[str]())
-        return counts, [sum(values) for values in zip(*(sums for _, sums in found), strict=True)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The sums of all processes as JSON values."""
-        counts, sums = self.totals()
-        return {"sums": sums, "counts": dict(counts), "seconds": self.seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
-        self.sums.copy_(torch.tensor(state["sums"]))
-        self.counts, self.seconds = Counter(state["counts"]), state["seconds"]

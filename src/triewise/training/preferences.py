@@ -27,8 +27,7 @@ from triewise.progress import note, progress
 from triewise.tokens import Trie
 from triewise.training import processes
 from triewise.training.examples import Examples
-from triewise.training.objective import MicroBatches, TitleLoss, title_sums
-from triewise.training.losses import Objective
+from triewise.training.objective import MicroBatches, Objective, TitleLoss, title_sums
 
 
 def sdpo_loss(
@@ -89,9 +88,6 @@ class Preferences:
     support: str = "vocabulary"
     reference_key: str = ""
 
-    tau = 1.0
-    temperature = 1.0
-
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         if not self.beta > 0:
@@ -117,11 +113,11 @@ class Preferences:
         return total.clamp(min=1)
 
     def module(self, model: Any, trie: Trie) -> PreferenceLoss:
-        """What training wraps and calls."""
+        """See `objective.Learned`."""
         return PreferenceLoss(model, self, trie)
 
     def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> PreferenceBatches:
-        """Arguments of that module."""
+        """See `objective.Learned`."""
         return PreferenceBatches(examples, self, rows, packing)
 
 
@@ -162,7 +158,7 @@ class PreferenceBatches(Dataset[dict[str, Any]]):
         self.preferences, self.rows = preferences, rows
         times = preferences.reference.shape[1]
         against = (rows[:, :, None] * times + np.arange(times)).reshape(len(rows), times * rows.shape[1])
-        several = examples.against(preferences.rejected)
+        several = examples.with_rejected(preferences.rejected)
         self.titles = MicroBatches(several, preferences.objective, against, packing)
 
     def __len__(self) -> int:
@@ -199,7 +195,7 @@ def reference_logp(
         rejected: Item indices (W, n).
         support: ``vocabulary`` or ``trie``.
         at_once: Windows of one forward pass, >= 1.
-        packing: Whether the prompt of a window runs once for all its titles; as `train.packs` says.
+        packing: Whether the prompt of a window runs once for all its titles; as as `trainer.packs` says says.
 
     Returns:
         Log-probabilities (W, 1 + n), float32, nats.
@@ -226,7 +222,7 @@ def reference_logp(
 
 def reference_key(model: Any, examples: Examples, rejected: NDArray[np.int32], support: str) -> str:
     """Hex SHA-256 of all that `reference_logp` depends on: weights, prompts, trie, windows, rejected titles."""
-    digest = hashlib.sha256(f"{support} {examples.against(rejected).fingerprint()}".encode())
+    digest = hashlib.sha256(f"{support} {examples.with_rejected(rejected).fingerprint()}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if isinstance(tensor, Tensor):
@@ -243,19 +239,10 @@ def kept_reference(
     at_once: int = 16,
     packing: bool = False,
 ) -> tuple[NDArray[np.float32], str]:
-    """`reference_logp` from a file, or computed and written there, whole or not at all; and its `reference_key`.
+    """`reference_logp` from an ``.npz`` file, or computed and written there, whole; and its `reference_key`.
 
     In several processes each calls it, and the first one reads and writes. A file of other weights or rows, or one
     that cannot be read, is replaced, with a note.
-
-    Args:
-        path: An ``.npz`` file.
-        model: The reference.
-        examples: The windows.
-        rejected: Item indices (W, n).
-        support: As of `reference_logp`.
-        at_once: As of `reference_logp`.
-        packing: As of `reference_logp`.
     """
     key = reference_key(model, examples, rejected, support)
     logp = processes.on_first(lambda: _read(path, key))

@@ -154,7 +154,7 @@ def draw_rejected(windows: Windows, group: Ints, n: int, seed: int) -> NDArray[n
         drawn[again] = rng.integers(len(group), size=int(again.sum()))
 
 
-def schedule(
+def batch_order(
     n_windows: int, batch_size: int, steps: int, seed: int, chain: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
     """The order of a whole run: which windows make each step, int64 (steps, batch_size).
