@@ -123,9 +123,7 @@ class Seen(TrainerCallback):  # type: ignore[misc]
         self.objective, self.gradients, self.tau = objective, [], []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.gradients.append(
-            {n: p.grad.clone() for n, p in getattr(model, "titles", model).model.named_parameters()}
-        )
+        self.gradients.append({n: p.grad.clone() for n, p in model.model.named_parameters()})
         self.tau.append(self.objective.objective.tau)
 
 

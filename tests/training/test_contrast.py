@@ -172,7 +172,7 @@ def test_the_step_is_the_gradient_of_a_plain_recomputation(support: str, tmp_pat
     rows = TrieTrainer(small_model(), examples, learned, settings, tmp_path).get_train_dataloader().dataset
     found = one_step(learned, tmp_path, accumulation=4)
     model, total, weight = small_model(), torch.zeros(()), 0.0
-    for row in rows.titles.rows.ravel().tolist():
+    for row in rows.rows.ravel().tolist():
         batch = examples.batch([row])
         logits = model(input_ids=torch.from_numpy(batch.input_ids)).logits[0][batch.position]
         ends = (np.flatnonzero(batch.target == 0) + 1).tolist()

@@ -241,7 +241,7 @@ def test_the_step_is_the_gradient_of_a_plain_recomputation(
     preferences = learned(examples, support, beta=0.7)
     settings = config(steps=1, batch_size=8, accumulation=accumulation, max_grad_norm=1e9)
     trainer = TrieTrainer(small_model(), examples, preferences, settings, tmp_path)
-    rows = trainer.get_train_dataloader().dataset.rows.ravel().tolist()
+    rows = trainer.get_train_dataloader().dataset.windows.ravel().tolist()
     trainer.add_callback(seen)
     trainer.train()
     model, theta = small_model(), []

@@ -163,8 +163,7 @@ class Gradients(TrainerCallback):  # type: ignore[misc]
         self.steps: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        model = getattr(model, "titles", model).model
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        self.steps.append({n: p.grad.clone() for n, p in model.model.named_parameters()})
 
 
 def weighted_examples() -> Examples:

@@ -27,7 +27,7 @@ from triewise.models import (
     unfreeze_lora,
 )
 from triewise.progress import note
-from triewise.recipe import EvaluationSettings, ObjectiveSettings, Recipe
+from triewise.recipe import EvaluationSettings, Recipe
 from triewise.recommenders import SETTINGS, GenerativeRecommender, SequentialRecommender, hashes
 from triewise.tokens import (
     Prompts,
@@ -61,6 +61,7 @@ from triewise.training import (
 )
 
 REFERENCE = "reference.npz"
+_HOW = {"device", "dtype", "quantisation", "trust_remote_code"}  # a backbone is loaded
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,11 @@ def learner_of(recipe: Recipe, dataset: Dataset) -> Learner:
 def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     """Backbone, prompts, trie, training windows and target counts of a recipe."""
     settings, reference = recipe.backbone, recipe.objective.preference.reference
-    backbone = _backbone(recipe, dataset) if reference is None else _reference_backbone(recipe, reference)
+    if reference is not None:
+        backbone = _reference_backbone(recipe, reference)
+    else:
+        how = {"tiny": settings.tiny, "lora": settings.lora} | settings.model_dump(include=_HOW)
+        backbone = load_backbone(settings.name, titles=dataset.catalog.title, seed=recipe.seed, **how)
     if not any(p.requires_grad for p in backbone.model.parameters()):
         raise UserError(
             f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
@@ -134,21 +139,6 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     return Assembly(backbone, prompts, trie, windows, counts)
 
 
-def _backbone(recipe: Recipe, dataset: Dataset) -> Backbone:
-    settings = recipe.backbone
-    return load_backbone(
-        settings.name,
-        titles=dataset.catalog.title,
-        seed=recipe.seed,
-        device=settings.device,
-        dtype=settings.dtype,
-        tiny=settings.tiny,
-        quantisation=settings.quantisation,
-        lora=settings.lora,
-        trust_remote_code=settings.trust_remote_code,
-    )
-
-
 def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
     """The model of a run as a start: all its weights, a new adapter on them, or its adapter trained on."""
     started_from = open_run(reference)[0]
@@ -169,15 +159,8 @@ def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
                 f"wanted backbone.{key} = {getattr(theirs, key)} as in the reference {reference}, got "
                 f"{getattr(ours, key)}; give the same, or train a reference for this recipe"
             )
-    backbone = load_backbone(
-        str(folder),
-        seed=recipe.seed,
-        device=ours.device,
-        dtype=ours.dtype,
-        quantisation=ours.quantisation,
-        lora=None if adapted else ours.lora,
-        trust_remote_code=ours.trust_remote_code,
-    )
+    how: dict[str, Any] = ours.model_dump(include=_HOW) | ({} if adapted else {"lora": ours.lora})
+    backbone = load_backbone(str(folder), seed=recipe.seed, **how)
     if adapted:
         unfreeze_lora(backbone.model)
     return backbone
@@ -186,21 +169,27 @@ def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
 def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
     parts = assemble(recipe, dataset)
     model = parts.backbone.model
-    facts = {
-        "hashes": hashes(parts.prompts, parts.trie, parts.counts),
-        "origin": parts.backbone.origin,
-        "parameters": model.num_parameters(),
-        "trained_parameters": model.num_parameters(only_trainable=True),
-        "windows": len(parts.windows),
-        "targets": int(parts.counts.sum()),
-    }
-    examples, rejected = _examples(recipe, parts), _rejected(recipe, parts)
+    examples, rejected = _examples(recipe, parts), None
+    if recipe.objective.preference.negatives:
+        n = recipe.objective.preference.negatives
+        rejected = draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed)
 
     def fit_it(out: Path, **how: Any) -> TrainResult:
         learned = _learned(recipe, model, examples, rejected, out / REFERENCE)
         return train(model, examples, learned, recipe.training, out, seed=recipe.seed, **how)
 
-    return Learner(_recommender(recipe, dataset, parts), facts, fit_it)
+    recommender = GenerativeRecommender(
+        parts.backbone,
+        dataset.catalog,
+        parts.prompts,
+        parts.trie,
+        parts.counts,
+        **search_settings(recipe.evaluation),
+    )
+    known = hashes(parts.prompts, parts.trie, parts.counts)
+    sizes = (model.num_parameters(), model.num_parameters(only_trainable=True))
+    facts = _facts(known, parts.backbone.origin, sizes, parts.windows, parts.counts)
+    return Learner(recommender, facts, fit_it)
 
 
 def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
@@ -228,16 +217,28 @@ def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
     origin = {"name": settings.encoder, "kind": "sequential"}
     recommender = SequentialRecommender(model, dataset.catalog, counts, origin=origin)
     size = sum(p.numel() for p in model.parameters())
-    facts = {
-        "hashes": recommender.hashes | {"sequences": sequences.fingerprint()},
+    known = recommender.hashes | {"sequences": sequences.fingerprint()}
+    facts = _facts(known, origin, (size, size), windows, counts)
+    fit_it = functools.partial(fit, model, sequences, counts, settings, recipe.training, seed=recipe.seed)
+    return Learner(recommender, facts, fit_it)
+
+
+def _facts(
+    hashes: dict[str, str],
+    origin: dict[str, Any],
+    sizes: tuple[int, int],
+    windows: Windows,
+    counts: NDArray[np.int64],
+) -> dict[str, Any]:
+    """What ``run.json`` says of the model, with its numbers of parameters, all and trained, and of the data."""
+    return {
+        "hashes": hashes,
         "origin": origin,
-        "parameters": size,
-        "trained_parameters": size,
+        "parameters": sizes[0],
+        "trained_parameters": sizes[1],
         "windows": len(windows),
         "targets": int(counts.sum()),
     }
-    fit_it = functools.partial(fit, model, sequences, counts, settings, recipe.training, seed=recipe.seed)
-    return Learner(recommender, facts, fit_it)
 
 
 def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
@@ -261,44 +262,23 @@ def _examples(recipe: Recipe, parts: Assembly) -> Examples:
     return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
 
 
-def _objective(settings: ObjectiveSettings) -> Objective:
-    temperature = settings.temperature
-    ats = AdaptiveTemperature(**settings.adaptive.model_dump()) if temperature == "adaptive" else temperature
-    return Objective(settings.support, ats, settings.normaliser, settings.expand_negatives)
-
-
-def _rejected(recipe: Recipe, parts: Assembly) -> NDArray[np.int32] | None:
-    """The titles that S-DPO holds against the target of each window; None without it."""
-    n = recipe.objective.preference.negatives
-    return draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed) if n else None
-
-
 def _learned(
     recipe: Recipe, model: Any, examples: Examples, rejected: NDArray[np.int32] | None, kept: Path
 ) -> Learned:
     """What is trained; the reference of S-DPO is read from ``kept``, or computed and written there."""
-    settings, contrast = recipe.objective, recipe.objective.contrast
+    settings, contrast, temperature = (
+        recipe.objective,
+        recipe.objective.contrast,
+        recipe.objective.temperature,
+    )
     if rejected is not None:
         packing = recipe.training.packing and packs(model, examples)
-        reference, key = kept_reference(
-            kept, model, examples, rejected, settings.support, processes.share(recipe.training), packing
-        )
+        at_once = processes.share(recipe.training)
+        reference, key = kept_reference(kept, model, examples, rejected, settings.support, at_once, packing)
         return Preferences(rejected, reference, settings.preference.beta, settings.support, key)
-    objective = _objective(settings)
-    if not contrast.strength:
-        return objective
-    return Contrast(objective, contrast.strength, contrast.without_history)
-
-
-def _recommender(recipe: Recipe, dataset: Dataset, parts: Assembly) -> GenerativeRecommender:
-    return GenerativeRecommender(
-        parts.backbone,
-        dataset.catalog,
-        parts.prompts,
-        parts.trie,
-        parts.counts,
-        **search_settings(recipe.evaluation),
-    )
+    ats = AdaptiveTemperature(**settings.adaptive.model_dump()) if temperature == "adaptive" else temperature
+    objective = Objective(settings.support, ats, settings.normaliser, settings.expand_negatives)
+    return Contrast(objective, **contrast.model_dump()) if contrast.strength else objective
 
 
 def search_settings(settings: EvaluationSettings) -> dict[str, Any]:

@@ -17,10 +17,4 @@ from .windows import (
     target_counts as target_counts,
 )
 
-__all__ = [
-    "AdaptiveTemperature",
-    "Objective",
-    "train",
-    "trie_nll",
-    "vocabulary_nll",
-]
+__all__ = ["AdaptiveTemperature", "Objective", "train", "trie_nll", "vocabulary_nll"]

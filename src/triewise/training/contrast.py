@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from triewise.errors import UserError
 from triewise.tokens import Trie
@@ -25,11 +24,7 @@ from triewise.training.objective import MicroBatches, Objective, TitleLoss, Toke
 
 
 def contrast_parts(
-    objective: Objective,
-    strength: float,
-    logits: Tensor,
-    without: Tensor,
-    *rest: Any,
+    objective: Objective, strength: float, logits: Tensor, without: Tensor, *rest: Any
 ) -> TokenLosses:
     r"""The loss of CFT per token, with the support, temperature and weights of ``objective``.
 
@@ -104,53 +99,47 @@ class Contrast:
         return ContrastBatches(examples, self, rows, packing)
 
 
-class ContrastLoss(nn.Module):
-    """A causal LM and a `Contrast` as one module, with the contract of `TitleLoss`.
+class ContrastLoss(TitleLoss):
+    """A causal LM and a `Contrast` as one module.
 
     The second pass runs each different target title of the micro-batch once; where dropout is on, both passes
     have their own.
     """
 
-    accepts_loss_kwargs = True
-
     def __init__(self, model: Any, contrast: Contrast, trie: Trie) -> None:
-        super().__init__()
-        self.titles, self.contrast = TitleLoss(model, contrast.objective, trie), contrast
+        super().__init__(model, contrast.objective, trie)
+        self.strength = contrast.strength
 
-    def forward(self, alone_ids: Tensor, alone_position: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Sum of the weighted losses of both terms; ``sums`` are those of the first.
 
         Args:
-            alone_ids: Target titles behind the prompt without history (U, L), int64.
-            alone_position: For each target its place in the flattened ``alone_ids`` (M,), int64.
-            inputs: Arguments of `TitleLoss.forward`.
+            batch: Arguments of `TitleLoss.forward`; ``alone_ids`` (U, L), int64, the target titles behind the prompt
+                without history; ``alone_position`` (M,), int64, the place of each target in the flattened
+                ``alone_ids``.
         """
-        score = functools.partial(contrast_parts, self.contrast.objective, self.contrast.strength)
-        alone = {"input_ids": alone_ids, "position": alone_position}
-        loss, nll = self.titles.losses(inputs, score, alone)
-        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), inputs["zero_gain"], inputs["decision"])}
+        score = functools.partial(contrast_parts, self.objective, self.strength)
+        alone = {"input_ids": batch["alone_ids"], "position": batch["alone_position"]}
+        loss, nll = self.losses(batch, score, alone)
+        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), batch["zero_gain"], batch["decision"])}
 
 
-class ContrastBatches(Dataset[dict[str, Any]]):
-    """Micro-batches in a given order, as `MicroBatches`; their titles once more without history, never packed."""
+class ContrastBatches(MicroBatches):
+    """Micro-batches in a given order; their titles once more without history, never packed."""
 
     def __init__(
         self, examples: Examples, contrast: Contrast, rows: NDArray[np.int64], packing: bool = False
     ) -> None:
-        self.titles = MicroBatches(examples, contrast.objective, rows, packing)
+        super().__init__(examples, contrast.objective, rows, packing)
         self.prompt = examples.prompts.without_history(contrast.without_history)
-
-    def __len__(self) -> int:
-        """Number of micro-batches."""
-        return len(self.titles)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Arguments of `ContrastLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
-        item, examples = self.titles[index], self.titles.examples
-        alone = examples.without_history(self.titles.rows[index], self.prompt)
+        item = super().__getitem__(index)
+        alone = self.examples.without_history(self.rows[index], self.prompt)
         kept = np.ones(len(alone.node), dtype=np.bool_)
-        if self.titles.objective.support == "trie":
-            kept = examples.trie.branching[alone.node]
+        if self.objective.support == "trie":
+            kept = self.examples.trie.branching[alone.node]
         counts = item["counts"] | {
             "tokens": item["counts"]["tokens"] + alone.n_tokens,
             "places": item["counts"]["places"] + alone.input_ids.size,

@@ -106,18 +106,14 @@ class Examples:
         for name, array, size, what in sized:
             if array.shape != (size,):
                 raise UserError(f"wanted {name} for {size} {what}, got an array of shape {array.shape}")
-        self._check_windows()
+        if (windows.items.lengths - windows.n_context).max(initial=0) > 1 and prompts.template != "plain":
+            raise UserError(
+                f"windows with several targets need the plain template, got {prompts.template!r}: elsewhere titles of "
+                "the history are no answers; use supervision = 'last'"
+            )
         self._node_T = before_T.astype(np.int64)
         self._weight_T = weight_T.astype(np.float32)
         self._zero_T = zero_gain[after_T]
-
-    def _check_windows(self) -> None:
-        n_targets = self.windows.items.lengths - self.windows.n_context
-        if n_targets.max(initial=0) > 1 and self.prompts.template != "plain":
-            raise UserError(
-                "windows with several targets need the plain template, got "
-                f"{self.prompts.template!r}; use supervision = 'last'"
-            )
 
     def __len__(self) -> int:
         """Number of windows."""

@@ -20,14 +20,7 @@ from triewise.errors import UserError
 from triewise.models import SequentialModel
 from triewise.recipe import SequentialSettings, TrainingSettings
 from triewise.training.checkpoints import random_state, set_random_state
-from triewise.training.item_tasks import (
-    ItemLoss,
-    Sequences,
-    cloze_task,
-    item_loss,
-    shifted_task,
-    task_loss,
-)
+from triewise.training.item_tasks import ItemLoss, Sequences, cloze_task, item_loss, shifted_task, task_loss
 from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.windows import batch_order
 
@@ -52,23 +45,14 @@ def fit(
     resume: bool = False,
     title: str = "",
 ) -> TrainResult:
-    """Train ``model`` in place, as `trainer.train` does, in one process; a recipe refuses several.
+    """Train ``model`` in place, in one process; arguments that are not named here are as of `trainer.train`.
 
-    Args:
-        model: On its device.
-        sequences: What is learned from.
-        counts: (I,) training targets of each item, for DROS.
-        sequential: Loss and optimiser.
-        settings: Budget; what only a language model has a use for has no meaning here.
-        out: As of `trainer.train`, and so is what follows.
-        seed: Of data order and dropout.
-        loss: What is minimised; None: `item_tasks.item_loss` of ``sequential``. A checkpoint does not tell it.
-        validate: From the model to metrics.
-        resume: Go on from the newest whole checkpoint.
-        title: What the progress line calls this run.
+    ``counts`` (I,) are the training targets of each item, for DROS; ``sequential`` says which loss and optimiser. What
+    of ``settings`` only a language model has a use for has no meaning here. ``loss`` takes the place of
+    `item_tasks.item_loss`; a checkpoint does not tell one from the other.
 
     Raises:
-        UserError: As `trainer.train`; a loss that does not go with the encoder.
+        UserError: As of `trainer.train`; a loss that does not go with the encoder.
     """
     if (sequential.loss == "cloze") != model.bidirectional:
         fitting = "cloze" if model.bidirectional else "cross-entropy or bce"

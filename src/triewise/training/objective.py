@@ -56,11 +56,11 @@ class Learned(Protocol):
     def divisor(self, total: Tensor) -> Tensor:
         """What a sum of losses is divided by, from the sum of what all micro-batches of the step contribute."""
 
-    def module(self, model: Any, trie: Trie) -> nn.Module:
-        """What is wrapped and called: a `TitleLoss`, or a module that has one as ``titles``."""
+    def module(self, model: Any, trie: Trie) -> TitleLoss:
+        """What is wrapped and called."""
 
-    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> Dataset[dict[str, Any]]:
-        """Its arguments, a micro-batch for each of ``rows`` (n, B), as `MicroBatches`."""
+    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> MicroBatches:
+        """Its arguments, for each of ``rows`` (n, B) those of a micro-batch."""
 
 
 class TokenLosses(NamedTuple):
@@ -277,23 +277,22 @@ class TitleLoss(nn.Module):
             bias = None if bias is None else bias.index_select(0, tokens)
         return nn.functional.linear(hidden, weight, bias)
 
-    def forward(self, zero_gain: Tensor, decision: Tensor, **batch: Any) -> dict[str, Tensor]:
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Sum of the weighted losses of a micro-batch, not normalised, and sums for the log.
 
         Args:
-            zero_gain: (M,) whether the target decides nothing.
-            decision: (M,) whether several tokens are valid.
             batch: ``input_ids`` (B, L), or of packed rows that and ``position_ids``, ``subtree_end`` and
                 ``prefix_ids`` of `packing.Packed`; ``position`` (M,), where each target is predicted in the
                 flattened ``input_ids``; ``target``, ``node``, ``weight`` (M,) and ``n_edges`` of `Objective.parts`;
-                ``tokens`` (C,), those that logits are needed of, ascending; where it is left out, all.
+                ``tokens`` (C,), those that logits are needed of, ascending; where it is left out, all; ``zero_gain``
+                and ``decision`` (M,), whether the target decides nothing, and whether several tokens are valid.
 
         Returns:
             ``loss``, a scalar; ``sums`` (3,), detached: nll of tokens without and with gain, and the gradient
             weight w = 1 - P(target) of the decisions.
         """
         loss, nll = self.losses(batch, self.objective.parts)
-        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), zero_gain, decision)}
+        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), batch["zero_gain"], batch["decision"])}
 
     def losses(
         self, batch: Mapping[str, Any], score: Callable[..., TokenLosses], *more: Mapping[str, Any]

@@ -112,8 +112,8 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         seed: int = 0,
         validate: Validate | None = None,
     ) -> None:
-        module = objective.module(model, examples.trie)
-        super().__init__(module, _arguments(model, settings, seed, out))
+        self.titles = objective.module(model, examples.trie)
+        super().__init__(self.titles, _arguments(model, settings, seed, out))
         self.lm, self.examples, self.learned, self.settings = model, examples, objective, settings
         learned = {
             "objective": objective.settings(),
@@ -121,7 +121,6 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             "examples": examples.fingerprint(),
         }
         self.run = TrainingState(model, self.args.device, learned, settings, seed, out, validate)
-        self.titles: Any = getattr(module, "titles", module)
         if settings.gradient_checkpointing:
             compute_again(model, True)
         self.packing = settings.packing and self.titles.by_hand and packs(model, examples)
