@@ -29,9 +29,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 from benchmarks._command import parsed  # noqa: E402
 from benchmarks._data import SYNTHETIC, prepared  # noqa: E402
 
-from triewise.models import EncoderConfig, SequentialModel  # noqa: E402
-from triewise.training import LossConfig, Sequences, make_windows, target_counts  # noqa: E402
-from triewise.training.item_tasks import shifted_task, task_loss  # noqa: E402
+from triewise.models import SequentialModel  # noqa: E402
+from triewise.recipe import SequentialSettings  # noqa: E402
+from triewise.training import Sequences, make_windows, target_counts  # noqa: E402
+from triewise.training.item_tasks import item_loss, shifted_task, task_loss  # noqa: E402
+
+SASREC = SequentialSettings(encoder="sasrec")
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def main() -> None:
     losses = {}
     for round_ in range(options.rounds):
         for way, found in windows.items():
-            model = SequentialModel(EncoderConfig("sasrec", n_items, options.length), seed=round_)
+            model = SequentialModel(SASREC, n_items, options.length, seed=round_)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
             data = Sequences.from_windows(found)
             per_step = max(round(options.batch * len(found) / n_targets), 1)
@@ -94,10 +97,11 @@ def epoch(
     per_step: int,
 ) -> float:
     """One pass over the windows in ``order``; the mean loss of its steps."""
-    losses, rng, config = [], np.random.default_rng(0), LossConfig()
+    losses, rng = [], np.random.default_rng(0)
+    loss_of = item_loss(model, SASREC, np.zeros(model.n_items, dtype=np.int64))
     model.train()
     for start in range(0, len(order), per_step):
-        loss = task_loss(model, shifted_task(data, order[start : start + per_step]), config, None, rng)
+        loss = task_loss(model, shifted_task(data, order[start : start + per_step]), loss_of, rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from triewise.errors import UserError
-from triewise.progress import speaks
+from triewise.progress import is_first_process
 
 app = typer.Typer(
     name="triewise",
@@ -150,7 +150,7 @@ def train(
     from triewise.training import processes
 
     result = train_run(load_recipe(recipe, changes or ()), out, resume=resume, overwrite=overwrite)
-    if not processes.part_ways():
+    if not processes.finish():
         raise typer.Exit(130 if result.stopped == "interrupted" else 0)
     if as_json:
         _print_json(read_json(out / "run.json"))
@@ -224,7 +224,7 @@ def run(
     loaded = load_recipe(recipe, changes or ())
     folder = out or Path("runs") / loaded.name
     result = train_run(loaded, folder, resume=resume, overwrite=overwrite)
-    if not processes.part_ways():
+    if not processes.finish():
         raise typer.Exit(130 if result.stopped == "interrupted" else 0)
     if result.stopped == "interrupted":
         typer.echo(f"go on with: triewise run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
@@ -344,7 +344,7 @@ def main() -> None:
 
 def _complain(message: str) -> int:
     """Print one line and give the exit status of a user's mistake."""
-    who = "error" if speaks() else f"error in process {os.environ['RANK']}"
+    who = "error" if is_first_process() else f"error in process {os.environ['RANK']}"
     print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 

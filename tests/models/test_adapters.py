@@ -28,11 +28,10 @@ from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models import Backbone, hand_head_matches, load_backbone
 from triewise.models.adapters import add_lora, is_quantised, without_adapter
-from triewise.recipe import LoraSettings, load_recipe, parse_recipe
+from triewise.recipe import LoraSettings, TrainingSettings, load_recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender
 from triewise.tokens import Trie, build_prompts, zero_gain
 from triewise.training import Examples, Objective, make_windows, target_counts, train
-from triewise.training.trainer import TrainConfig
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
 KINDS = ("qwen2", "llama", "gpt2")
@@ -60,7 +59,7 @@ def one_step(backbone: Backbone, out: Path, steps: int = 1, **changes: Any) -> d
     windows = make_windows(rows, "every", made.prompts)
     gain = zero_gain(made.trie, target_counts(windows, 9))
     examples = Examples(windows, made.prompts, made.trie, None, gain)
-    config = TrainConfig(
+    config = TrainingSettings(
         **({"steps": steps, "learning_rate": 0.01, "batch_size": 4, "warmup_steps": 0} | changes)
     )
     train(backbone.model, examples, Objective(), config, out)
@@ -275,7 +274,7 @@ def test_a_resumed_adapter_ends_with_the_weights_of_an_uninterrupted_one(tmp_pat
         windows = make_windows(worlds.split([[0, 1], [2], [3]], [2, 5, 7]), "every", made.prompts)
         gain = zero_gain(made.trie, target_counts(windows, 9))
         examples = Examples(windows, made.prompts, made.trie, None, gain)
-        config = TrainConfig(steps=4, learning_rate=0.01, batch_size=4, warmup_steps=1, **changes)
+        config = TrainingSettings(steps=4, learning_rate=0.01, batch_size=4, warmup_steps=1, **changes)
         train(made.backbone.model, examples, Objective(), config, out, resume=resume)
         return {name: p.detach() for name, p in made.backbone.model.named_parameters() if p.requires_grad}
 

@@ -10,7 +10,7 @@ from triewise.app.compare import collect
 from triewise.app.folders import open_data
 from triewise.app.runs import evaluate_run, train_run
 from triewise.progress import note
-from triewise.recipe import Recipe, load_recipe
+from triewise.recipe import load_recipe
 from triewise.reports import Report, write_report
 
 LIMIT_S = 600.0
@@ -55,7 +55,8 @@ def run_demo(out: Path = Path("runs/demo"), *, quick: bool = False, seed: int = 
     pairs = list(zip(recipes, runs, strict=True))
     for i, (recipe, run) in enumerate((pairs[2], pairs[0], pairs[1])):
         left = limit - reserve - (time.monotonic() - started)
-        result = train_run(_with_limit(recipe, max(left / (len(runs) - i), 1.0)), run, overwrite=True)
+        limited = recipe.changed(f"training.time_limit_s={max(left / (len(runs) - i), 1.0)}")
+        result = train_run(limited, run, overwrite=True)
         if result.stopped == "interrupted":
             raise KeyboardInterrupt
     for run in runs:
@@ -64,9 +65,3 @@ def run_demo(out: Path = Path("runs/demo"), *, quick: bool = False, seed: int = 
     html = out / "report.html"
     write_report(html, report)
     return DemoResult(report, html, time.monotonic() - started, quick)
-
-
-def _with_limit(recipe: Recipe, seconds: float) -> Recipe:
-    return recipe.model_copy(
-        update={"training": recipe.training.model_copy(update={"time_limit_s": seconds})}
-    )

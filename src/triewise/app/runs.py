@@ -36,7 +36,7 @@ from triewise.ranking import SHOWN, Evaluation, evaluate
 from triewise.recipe import EvaluationSettings, Recipe, dump_recipe, load_recipe
 from triewise.recommenders import CARD, SETTINGS, GenerativeRecommender, SequentialRecommender, choose_search
 from triewise.reports import CardFacts, model_card
-from triewise.training import FREE, TrainConfig, TrainResult, clear, processes
+from triewise.training import MAY_CHANGE, TrainResult, processes, resume_point
 
 
 def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
@@ -58,8 +58,7 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
 
 
 def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> TrainResult:
-    config = _config(recipe)
-    config.share(processes.count())
+    processes.share(recipe.training)
     going_on = processes.on_first(lambda: _check_folder(recipe, out, resume, overwrite))
     dataset = processes.first_then_others(lambda: open_data(recipe))
     if recipe.evaluation.exclude == "seen" and dataset.test.seen is None:
@@ -79,7 +78,7 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
         raise UserError(
             f"the {changed} changed since {out} was started; restore it, or start anew with --overwrite"
         )
-    result = learner.fit(config, out, validate=validate, resume=going_on is not None, title=recipe.name)
+    result = learner.fit(out, validate=validate, resume=going_on is not None, title=recipe.name)
     training = {
         "steps": result.steps_done,
         "stopped": result.stopped,
@@ -113,7 +112,7 @@ def _begin(recipe: Recipe, out: Path, facts: dict[str, Any]) -> None:
     """Make a folder that of a run which has just started."""
     for name in ("run.json", "recommender.json", "metrics.json", CARD):
         (out / name).unlink(missing_ok=True)
-    clear(out, False)
+    resume_point(out, resume=False)  # what an earlier run left is removed
     write_text(out / "recipe.toml", dump_recipe(recipe))
     write_json(out / "run.json", facts | {"status": "training"})
 
@@ -193,12 +192,6 @@ def _as_trained(
     if isinstance(recommender, GenerativeRecommender):
         recommender = recommender.with_settings(**search_settings(recipe.evaluation))
     return dataset, recommender
-
-
-def _config(recipe: Recipe) -> TrainConfig:
-    settings = recipe.training
-    shared = settings.model_dump(exclude={"supervision", "rows", "sample", "valid_users"})
-    return TrainConfig(**shared, seed=recipe.seed)
 
 
 def _used(
@@ -284,7 +277,7 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
 
 def _settled(recipe: Recipe) -> dict[str, Any]:
     """What may not change when a run goes on; how often it reports and when it stops may."""
-    return recipe.model_dump(exclude={"training": set(FREE), "evaluation": True, "title": True})
+    return recipe.model_dump(exclude={"training": MAY_CHANGE, "evaluation": True, "title": True})
 
 
 def _facts(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .anatomy import (
     takes_masks as takes_masks,
 )
 from .backbones import load_backbone as load_backbone, load_tokenizer as load_tokenizer
-from .encoders import PAD as PAD, EncoderConfig as EncoderConfig, SequentialModel as SequentialModel
+from .encoders import PAD as PAD, SequentialModel as SequentialModel
 from .hub import download as download, upload as upload
 from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
 from .weights import load_trained as load_trained, save_trained as save_trained

@@ -6,7 +6,7 @@ Shape key: B histories, I items.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from triewise.arrays import Ragged, padded
 from triewise.data import Catalog
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, write_json, write_text
-from triewise.models import EncoderConfig, SequentialModel, load_trained, resolve_device
+from triewise.models import SequentialModel, load_trained, resolve_device
 from triewise.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
 from triewise.recommenders.saved import CARD, FORMAT, MANIFEST, local_folder, save_catalog
 
@@ -80,7 +80,7 @@ class SequentialRecommender:
         """
         check_histories(histories, self.groups)
         scores = np.zeros((len(histories), self.catalog.n_items), dtype=np.float32)
-        last = self.model.config.max_length
+        last = self.model.max_length
         was_training, device = self.model.training, self.model.bias.device
         self.model.eval()
         with torch.inference_mode():
@@ -115,7 +115,7 @@ class SequentialRecommender:
         (folder / MANIFEST).unlink(missing_ok=True)
         with atomic_folder(folder / "model") as model:
             save_file(self.model.state_dict(), model / "model.safetensors")
-            write_json(model / "config.json", asdict(self.model.config))
+            write_json(model / "config.json", self.model.config)
         save_catalog(self.catalog, self.counts, folder / "catalog.parquet")
         if self.card:
             write_text(folder / CARD, self.card)
@@ -142,8 +142,7 @@ class SequentialRecommender:
         for name in ("catalog.parquet", "model"):
             if not (folder / name).exists():
                 raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
-        config = EncoderConfig(**read_json(folder / "model" / "config.json"))
-        model = SequentialModel(config)
+        model = SequentialModel.from_config(read_json(folder / "model" / "config.json"))
         load_trained(model, folder / "model" / "model.safetensors")
         model.requires_grad_(False)
         frame = pl.read_parquet(folder / "catalog.parquet")
