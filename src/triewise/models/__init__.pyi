@@ -8,11 +8,8 @@ from .anatomy import (
     head_bias as head_bias,
     head_rows as head_rows,
     head_weight as head_weight,
-    is_recurrent as is_recurrent,
     own_mask as own_mask,
     resolve_device as resolve_device,
-    shortest_window as shortest_window,
-    takes_masks as takes_masks,
 )
 from .backbones import load_backbone as load_backbone, load_tokenizer as load_tokenizer
 from .encoders import PAD as PAD, EncoderConfig as EncoderConfig, SequentialModel as SequentialModel
