@@ -173,7 +173,8 @@ def main() -> None:
 
 def _lowest(trie: Trie) -> NDArray[np.int32]:
     """The lowest item with the same title, (I,): the one a ranking returns."""
-    return trie.representative(np.zeros(trie.n_items, np.int64))
+    _, first, group = np.unique(trie.leaf, return_index=True, return_inverse=True)
+    return first[group]
 
 
 def _report(

@@ -126,7 +126,7 @@ def test_a_model_with_a_short_window_is_refused_with_one_line(capsys: pytest.Cap
     """Its sliding layers read the place in the packed row for a distance: no error, wrong gradients."""
     tokens = np.arange(3, 20)
     assert not packing_works(tiny_model("gemma3"), tokens, longest=200)
-    assert "window of 4 tokens is shorter than the longest row of 200" in capsys.readouterr().err
+    assert "window of 4 tokens is shorter than the longest path of 200" in capsys.readouterr().err
     assert packing_works(tiny_model("qwen2"), tokens, longest=200)
     assert not capsys.readouterr().err
 

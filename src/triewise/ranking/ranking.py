@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from triewise.arrays import nth_largest
 from triewise.errors import UserError
 
 Items = Sequence[int] | NDArray[np.integer[Any]]
@@ -255,7 +256,7 @@ def rank_groups(
         column = np.flatnonzero(representative >= 0)
         row = scores[b, column]
         if width < len(column):  # a partial sort; ties with the last place stay in
-            keep = row >= np.partition(row, len(row) - width)[len(row) - width]
+            keep = row >= nth_largest(row, width)
             column, row = column[keep], row[keep]
         order = np.lexsort((representative[column], -row))[:width]
         items[b, : len(order)] = representative[column[order]]
