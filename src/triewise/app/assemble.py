@@ -28,8 +28,8 @@ from triewise.models import (
     unfreeze_lora,
 )
 from triewise.progress import note
-from triewise.recipe import EvaluationSettings, ObjectiveSettings, Recipe
-from triewise.recommenders import SETTINGS, GenerativeRecommender, SequentialRecommender, hashes
+from triewise.recipe import ObjectiveSettings, Recipe
+from triewise.recommenders import GenerativeRecommender, SavedRecommender, SequentialRecommender, hashes
 from triewise.tokens import (
     Prompts,
     Trie,
@@ -86,7 +86,7 @@ class Learner:
         fit: ``fit(config, out, validate=..., resume=..., title=...)`` trains it.
     """
 
-    recommender: GenerativeRecommender | SequentialRecommender
+    recommender: SavedRecommender
     facts: dict[str, Any]
     fit: Callable[..., TrainResult]
 
@@ -303,16 +303,5 @@ def _learned(
 
 
 def _recommender(recipe: Recipe, dataset: Dataset, parts: Parts) -> GenerativeRecommender:
-    return GenerativeRecommender(
-        parts.backbone,
-        dataset.catalog,
-        parts.prompts,
-        parts.trie,
-        parts.counts,
-        **search_settings(recipe.evaluation),
-    )
-
-
-def search_settings(settings: EvaluationSettings) -> dict[str, Any]:
-    """What `GenerativeRecommender` takes of the settings of an evaluation."""
-    return settings.model_dump(include=set(SETTINGS))
+    made = GenerativeRecommender(parts.backbone, dataset.catalog, parts.prompts, parts.trie, parts.counts)
+    return made.configured(recipe.evaluation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from triewise.app.compare import collect
 from triewise.app.folders import open_data
@@ -28,6 +29,15 @@ class DemoResult:
     html: Path
     seconds: float
     quick: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "rows": {row.name: row.metrics for row in self.report.rows},
+            "comparisons": [vars(comparison) for comparison in self.report.comparisons],
+            "report": str(self.html),
+            "seconds": round(self.seconds, 1),
+        }
 
 
 def run_demo(out: Path = Path("runs/demo"), *, quick: bool = False, seed: int = 0) -> DemoResult:

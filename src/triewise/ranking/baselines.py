@@ -50,7 +50,7 @@ class MostPopular:
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
     ) -> Ranking:
-        """The most popular allowed groups; a group counts as its best member."""
+        """The most popular allowed groups; see `Recommender.recommend`."""
         return rank_items(self, histories, k, exclude, allow)
 
 
@@ -130,7 +130,7 @@ class ItemKNN:
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
     ) -> Ranking:
-        """The allowed groups nearest to the histories; a group counts as its best member."""
+        """The allowed groups nearest to the histories; see `Recommender.recommend`."""
         return rank_items(self, histories, k, exclude, allow)
 
 

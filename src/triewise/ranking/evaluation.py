@@ -129,7 +129,7 @@ def evaluate(
     Returns:
         The evaluation; its metrics lie in [0, 1].
     """
-    excluded = _excluded(split, exclude)
+    excluded = excluded_items(split, exclude)
     width = max(k, COVERED)
     started = time.perf_counter()
     with progress(f"ranking {name}", split.n_rows, "users") as advance:
@@ -232,7 +232,8 @@ def paired_p(a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0, n
     return float((1 + as_large.sum()) / (1 + n))
 
 
-def _excluded(split: Split, exclude: str) -> Ragged | None:
+def excluded_items(split: Split, exclude: str) -> Ragged | None:
+    """What each row may not get: ``none``, its ``history``, or everything ``seen``; UserError where that is unknown."""
     if exclude == "none":
         return None
     if exclude == "seen" and split.seen is None:

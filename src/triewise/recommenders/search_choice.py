@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from triewise.data import Split
 from triewise.errors import UserError
 from triewise.progress import note, progress
-from triewise.ranking import Items, evaluate, metrics_from_rank, rank_of_target
+from triewise.ranking import Items, evaluate, excluded_items, metrics_from_rank, rank_of_target
 from triewise.recipe import EvaluationSettings
 from triewise.recommenders.generative import GenerativeRecommender
 from triewise.recommenders.grounding import (
@@ -24,13 +24,14 @@ from triewise.recommenders.grounding import (
     GroundedRecommender,
     inject,
 )
+from triewise.recommenders.saved import SavedRecommender
 
 METRIC = "NDCG@10"
 ROWS_AT_ONCE = 256
 
 
 def choose_search(
-    recommender: GenerativeRecommender,
+    recommender: SavedRecommender,
     split: Split,
     settings: EvaluationSettings,
     allow: Items | None = None,
@@ -48,7 +49,7 @@ def choose_search(
         search reached.
 
     Raises:
-        UserError: No validation rows.
+        UserError: No validation rows, ``exclude = "seen"`` where that is unknown, or a model that does not search.
 
     Differs from the authors' code: BIGRec chooses gamma anew for every metric and cut-off; here one gamma serves all.
     """
@@ -56,13 +57,14 @@ def choose_search(
         raise UserError("evaluation.choose needs validation rows, and this data set has none; set search")
     tried: dict[str, dict[str, float]] = {}
     for search in settings.choose:
-        if search == "grounding":
-            gamma, best = choose_gamma(recommender.grounded, split, settings.exclude, allow)
+        asked = recommender.with_settings(search=search)
+        if search == "grounding" and isinstance(asked, GenerativeRecommender):
+            gamma, best = choose_gamma(asked.grounded, split, settings.exclude, allow)
             tried[search] = {"gamma": gamma, METRIC: best}
             continue
         depth = max(settings.beams if search == "beam" else 0, settings.k, 10)
-        found = evaluate(
-            recommender.with_settings(search=search),
+        judged = evaluate(
+            asked,
             split,
             name=f"{search} on validation rows",
             split_name="valid",
@@ -70,15 +72,14 @@ def choose_search(
             exclude=settings.exclude,
             allow=allow,
         )
-        tried[search] = {METRIC: found.metrics[METRIC]}
+        tried[search] = {METRIC: judged.metrics[METRIC]}
     chosen = max(settings.choose, key=lambda search: tried[search][METRIC])
     changes: dict[str, Any] = {"search": chosen}
     if chosen == "grounding":
         changes["gamma"] = tried[chosen]["gamma"]
     said = ", ".join(f"{search} {values[METRIC]:.4f}" for search, values in tried.items())
     note(f"{chosen} is chosen on {split.n_rows} validation rows by {METRIC}: {said}")
-    facts = {"by": METRIC, "rows": split.n_rows, "tried": tried}
-    return settings.model_copy(update=changes), facts
+    return settings.model_copy(update=changes), {"by": METRIC, "rows": split.n_rows, "tried": tried}
 
 
 def choose_gamma(
@@ -97,7 +98,7 @@ def choose_gamma(
     gammas = POPULARITY_GAMMAS if grounded.collaborator is None else (0.0, *COLLABORATIVE_GAMMAS)
     gammas = tuple(sorted(set(gammas)))
     rank = np.zeros((len(gammas), split.n_rows), dtype=np.int32)
-    without = {"history": split.history, "seen": split.seen}.get(exclude)
+    without = excluded_items(split, exclude)
     with progress("choosing gamma", split.n_rows, "users") as advance:
         for start in range(0, split.n_rows, ROWS_AT_ONCE):
             rows = range(start, min(start + ROWS_AT_ONCE, split.n_rows))

@@ -5,25 +5,26 @@ Shape key: B histories, I items.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from triewise.arrays import Ragged, padded
-from triewise.data import Catalog
+from triewise.data import Catalog, Dataset
 from triewise.errors import UserError
-from triewise.files import atomic_folder, read_json, write_json, write_text
+from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import EncoderConfig, SequentialModel, load_trained, resolve_device
-from triewise.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
-from triewise.recommenders.saved import CARD, FORMAT, MANIFEST, local_folder, save_catalog
+from triewise.ranking import Groups, ItemLists, Items, Ranking, check_histories, rank_items
+from triewise.recipe import EvaluationSettings
+from triewise.recommenders.saved import Saved, hash_of, saving
+from triewise.reports import Recommendation
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,19 @@ class SequentialRecommender:
     @property
     def hashes(self) -> dict[str, str]:
         """Hex SHA-256 of what training and ranking must have in common."""
-        return {"counts": hashlib.sha256(self.counts.astype("<i8").tobytes()).hexdigest()}
+        return {"counts": hash_of(self.counts)}
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """The settings its rankings depend on, for ``metrics.json``."""
+        return {"search": "catalogue", "support": "items"}
+
+    @property
+    def dropped(self) -> None:
+        """It has no prompts."""
+
+    def depth(self, k: int) -> None:
+        """Every item is scored anyway."""
 
     def with_settings(self, **changes: Any) -> SequentialRecommender:
         """The same: a sequential model scores every item and has no settings of its search.
@@ -68,6 +81,31 @@ class SequentialRecommender:
                     f"a sequential model scores every item: wanted no {name}, got {value!r}; leave it out"
                 )
         return self
+
+    def configured(self, settings: EvaluationSettings) -> SequentialRecommender:
+        """The same: of ``[evaluation]`` it has no use for what says how titles are searched.
+
+        Raises:
+            UserError: As `with_settings`.
+        """
+        return self.with_settings(search=settings.search)
+
+    def explain(
+        self, history: Items, items: Sequence[int], target: int | None = None
+    ) -> tuple[Recommendation, ...]:
+        """There is nothing to explain.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "wanted the tokens that decided, got a sequential model, which scores items and writes no titles; leave "
+            "explain out"
+        )
+
+    def title_figures(self, dataset: Dataset) -> dict[str, Any]:
+        """Nothing: it reads no titles."""
+        return {}
 
     def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
         """Scores of all items, float32 (B, I), higher is better, on no scale of their own.
@@ -101,26 +139,15 @@ class SequentialRecommender:
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
     ) -> Ranking:
-        """The ``k`` best groups for each history, which may be empty; see `Recommender.recommend`.
-
-        Raises:
-            UserError: An item outside the catalogue, or ``k < 1``.
-        """
+        """The ``k`` best groups for each history, which may be empty; see `Recommender.recommend`."""
         return rank_items(self, histories, k, exclude, allow)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        with atomic_folder(folder / "model") as model:
+        manifest = {"kind": "sequential", "batch_users": self.batch_users, "origin": self.origin}
+        with saving(self, folder, manifest) as place, atomic_folder(place / "model") as model:
             save_file(self.model.state_dict(), model / "model.safetensors")
             write_json(model / "config.json", asdict(self.model.config))
-        save_catalog(self.catalog, self.counts, folder / "catalog.parquet")
-        if self.card:
-            write_text(folder / CARD, self.card)
-        facts = {"format": FORMAT, "kind": "sequential", "batch_users": self.batch_users}
-        write_json(folder / MANIFEST, facts | {"origin": self.origin})
 
     @classmethod
     def from_pretrained(
@@ -131,27 +158,16 @@ class SequentialRecommender:
         Raises:
             UserError: Something is missing, or it is no sequential recommender.
         """
-        folder = local_folder(folder_or_hub_id, revision)
-        facts = read_json(folder / MANIFEST)
-        if (facts.get("format"), facts.get("kind")) != (FORMAT, "sequential"):
-            got = f"kind {facts.get('kind')} of format {facts.get('format')}"
-            raise UserError(
-                f"wanted a sequential recommender of format {FORMAT} in {folder}/{MANIFEST}, got {got}; load it with "
-                "triewise.load, or save it again"
-            )
-        for name in ("catalog.parquet", "model"):
-            if not (folder / name).exists():
-                raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
-        config = EncoderConfig(**read_json(folder / "model" / "config.json"))
-        model = SequentialModel(config)
-        load_trained(model, folder / "model" / "model.safetensors")
+        saved = Saved.open(folder_or_hub_id, revision, "sequential")
+        place = saved.folder / "model"
+        model = SequentialModel(EncoderConfig(**read_json(place / "config.json")))
+        load_trained(model, place / "model.safetensors")
         model.requires_grad_(False)
-        frame = pl.read_parquet(folder / "catalog.parquet")
         return cls(
             model.to(resolve_device(device)).eval(),
-            Catalog.from_frame(frame),
-            frame["train_targets"].to_numpy().astype(np.int64),
-            facts["batch_users"],
-            facts["origin"],
-            (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "",
+            saved.catalog,
+            saved.counts,
+            saved.manifest["batch_users"],
+            saved.manifest["origin"],
+            saved.card,
         )
