@@ -36,6 +36,14 @@ Changes = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key: --set training.steps=100 (repeatable).")
 ]
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Search = Annotated[
+    str | None, typer.Option(help="beam, exact, catalogue or grounding; default as the run's recipe says.")
+]
+RecipeName = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
 
 
 @app.command()
@@ -110,15 +118,11 @@ def describe(
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
-    ],
+    recipe: RecipeName,
     out: Annotated[Path, typer.Option(help="The run folder.")],
     changes: Changes = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train a recipe."""
@@ -143,9 +147,7 @@ def train(
 def evaluate(
     run: Run,
     split: Annotated[str | None, typer.Option(help="test or valid; default the recipe's.")] = None,
-    search: Annotated[
-        str | None, typer.Option(help="beam, exact, catalogue or grounding; default the recipe's.")
-    ] = None,
+    search: Search = None,
     against: Annotated[Path | None, typer.Option(help="Another evaluated run: paired intervals.")] = None,
     changes: Changes = None,
     as_json: Json = False,
@@ -169,15 +171,11 @@ def evaluate(
 
 @app.command()
 def run(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
-    ],
+    recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="The run folder; default runs/NAME.")] = None,
     changes: Changes = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Prepare, train, evaluate, report: one recipe from raw data to report.html."""
@@ -221,9 +219,7 @@ def recommend(
         Path | None,
         typer.Option("--allow", help="Text file of raw item ids, one a line: only these are returned."),
     ] = None,
-    search: Annotated[
-        str | None, typer.Option(help="beam, exact, catalogue or grounding; default the run's.")
-    ] = None,
+    search: Search = None,
     explain: Annotated[bool, typer.Option("--explain", help="Mark the tokens that decided.")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Execute code that comes with the language model.")

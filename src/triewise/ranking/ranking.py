@@ -52,7 +52,6 @@ class Recommender(Protocol):
     @property
     def groups(self) -> Groups:
         """The units of ranking."""
-        ...
 
     def recommend(
         self,
@@ -76,7 +75,6 @@ class Recommender(Protocol):
             UserError: An item outside the catalogue, ``k < 1``, filters for another number of users, or settings of the
                 recommender that do not go together.
         """
-        ...
 
 
 @runtime_checkable
@@ -85,7 +83,6 @@ class ItemScorer(Recommender, Protocol):
 
     def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
         """Scores (B, I) float32 of all items, higher is better; filters are no business of theirs."""
-        ...
 
 
 @dataclass(frozen=True)

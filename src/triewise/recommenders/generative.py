@@ -203,7 +203,7 @@ class GenerativeRecommender(SearchSettings):
         return replace(self, backbone=self.backbone.merged())
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent.
+        """Write everything :meth:`from_pretrained` needs into ``folder``.
 
         With an adapter, ``model/`` holds the adapter and says which base it is on (name, revision, hash, quantisation).
         A base that was built here, such as ``tiny``, is saved with it; any other one is loaded from where it was.
@@ -230,15 +230,7 @@ class GenerativeRecommender(SearchSettings):
         base: Path | str | None = None,
         trust_remote_code: bool = False,
     ) -> GenerativeRecommender:
-        """Load a recommender from a run folder, a folder of :meth:`save_pretrained`, or the Hugging Face hub.
-
-        Args:
-            folder_or_hub_id: A folder, or ``namespace/name``; a folder of that name comes first.
-            revision: Commit, branch or tag on the hub.
-            device: ``auto`` or a torch device.
-            dtype: ``auto`` or a torch dtype's name.
-            base: Folder of the base model under a saved adapter, where it is no longer at its old place.
-            trust_remote_code: Passed to transformers; executes code of the model's repository.
+        """Load what :meth:`save_pretrained` wrote, whatever a recipe beside it says; else as `triewise.load`.
 
         Raises:
             UserError: Something is missing, or the tokenizer, the trie, the catalogue and the base model do not

@@ -40,63 +40,50 @@ class SavedRecommender(Recommender, Protocol):
     @property
     def catalog(self) -> Catalog:
         """The items."""
-        ...
 
     @property
     def counts(self) -> Int64:
         """(I,) training targets of each item."""
-        ...
 
     @property
     def card(self) -> str:
         """Text of its model card; empty where there is none."""
-        ...
 
     @property
     def hashes(self) -> dict[str, str]:
         """Hex SHA-256 of what training and ranking must have in common."""
-        ...
 
     @property
     def origin(self) -> dict[str, Any]:
         """Where its model came from, for the card: without paths, and as it was before an adapter was merged."""
-        ...
 
     @property
     def used(self) -> dict[str, Any]:
         """The settings its rankings depend on, for ``metrics.json``."""
-        ...
 
     @property
     def dropped(self) -> Dropped | None:
         """What its prompts had no room for so far; None where it has no prompts."""
-        ...
 
     def depth(self, k: int) -> int | None:
         """How many titles an evaluation of the best ``k`` asks for; None: all, where all are scored anyway."""
-        ...
 
     def with_settings(self, **changes: Any) -> Self:
         """The same model with other settings of its ranking."""
-        ...
 
     def configured(self, settings: EvaluationSettings) -> Self:
         """The same model, ranking as ``[evaluation]`` of a recipe says."""
-        ...
 
     def explain(
         self, history: Items, items: Sequence[int], target: int | None = None
     ) -> tuple[Recommendation, ...]:
         """Which tokens decided each of the ``items``, recommended after a history; see `triewise.reports.explain`."""
-        ...
 
     def title_figures(self, dataset: Dataset) -> dict[str, Any]:
         """What a `Report` says of the titles as this model reads them; empty where it reads none."""
-        ...
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write what `triewise.load` needs."""
-        ...
 
 
 @dataclass(frozen=True)
