@@ -34,7 +34,12 @@ from triewise.reports import Comparison, Example, Report, Row, write_report
 POPULAR, KNN = "most popular", "item-kNN"
 MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")
 JUDGED = ("split", "exclude", "allow")  # what rows of one table have in common
-RANKED = (*SETTINGS, "adapter")  # how a row was ranked: runs that differ here are no repeats of each other
+RANKED = (
+    *SETTINGS,
+    "adapter",
+    "assistant",
+    "assistant_weight",
+)  # how a row was ranked: runs that differ here are no repeats of each other
 
 # Of two runs of one recipe these may differ: what is reported and when, and when a clock stops it.
 FREE: dict[str, Any] = {
@@ -136,7 +141,9 @@ def repeats(recipes: Sequence[Recipe], evaluations: Sequence[Evaluation]) -> lis
     places: dict[str, list[int]] = {}
     seeds: set[tuple[str, int]] = set()
     for i, (recipe, evaluation) in enumerate(zip(recipes, evaluations, strict=True)):
-        ranked = JUDGED if "chosen" in evaluation.metrics else (*JUDGED, *RANKED)
+        chosen = {"chosen": RANKED, "chosen_weight": ("assistant_weight",)}  # by validation rows, run by run
+        free = {key for name, keys in chosen.items() if name in evaluation.metrics for key in keys}
+        ranked = [key for key in (*JUDGED, *RANKED) if key in JUDGED or key not in free]
         judged = {n: evaluation.metrics.get(n) for n in (*ranked, "n_users")}
         key = json.dumps([recipe.model_dump(mode="json", exclude=FREE), judged])
         if (key, recipe.seed) in seeds:  # the same run twice
@@ -260,7 +267,7 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
 
 def _looks(run: Path, recipe: Recipe, evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
     """The parts of a report that need a model that writes titles."""
-    recommender = load(run, trust_remote_code=recipe.backbone.trust_remote_code)
+    recommender = load(run, assistant=False, trust_remote_code=recipe.backbone.trust_remote_code)
     split = _rows(dataset, evaluation)
     shown = tuple(example(recommender, evaluation, split, r) for r in example_rows(evaluation))
     return recommender.title_figures(dataset) | {"examples": shown}
@@ -326,6 +333,10 @@ def _row_note(recipe: Recipe, record: dict[str, Any], metrics: dict[str, Any]) -
         note += f", {metrics['search']}"
     if metrics["support"] == "vocabulary":
         note += ", vocabulary support"
+    if "assistant" in metrics:
+        note += f", assisted by {Path(metrics['assistant']).name}"
+    if "assistant_weight" in metrics:
+        note += f", weight {metrics['assistant_weight']:g}"
     return note
 
 

@@ -19,13 +19,21 @@ import numpy as np
 
 from triewise.app.assemble import Learner, learner_of
 from triewise.app.folders import commit_of_source, n_threads, open_data, open_run, versions
-from triewise.data import Dataset, allowed_items, data_hash, first_rows, load_dataset
+from triewise.data import Dataset, Split, allowed_items, data_hash, first_rows, load_dataset
 from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
 from triewise.progress import note
-from triewise.ranking import SHOWN, Evaluation, evaluate
+from triewise.ranking import SHOWN, Evaluation, Items, evaluate
 from triewise.recipe import EvaluationSettings, Recipe, dump_recipe, load_recipe
-from triewise.recommenders import CARD, MANIFEST, SavedRecommender, card_facts, choose_search, load
+from triewise.recommenders import (
+    CARD,
+    MANIFEST,
+    SavedRecommender,
+    card_facts,
+    choose_search,
+    choose_weight,
+    load,
+)
 from triewise.reports import model_card
 from triewise.training import FREE, TrainConfig, TrainResult, clear, processes
 
@@ -57,6 +65,8 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
         raise UserError(
             "evaluation.exclude = 'seen' needs what users had before, which this data set does not know; use 'history'"
         )
+    if recipe.evaluation.assistant is not None:
+        open_run(recipe.evaluation.assistant)  # not needed before the evaluation, and not found out then
     learner = processes.first_then_others(lambda: learner_of(recipe, dataset))
     started = time.time()
     record, recommender = _record(recipe, dataset, learner), learner.recommender
@@ -151,9 +161,9 @@ def evaluate_run(
     dataset, recommender = _as_trained(run, recipe, record, settings)
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
     allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
-    name, chosen = name or recipe.title or recipe.name, None
+    name, chosen, valid = name or recipe.title or recipe.name, None, first_rows(dataset.valid, settings.users)
+    recommender, weights = _assisted(recommender, settings, valid, allow)
     if settings.choose:
-        valid = first_rows(dataset.valid, settings.users)
         settings, chosen = choose_search(recommender, valid, settings, allow)
         recommender = recommender.configured(settings)
         name += (
@@ -171,6 +181,7 @@ def evaluate_run(
             **recommender.used,
             "allow": None if settings.allow is None else str(settings.allow),
             **({"chosen": chosen} if chosen else {}),
+            **({"chosen_weight": weights} if weights else {}),
             "seed": recipe.seed,
         },
         train_targets=recommender.counts,
@@ -211,7 +222,7 @@ def _as_trained(
             f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
         )
     trust = recipe.backbone.trust_remote_code  # given when the run was trained here
-    recommender = load(run, merge_adapter=settings.merge_adapter, trust_remote_code=trust)
+    recommender = load(run, merge_adapter=settings.merge_adapter, assistant=False, trust_remote_code=trust)
     for part, value in recommender.hashes.items():
         if record["hashes"].get(part, value) != value:
             raise UserError(
@@ -225,6 +236,31 @@ def _config(recipe: Recipe) -> TrainConfig:
     settings = recipe.training
     shared = settings.model_dump(exclude={"supervision", "rows", "sample", "valid_users"})
     return TrainConfig(**shared, seed=recipe.seed)
+
+
+def _assisted(
+    recommender: SavedRecommender, settings: EvaluationSettings, valid: Split, allow: Items | None
+) -> tuple[SavedRecommender, dict[str, Any] | None]:
+    """The recommender with the assistant of the settings, and how its weight was chosen, where it was."""
+    place, weight = settings.assistant, settings.assistant_weight
+    if place is None:
+        return recommender, None
+    recipe = open_run(place)[0]
+    weighs = {settings.search, *settings.choose} != {"grounding"}  # which has gamma
+    looks = settings.split == "valid" or settings.choose or (weight == "choose" and weighs)
+    if looks and recipe.training.rows != "train":
+        raise UserError(
+            f"the assistant {place} was trained on the validation rows, which are looked at here; give one trained on "
+            "train, or a number as assistant_weight"
+        )
+    helper = load(place, assistant=False, trust_remote_code=recipe.backbone.trust_remote_code)
+    recommender = recommender.with_settings(
+        assistant=helper, assistant_weight=0.5 if weight == "choose" else weight
+    )
+    if weight != "choose" or not weighs:
+        return recommender, None
+    best, tried = choose_weight(recommender, valid, settings.exclude, allow)
+    return recommender.with_settings(assistant_weight=best), tried
 
 
 def _against(evaluation: Evaluation, exact: Evaluation) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from .saved import (
     hash_of as hash_of,
     local_folder as local_folder,
 )
-from .search_choice import choose_search as choose_search
+from .search_choice import choose_search as choose_search, choose_weight as choose_weight
 from .sequential import SequentialRecommender as SequentialRecommender
 from .settings import SETTINGS as SETTINGS
 

@@ -33,6 +33,15 @@ from triewise.ranking import (
     resolve_filters,
 )
 from triewise.recipe import EvaluationSettings
+from triewise.recommenders.assistants import (
+    Assisted,
+    Collaborator,
+    Doubles,
+    by_group,
+    log_probabilities,
+    once_a_title,
+    title_log_probabilities,
+)
 from triewise.recommenders.grounding import GroundedRecommender
 from triewise.recommenders.saved import TRIE, Saved, card_facts, hash_of, saving
 from triewise.recommenders.settings import SEARCHES, SETTINGS, SearchSettings
@@ -41,12 +50,12 @@ from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_g
 
 
 @dataclass(frozen=True)
-class GenerativeRecommender(SearchSettings):
+class GenerativeRecommender(SearchSettings, Assisted):
     """Ranks titles by the probability that the language model writes them.
 
     Scores are natural-log probabilities of titles; with ``grounding`` minus distances, see `GroundedRecommender`. A
     history may be empty where the template has a start token. How it searches is said by the attributes of
-    `SearchSettings`, which are keywords here.
+    `SearchSettings`, and who assists it by those of `Assisted`; all of them are keywords here.
 
     Attributes:
         backbone: The language model and its tokenizer.
@@ -63,6 +72,10 @@ class GenerativeRecommender(SearchSettings):
     trie: Trie
     counts: NDArray[np.int64]
     card: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse an assistant that does not belong here."""
+        self.check_assistant(self.catalog)
 
     @cached_property
     def groups(self) -> Groups:
@@ -81,9 +94,12 @@ class GenerativeRecommender(SearchSettings):
 
     @property
     def used(self) -> dict[str, Any]:
-        """`SearchSettings.used`, and where there is an adapter, whether it is folded into the base."""
+        """`SearchSettings.used`, the assistant, and where there is an adapter, whether it is folded into the base."""
         adapter = {"adapter": "separate" if self.backbone.adapted else "merged"}
-        return super().used | (adapter if "lora" in self.backbone.origin else {})
+        used = super().used | (adapter if "lora" in self.backbone.origin else {}) | self.assisted
+        if self.search == "grounding":
+            used.pop("assistant_weight", None)
+        return used
 
     @property
     def dropped(self) -> Dropped:
@@ -111,10 +127,18 @@ class GenerativeRecommender(SearchSettings):
             self.text_tokens,
             self.gamma,
             self.batch_users,
+            None if self.assistant is None else Collaborator(self.assistant),
         )
 
+    @cached_property
+    def alone(self) -> GenerativeRecommender:
+        """The same without assistant, penalty and IGD-decoding, scoring every title."""
+        _ = self.engine  # kept, so that the model is probed once
+        plain = {"length_penalty": 0.0, "alpha": 0.0, "scope": "node"}
+        return self.with_settings(search="catalogue", assistant=None, assistant_weight=1.0, **plain)
+
     def with_settings(self, **changes: Any) -> GenerativeRecommender:
-        """The same model with other settings of its ranking: ``support``, ``search``, ``beams``, ..."""
+        """The same model with other settings of its ranking: ``support``, ``search``, ``assistant``, ..."""
         other = replace(self, **changes)
         if "engine" in self.__dict__ and not {"backbone", "trie", "support", "batch_users"} & changes.keys():
             other.__dict__["engine"] = self.engine  # the model was probed, and the shared instruction run
@@ -148,6 +172,7 @@ class GenerativeRecommender(SearchSettings):
             return self.grounded.recommend(histories, k, exclude, allow)
         check_histories(histories, self.groups)
         excluded, allowed = resolve_filters(histories, exclude, allow)
+        helper = self.asked
         return self._search(
             [self.prompts.encode(history) for history in histories],
             k,
@@ -156,11 +181,26 @@ class GenerativeRecommender(SearchSettings):
             gain=self.gain if self.alpha else None,
             exclude=excluded,
             allow=allowed,
+            assistant=None if helper is None else log_probabilities(helper, histories),
+            assistant_weight=1.0 if helper is None else self.assistant_weight,
             counts=self.counts,
         )
 
+    def log_probabilities(self, histories: ItemLists) -> Doubles:
+        """(B, I) log-probabilities of titles under this model alone; see `Probabilistic`."""
+        return once_a_title(self.groups, by_group(self.alone.recommend(histories, None), self.groups))
+
+    def parts(self, histories: ItemLists) -> tuple[Doubles, Doubles]:
+        """What the model and what its assistant say; see `SavedRecommender.parts`."""
+        assert self.assistant is not None
+        _ = self.engine
+        own = self.with_settings(search="catalogue", assistant=None, assistant_weight=1.0)
+        theirs = title_log_probabilities(self.assistant, histories, self.groups)
+        length = self.trie.depth[np.unique(self.trie.leaf)].astype(np.float64)
+        return by_group(own.recommend(histories, None), self.groups), theirs / length**self.length_penalty
+
     def score(self, histories: ItemLists, candidates: ItemLists) -> NDArray[np.float32]:
-        """Log-probability of given items for each history.
+        """Log-probability of given items for each history, by the model alone.
 
         Args:
             histories: Item indices, oldest first.
@@ -179,7 +219,7 @@ class GenerativeRecommender(SearchSettings):
     def explain(
         self, history: Items, items: Sequence[int], target: int | None = None
     ) -> tuple[Recommendation, ...]:
-        """Which tokens decided each of the ``items`` after a history; see `triewise.reports.explain`."""
+        """Which tokens decided each of the ``items`` after a history, for the model alone; see `reports.explain`."""
         prompt, tokenizer = self.prompts.encode(history), self.backbone.tokenizer
         return explain(self.engine, tokenizer, self.catalog, prompt, items, target, self.gain)
 
@@ -214,6 +254,7 @@ class GenerativeRecommender(SearchSettings):
             "prompt": self.prompts.settings,
             "hashes": self.hashes,
             "origin": self.backbone.origin,
+            **self.saved_assistant,
         }
         with saving(self, folder, manifest) as place:
             self.backbone.save(place / "model")
@@ -230,7 +271,9 @@ class GenerativeRecommender(SearchSettings):
         base: Path | str | None = None,
         trust_remote_code: bool = False,
     ) -> GenerativeRecommender:
-        """Load what :meth:`save_pretrained` wrote, whatever a recipe beside it says; else as `triewise.load`.
+        """Load what :meth:`save_pretrained` wrote, whatever a recipe beside it says, and without its assistant.
+
+        Arguments as for `triewise.load`, which goes by the recipe and brings the assistant.
 
         Raises:
             UserError: Something is missing, or the tokenizer, the trie, the catalogue and the base model do not
@@ -257,6 +300,7 @@ class GenerativeRecommender(SearchSettings):
             trie,
             saved.counts,
             saved.card,
+            folder=saved.folder,
             **{name: manifest[name] for name in SETTINGS if name in manifest},
         )
 
@@ -287,8 +331,13 @@ class GenerativeRecommender(SearchSettings):
             The address of the repository.
 
         Raises:
-            UserError: The hub cannot be reached, or refuses.
+            UserError: The hub cannot be reached, or refuses; or an assistant, whose folder is on this machine.
         """
+        if self.assistant is not None:
+            raise UserError(
+                "wanted a recommender without assistant to upload, got one whose assistant stays on this machine; "
+                "upload with_settings(assistant=None, assistant_weight=1.0)"
+            )
         origin = self.backbone.anonymous().origin
         facts = card_facts(self, repo_id.rpartition("/")[2], origin=origin, settings=self.search_settings)
         card = addressed(self.card or model_card(facts), repo_id, license)

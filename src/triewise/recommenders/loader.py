@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.recipe import Recipe, load_recipe
 from triewise.recommenders.saved import MANIFEST, SavedRecommender, local_folder
@@ -17,6 +19,7 @@ def load(
     dtype: str | None = None,
     base: str | Path | None = None,
     merge_adapter: bool | None = None,
+    assistant: bool = True,
     trust_remote_code: bool = False,
 ) -> SavedRecommender:
     """Load a recommender from a run folder, a folder of ``save_pretrained``, or the Hugging Face hub.
@@ -29,15 +32,30 @@ def load(
         base: Folder of the base model under a saved adapter, where it is no longer at its old place.
         merge_adapter: Whether an adapter is folded into its base, which decodes faster; None: as the recipe of the run
             says, by default yes but into a 4bit base. Without a recipe it stays apart.
+        assistant: Whether to bring the assistant that the run's recipe or a saved recommender names; False: alone.
         trust_remote_code: Execute code that comes with the language model. No recipe's word is taken for it.
 
     Raises:
-        UserError: Not a recommender, or its parts do not belong together.
+        UserError: Not a recommender, its parts do not belong together, or its assistant is not there.
     """
     folder = local_folder(run, revision)
-    kind = read_json(folder / MANIFEST).get("kind")
+    manifest = read_json(folder / MANIFEST)
     recipe = load_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
-    if kind == "sequential":
+    place, weight = _assistant(folder, manifest, recipe) if assistant else (None, 1.0)
+    if place is not None:
+        alone = load(
+            run,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            base=base,
+            merge_adapter=merge_adapter,
+            assistant=False,
+            trust_remote_code=trust_remote_code,
+        )
+        helper = load(place, device=device, assistant=False, trust_remote_code=trust_remote_code)
+        return alone.with_settings(assistant=helper, assistant_weight=weight)
+    if manifest.get("kind") == "sequential":
         from triewise.recommenders.sequential import SequentialRecommender
 
         made_on = None if recipe is None or recipe.sequential is None else recipe.sequential.device
@@ -66,3 +84,28 @@ def _merges(recipe: Recipe | None, origin: dict[str, object]) -> bool:
         return False
     chosen = recipe.evaluation.merge_adapter
     return origin.get("quantisation") != "4bit" if chosen is None else chosen
+
+
+def _assistant(folder: Path, manifest: dict[str, Any], recipe: Recipe | None) -> tuple[Path | None, float]:
+    """Folder of the assistant and weight of the model: as saved, as the recipe says, or as chosen in an evaluation."""
+    chosen = manifest if "assistant" in manifest else {}
+    if not chosen and recipe is not None and recipe.evaluation.assistant is not None:
+        wanted, weight = str(recipe.evaluation.assistant), recipe.evaluation.assistant_weight
+        chosen = {"assistant": wanted, "assistant_weight": weight}
+        if weight == "choose":
+            metrics = folder / "metrics.json"
+            chosen = read_json(metrics) if metrics.is_file() else {}
+            if chosen.get("assistant") != wanted:
+                raise UserError(
+                    f"the weight of the assistant of {folder} is chosen when it is evaluated; run: triewise evaluate "
+                    f"{folder}"
+                )
+    if not chosen:
+        return None, 1.0
+    place = Path(chosen["assistant"])
+    if not place.is_dir():
+        raise UserError(
+            f"wanted the assistant of {folder} in {place}, which is no folder; bring it back, or load the recommender "
+            "with assistant=False"
+        )
+    return place, float(chosen.get("assistant_weight", 1.0))

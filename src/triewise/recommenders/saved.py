@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from triewise.arrays import Int64
 from triewise.data import Catalog, Dataset
 from triewise.errors import UserError
 from triewise.files import atomic_path, read_json, write_json, write_text
 from triewise.models import download
-from triewise.ranking import Items, Recommender
+from triewise.ranking import ItemLists, Items, Recommender
 from triewise.recipe import EvaluationSettings
 from triewise.reports import CardFacts, Recommendation
 from triewise.tokens import Dropped
@@ -73,6 +74,15 @@ class SavedRecommender(Recommender, Protocol):
 
     def configured(self, settings: EvaluationSettings) -> Self:
         """The same model, ranking as ``[evaluation]`` of a recipe says."""
+
+    def log_probabilities(self, histories: ItemLists) -> NDArray[np.float64]:
+        """(B, I) log-probabilities of titles under the model alone; see `assistants.Probabilistic`."""
+
+    def parts(self, histories: ItemLists) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What the model and what its assistant say of every group of equal titles, both (B, G).
+
+        With weight a of the model the score of a title is a * first + (1 - a) * second, whatever the search.
+        """
 
     def explain(
         self, history: Items, items: Sequence[int], target: int | None = None

@@ -6,7 +6,7 @@ Shape key: B histories, I items.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,17 @@ from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import EncoderConfig, SequentialModel, load_trained, resolve_device
 from triewise.ranking import Groups, ItemLists, Items, Ranking, check_histories, rank_items
 from triewise.recipe import EvaluationSettings
+from triewise.recommenders.assistants import Assisted, Doubles, once_a_title, title_log_probabilities
 from triewise.recommenders.saved import Saved, hash_of, saving
 from triewise.reports import Recommendation
 
 
 @dataclass(frozen=True)
-class SequentialRecommender:
+class SequentialRecommender(Assisted):
     """Ranks items by the scores of a sequential model; a group of equal titles counts as its best member.
+
+    Scores are on no scale of their own; with an assistant (see `Assisted`, whose attributes are keywords here) they
+    are log-probabilities of titles, of the model and the assistant together.
 
     Attributes:
         model: Encoder and head.
@@ -47,6 +51,10 @@ class SequentialRecommender:
     origin: dict[str, Any] = field(default_factory=dict)
     card: str = field(default="", repr=False)
 
+    def __post_init__(self) -> None:
+        """Refuse an assistant that does not belong here."""
+        self.check_assistant(self.catalog)
+
     @cached_property
     def groups(self) -> Groups:
         """Groups of items with the same title."""
@@ -60,7 +68,7 @@ class SequentialRecommender:
     @property
     def used(self) -> dict[str, Any]:
         """The settings its rankings depend on, for ``metrics.json``."""
-        return {"search": "catalogue", "support": "items"}
+        return {"search": "catalogue", "support": "items"} | self.assisted
 
     @property
     def dropped(self) -> None:
@@ -70,17 +78,18 @@ class SequentialRecommender:
         """Every item is scored anyway."""
 
     def with_settings(self, **changes: Any) -> SequentialRecommender:
-        """The same: a sequential model scores every item and has no settings of its search.
+        """The same with another assistant: it scores every item and has no settings of its search.
 
         Raises:
-            UserError: Any other setting than ``search = "catalogue"``.
+            UserError: Any other setting than those of `Assisted` and ``search = "catalogue"``.
         """
+        changes = {name: value for name, value in changes.items() if (name, value) != ("search", "catalogue")}
         for name, value in changes.items():
-            if (name, value) != ("search", "catalogue"):
+            if name not in ("assistant", "assistant_weight"):
                 raise UserError(
                     f"a sequential model scores every item: wanted no {name}, got {value!r}; leave it out"
                 )
-        return self
+        return replace(self, **changes)
 
     def configured(self, settings: EvaluationSettings) -> SequentialRecommender:
         """The same: of ``[evaluation]`` it has no use for what says how titles are searched.
@@ -108,7 +117,28 @@ class SequentialRecommender:
         return {}
 
     def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
-        """Scores of all items, float32 (B, I), higher is better, on no scale of their own.
+        """Scores of all items, float32 (B, I), higher is better; with an assistant log-probabilities of their titles.
+
+        Arguments and errors as `own_scores`.
+        """
+        if self.asked is None:
+            return self.own_scores(histories)
+        own, theirs = self.parts(histories)
+        titles = self.assistant_weight * own + (1 - self.assistant_weight) * theirs
+        return titles[:, self.groups.of_item].astype(np.float32)
+
+    def log_probabilities(self, histories: ItemLists) -> Doubles:
+        """(B, I) log-probabilities of titles under this model alone; see `Probabilistic`."""
+        return once_a_title(self.groups, self.groups.scores(self.own_scores(histories).astype(np.float64)))
+
+    def parts(self, histories: ItemLists) -> tuple[Doubles, Doubles]:
+        """What the model and what its assistant say; see `SavedRecommender.parts`."""
+        assert self.assistant is not None
+        theirs = title_log_probabilities(self.assistant, histories, self.groups)
+        return self.groups.scores(self.log_probabilities(histories)).astype(np.float64), theirs
+
+    def own_scores(self, histories: ItemLists) -> NDArray[np.float32]:
+        """What the model alone says of all items, float32 (B, I), on no scale of its own.
 
         Args:
             histories: Item indices, oldest first; the last ``max_length`` of each are read. May be empty.
@@ -145,6 +175,7 @@ class SequentialRecommender:
     def save_pretrained(self, folder: Path | str) -> None:
         """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent."""
         manifest = {"kind": "sequential", "batch_users": self.batch_users, "origin": self.origin}
+        manifest |= self.saved_assistant
         with saving(self, folder, manifest) as place, atomic_folder(place / "model") as model:
             save_file(self.model.state_dict(), model / "model.safetensors")
             write_json(model / "config.json", asdict(self.model.config))
@@ -170,4 +201,5 @@ class SequentialRecommender:
             saved.manifest["batch_users"],
             saved.manifest["origin"],
             saved.card,
+            folder=saved.folder,
         )

@@ -30,7 +30,7 @@ class SearchSettings:
         scope: What IGD-decoding scales the gain over, ``node`` or (beam search only) ``step``.
         text_beams: Grounding: beams of the free generation.
         text_tokens: Grounding: most tokens of the free text.
-        gamma: Grounding: strength with which popularity is injected; 0 switches it off.
+        gamma: Grounding: strength with which popularity, or the assistant, is injected; 0 switches it off.
         batch_users: Users that share a forward; no ranking depends on it.
     """
 
@@ -53,9 +53,9 @@ class SearchSettings:
     @property
     def used(self) -> dict[str, Any]:
         """Those that the rankings depend on: the ones of the trie, or of grounding, which has no support."""
-        kind = {"of": "grounding"} if self.search == "grounding" else {}
+        kind = OF_GROUNDING if self.search == "grounding" else {}
         used = {f.name: getattr(self, f.name) for f in fields(SearchSettings) if f.metadata == kind}
-        return {"search": self.search} | used | ({"support": "none"} if kind else {})
+        return {"search": self.search} | ({"support": "none"} if kind else {}) | used
 
 
 SETTINGS = tuple(f.name for f in fields(SearchSettings))
