@@ -11,9 +11,10 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -256,7 +257,16 @@ class EvaluationSettings(_Section):
     text_beams: int = _key(4, "grounding: beams of the free generation, of which the best is used", ge=1)
     text_tokens: int = _key(128, "grounding: most tokens of the free text", ge=1)
     gamma: float = _key(
-        0.0, "grounding: how strongly popularity is injected; 0: not", ge=0, allow_inf_nan=False
+        0.0,
+        "grounding: how strongly popularity, or the assistant, is injected; 0: not",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    assistant: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+        None, "folder of a run on the same catalogue that has a say in each title (D3)"
+    )
+    assistant_weight: float | Literal["choose"] = _key(
+        "choose", "of the model beside its assistant; choose: 0 to 1 in tenths, by validation rows"
     )
     allow: Path | None = _key(None, "text file of raw item ids, one a line: only these are returned")
     against_exact: bool = _key(False, "also say how often the search gave the exact best k")
@@ -276,6 +286,12 @@ class EvaluationSettings(_Section):
             raise ValueError("grounding is no search along the trie; set against_exact = false")
         if self.scope == "step" and set(self.choose) - {"beam"}:
             raise ValueError("scope = 'step' needs the beam search: choose = ['beam'] or none")
+        if self.assistant_weight != "choose" and not 0 <= self.assistant_weight <= 1:
+            raise ValueError(f"assistant_weight must be in [0, 1] or 'choose', got {self.assistant_weight}")
+        if self.assistant is not None and self.assistant_weight == "choose" and self.scope == "step":
+            raise ValueError(
+                "scope = 'step' has no full ranking to choose assistant_weight by; give a number"
+            )
         if self.scope == "step" and self.against_exact:
             raise ValueError("scope = 'step' has no exact search to compare with; set against_exact = false")
         return self
@@ -401,6 +417,12 @@ class Recipe(_Section):
             raise ValueError(
                 "evaluation.choose looks at the validation rows, on which training.rows = 'train+valid' trains; "
                 "choose with training.rows = 'train' and set evaluation.search"
+            )
+        chooses = self.evaluation.assistant is not None and self.evaluation.assistant_weight == "choose"
+        if self.training.rows == "train+valid" and chooses:
+            raise ValueError(
+                "evaluation.assistant_weight = 'choose' looks at the validation rows, on which training.rows = "
+                "'train+valid' trains; give a number"
             )
         if self.training.rows == "train+valid" and self.evaluation.split == "valid":
             raise ValueError(

@@ -21,8 +21,8 @@ import triewise
 from tests import worlds
 from tests.contract import HISTORIES, RecommenderContract
 from tests.tiny_models import tiny_model
+from triewise import load
 from triewise.app import evaluate_run, train_run
-from triewise.app.folders import load_run
 from triewise.cache import cache_folder
 from triewise.errors import UserError
 from triewise.files import read_json
@@ -476,7 +476,7 @@ def test_a_recipe_trains_saves_and_evaluates_an_adapter(quantisation: str, raw: 
         assert evaluation.scores == pytest.approx(first, abs=1e-4)
     default = "merged" if quantisation == "none" else "separate"
     assert metrics == {None: default, True: "merged", False: "separate"}
-    assert load_run(run, made).backbone.adapted == (quantisation == "4bit")
+    assert load(run).backbone.adapted == (quantisation == "4bit")
 
 
 @pytest.mark.parametrize("name", ["msl-llama3-8b", "msl-llama3-8b-lml", "igd-llama3-8b", "igd-qwen2.5-1.5b"])

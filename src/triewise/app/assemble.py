@@ -27,8 +27,8 @@ from triewise.models import (
     unfreeze_lora,
 )
 from triewise.progress import note
-from triewise.recipe import EvaluationSettings, Recipe
-from triewise.recommenders import SETTINGS, GenerativeRecommender, SequentialRecommender, hashes
+from triewise.recipe import Recipe
+from triewise.recommenders import GenerativeRecommender, SavedRecommender, SequentialRecommender, hashes
 from triewise.tokens import (
     Prompts,
     Trie,
@@ -85,7 +85,7 @@ class Learner:
         fit: ``fit(out, validate=..., resume=..., title=...)`` trains it.
     """
 
-    recommender: GenerativeRecommender | SequentialRecommender
+    recommender: SavedRecommender
     facts: dict[str, Any]
     fit: Callable[..., TrainResult]
 
@@ -178,14 +178,8 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
         learned = _learned(recipe, model, examples, rejected, out / REFERENCE)
         return train(model, examples, learned, recipe.training, out, seed=recipe.seed, **how)
 
-    recommender = GenerativeRecommender(
-        parts.backbone,
-        dataset.catalog,
-        parts.prompts,
-        parts.trie,
-        parts.counts,
-        **search_settings(recipe.evaluation),
-    )
+    made = GenerativeRecommender(parts.backbone, dataset.catalog, parts.prompts, parts.trie, parts.counts)
+    recommender = made.configured(recipe.evaluation)
     known = hashes(parts.prompts, parts.trie, parts.counts)
     sizes = (model.num_parameters(), model.num_parameters(only_trainable=True))
     facts = _facts(known, parts.backbone.origin, sizes, parts.windows, parts.counts)
@@ -279,8 +273,3 @@ def _learned(
     ats = AdaptiveTemperature(**settings.adaptive.model_dump()) if temperature == "adaptive" else temperature
     objective = Objective(settings.support, ats, settings.normaliser, settings.expand_negatives)
     return Contrast(objective, **contrast.model_dump()) if contrast.strength else objective
-
-
-def search_settings(settings: EvaluationSettings) -> dict[str, Any]:
-    """What `GenerativeRecommender` takes of the settings of an evaluation."""
-    return settings.model_dump(include=set(SETTINGS))

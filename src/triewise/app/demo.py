@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from triewise.app.compare import collect
+from triewise.app.compare import report_runs
 from triewise.app.folders import open_data
 from triewise.app.runs import evaluate_run, train_run
 from triewise.progress import note
 from triewise.recipe import load_recipe
-from triewise.reports import Report, write_report
+from triewise.reports import Report
 
 LIMIT_S = 600.0
 RESERVE_S = 90.0  # for ranking, comparing and drawing after the last training
@@ -28,6 +29,15 @@ class DemoResult:
     html: Path
     seconds: float
     quick: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "rows": {row.name: row.metrics for row in self.report.rows},
+            "comparisons": [vars(comparison) for comparison in self.report.comparisons],
+            "report": str(self.html),
+            "seconds": round(self.seconds, 1),
+        }
 
 
 def run_demo(out: Path = Path("runs/demo"), *, quick: bool = False, seed: int = 0) -> DemoResult:
@@ -61,7 +71,5 @@ def run_demo(out: Path = Path("runs/demo"), *, quick: bool = False, seed: int = 
             raise KeyboardInterrupt
     for run in runs:
         evaluate_run(run)
-    report = collect(runs)
     html = out / "report.html"
-    write_report(html, report)
-    return DemoResult(report, html, time.monotonic() - started, quick)
+    return DemoResult(report_runs(runs, html), html, time.monotonic() - started, quick)

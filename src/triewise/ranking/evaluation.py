@@ -156,7 +156,7 @@ def _ranked(
     allow: Items | None,
 ) -> tuple[Places, Bool, dict[str, int]]:
     """Where the targets stand and who stands first, what is certified, and the work done."""
-    excluded, n_rows, of_item = _excluded(split, exclude), split.n_rows, recommender.groups.of_item
+    excluded, n_rows, of_item = excluded_items(split, exclude), split.n_rows, recommender.groups.of_item
     certified, counters = np.ones(n_rows, dtype=bool), dict[str, int]()
     with progress(f"ranking {name}", n_rows, "users") as advance:
         if depth is None and isinstance(recommender, ItemScorer):
@@ -269,7 +269,8 @@ def _difference(a: Float64, b: Float64) -> Float64:
     return a - b
 
 
-def _excluded(split: Split, exclude: str) -> Ragged | None:
+def excluded_items(split: Split, exclude: str) -> Ragged | None:
+    """What each row may not get: ``none``, its ``history``, or everything ``seen``; UserError where that is unknown."""
     if exclude == "none":
         return None
     if exclude == "seen" and split.seen is None:
