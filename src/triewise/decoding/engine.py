@@ -267,7 +267,8 @@ class TrieEngine:
                 at = length_B - len(path) + int(trie.depth[node]) - 1
                 row_BV = logits[torch.arange(len(prompts), device=device), at].float()
                 children = Children.below(trie, np.full(len(prompts), node, dtype=np.int64))
-                log_p = self.log_softmax(children, row_BV, counters).view(len(prompts), -1)
+                counters.add_scored(len(prompts))
+                log_p = self.log_softmax(children, row_BV).view(len(prompts), -1)
                 yield children.node[: log_p.shape[1]], log_p
 
     def edges(self, children: Children, hidden_BRD: Tensor, counters: Counters) -> Tensor:
@@ -294,9 +295,8 @@ class TrieEngine:
         counters.rounds += 1
         return self.model(input_ids=ids, use_cache=False).logits, length_B
 
-    def log_softmax(self, children: Children, logits_RV: Tensor, counters: Counters) -> Tensor:
+    def log_softmax(self, children: Children, logits_RV: Tensor) -> Tensor:
         """The same from logits (R, V) float32 that the model made itself; float32 (E,), <= 0."""
-        counters.add_scored(len(logits_RV))
         token, row, column = children.to(logits_RV.device)
         z_E, row = logits_RV[row, token[column]].cpu(), row.cpu()
         total_BR = logits_RV.logsumexp(1)[None].cpu() if self.support == "vocabulary" else None

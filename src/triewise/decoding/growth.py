@@ -185,7 +185,8 @@ class Growth:
             block = slice(start, start + at_once)
             logits, length = engine.plain_logits(prompts[block], paths[block], counters)
             row_RV = logits[torch.arange(len(logits), device=engine.device), length - 1].float()
-            log_p = engine.log_softmax(Children.below(trie, node[block]), row_RV, counters)
+            counters.add_scored(len(row_RV))
+            log_p = engine.log_softmax(Children.below(trie, node[block]), row_RV)
             self._keep(user[block], node[block], log_p.cpu().numpy())
 
 
