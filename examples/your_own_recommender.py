@@ -49,9 +49,7 @@ mine = WhatComesNext.fit(dataset.train, groups)
 
 
 class TestMine(RecommenderContract):
-    """In a file of tests pytest finds this class and runs its 13 checks."""
-
-    make = staticmethod(lambda: mine)
+    make = staticmethod(lambda: mine)  # in a file of tests pytest finds this class and runs its 13 checks
 
 
 print("broken promises:", broken_promises(TestMine) or "none")

@@ -124,7 +124,7 @@ def prepare(
         k_core: Users and items with fewer interactions are left out, again and again until none is left; 0 or 1
             keeps all. Not for published splits.
         split: ``"leave-one-out"``, ``"time-windows"`` or ``"time-growing"``; see the functions of that name in
-            :mod:`triewise.splits`. Published splits stay as they are.
+            :mod:`triewise.data.splits`. Published splits stay as they are.
 
     Returns:
         The data set in ``out``.
