@@ -8,14 +8,15 @@ endif
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-quick test test-all check format clean
+.PHONY: help install demo demo-quick test test-all check docs format clean
 
 help:  ## Show the targets
 	@echo "make demo        install and run the main job on real data: make demo && open runs/demo/report.html"
 	@echo "make demo-quick  the same in 60 seconds, with fewer steps and users"
 	@echo "make test        the fast tests"
 	@echo "make test-all    all tests"
-	@echo "make check       formatting, lint, types, architecture"
+	@echo "make check       formatting, lint, types, architecture, documentation"
+	@echo "make docs        the documentation: make docs && open site/index.html"
 	@echo "make format      format the code"
 	@echo "make install     create .venv and install"
 	@echo "make clean       remove .venv and caches"
@@ -45,10 +46,15 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict src
 	$(BIN)/python -m pytest tests/test_architecture.py --doctest-modules src/triewise
+	@$(MAKE) --no-print-directory docs
+
+docs: $(STAMP)  ## Only what changed is built again; after a warning everything is, so that it is not forgotten
+	$(BIN)/python docs/pages.py build/docs
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --jobs auto --conf-dir docs -d build/doctrees build/docs site || (rm -rf build/doctrees; exit 1)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build site

@@ -12,6 +12,7 @@ from triewise.data import Catalog, Split
 from triewise.models import Backbone, load_backbone
 from triewise.recipe import TinyModel
 from triewise.recommenders import GenerativeRecommender
+from triewise.testing import RecommenderContract
 from triewise.tokens import Trie, build_prompts
 
 TITLES = (  # two equal, one that spells the terminator, one with markup, one with a newline
@@ -25,6 +26,7 @@ TITLES = (  # two equal, one that spells the terminator, one with markup, one wi
     '"Quoted", & [bold] <b>',
     "two\nlines",
 )
+HISTORIES = [list(history) for history in RecommenderContract.histories]
 TINY = TinyModel(vocabulary=300, width=16, layers=2, heads=2, feed_forward=32)
 
 

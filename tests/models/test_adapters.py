@@ -19,8 +19,8 @@ from torch import Tensor
 
 import triewise
 from tests import worlds
-from tests.contract import HISTORIES, RecommenderContract
 from tests.tiny_models import tiny_model
+from tests.worlds import HISTORIES
 from triewise import load
 from triewise.app import evaluate_run, train_run
 from triewise.cache import cache_folder
@@ -30,6 +30,7 @@ from triewise.models import Backbone, hand_head_matches, load_backbone
 from triewise.models.adapters import add_lora, is_quantised, without_adapter
 from triewise.recipe import LoraSettings, TrainingSettings, load_recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender
+from triewise.testing import RecommenderContract
 from triewise.tokens import Trie, build_prompts, zero_gain
 from triewise.training import Examples, Objective, make_windows, target_counts, train
 

@@ -8,10 +8,10 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from tests.contract import RecommenderContract
 from tests.worlds import catalog, split
 from triewise.data import Split
 from triewise.ranking import Groups, ItemKNN, baselines as neighbours
+from triewise.testing import RecommenderContract
 
 
 class TestItemKNN(RecommenderContract):

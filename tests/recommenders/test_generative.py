@@ -13,10 +13,11 @@ import pytest
 
 import triewise
 from tests import worlds
-from tests.contract import HISTORIES, RecommenderContract
+from tests.worlds import HISTORIES
 from triewise.errors import UserError
 from triewise.ranking import Groups, MostPopular
 from triewise.recommenders import GenerativeRecommender
+from triewise.testing import RecommenderContract
 from triewise.tokens import Trie
 
 

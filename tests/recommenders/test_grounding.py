@@ -13,10 +13,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from tests import worlds
-from tests.contract import HISTORIES, RecommenderContract
 from tests.reference import grounding as reference
 from tests.tiny_models import tiny_model
-from tests.worlds import write_msl_folder
+from tests.worlds import HISTORIES, write_msl_folder
 from triewise import load
 from triewise.app import evaluate_run, train_run
 from triewise.app.compare import collect
@@ -28,6 +27,7 @@ from triewise.recipe import LoraSettings, Recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender, GroundedRecommender
 from triewise.recommenders.grounding import generate, inject, last_states
 from triewise.recommenders.search_choice import choose_gamma
+from triewise.testing import RecommenderContract
 
 
 class TestGrounding(RecommenderContract):

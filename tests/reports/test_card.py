@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 
 import triewise
 from tests import worlds
-from tests.contract import HISTORIES
+from tests.worlds import HISTORIES
 from triewise.app import evaluate_run, train_run
 from triewise.errors import UserError
 from triewise.files import read_json

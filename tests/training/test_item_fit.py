@@ -13,14 +13,15 @@ import torch
 
 import triewise
 from tests import worlds
-from tests.contract import HISTORIES, RecommenderContract
 from tests.token_worlds import make_split
+from tests.worlds import HISTORIES
 from triewise.arrays import Ragged, padded
 from triewise.errors import UserError
 from triewise.files import read_json, write_json
 from triewise.models import SequentialModel
 from triewise.recipe import EncoderSettings, SequentialSettings, TrainingSettings
 from triewise.recommenders import SequentialRecommender
+from triewise.testing import RecommenderContract
 from triewise.training import Sequences, Windows, fit, make_windows, target_counts
 from triewise.training.item_fit import learning_rate
 from triewise.training.item_tasks import (

@@ -38,7 +38,9 @@ from triewise.reports import model_card
 from triewise.training import MAY_CHANGE, TrainResult, processes, resume_point
 
 
-def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+def train_run(
+    recipe: Recipe, out: Path | str, *, resume: bool = False, overwrite: bool = False
+) -> TrainResult:
     """Train a recipe into a run folder; in several processes each calls it, and the first one writes.
 
     Args:
@@ -53,7 +55,7 @@ def train_run(recipe: Recipe, out: Path, *, resume: bool = False, overwrite: boo
     """
     processes.start()
     with processes.together():
-        return _train_run(recipe, out, resume, overwrite)
+        return _train_run(recipe, Path(out), resume, overwrite)
 
 
 def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> TrainResult:
@@ -144,7 +146,7 @@ def changed_evaluation(
 
 
 def evaluate_run(
-    run: Path, changes: EvaluationSettings | None = None, *, name: str | None = None
+    run: Path | str, changes: EvaluationSettings | None = None, *, name: str | None = None
 ) -> Evaluation:
     """Evaluate a trained run; writes metrics, predictions and a model card (``README.md``) into its folder.
 
@@ -153,6 +155,7 @@ def evaluate_run(
         changes: Settings to use instead of the recipe's.
         name: Name of the row; default the title of the recipe.
     """
+    run = Path(run)
     recipe, record = open_run(run)
     settings = changes or recipe.evaluation
     if settings.split == "valid" and recipe.training.rows != "train":

@@ -79,7 +79,7 @@ def movielens_folder(folder: Path) -> Raw:
     """An unpacked MovieLens release, recognised by its files; every rating is an interaction.
 
     ``u.data`` and ``u.item`` (100K), ``ratings.dat`` and ``movies.dat`` (1M, 10M), or ``ratings.csv`` and
-    ``movies.csv`` (20M, 25M, 32M, latest). Titles are as in the canonical tables of :mod:`triewise.fetch`.
+    ``movies.csv`` (20M, 25M, 32M, latest). Titles are as in the canonical tables of :mod:`triewise.data.fetch`.
 
     Raises:
         UserError: None of the pairs is there, or a file is broken.

@@ -233,7 +233,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
     def _search(self, prompts: TokenLists, k: int | None, **settings: Any) -> Ranking:
         if self.search == "catalogue":
             return rank_catalogue(self.engine, prompts, k, **settings)
-        k = k or self.groups.n_groups
+        k = self.groups.n_groups if k is None else k
         if self.search == "exact":
             return exact_search(self.engine, prompts, k, **settings)
         return beam_search(self.engine, prompts, k, max(k, self.beams), scope=self.scope, **settings)
