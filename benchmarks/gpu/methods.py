@@ -30,8 +30,10 @@ METHODS: dict[str, Row] = {
     "MSL + ATS": {"support": "trie", "temperature": "adaptive", "normaliser": "decisions"},
 }
 # Every title of a window is a target, or the last one: template, rows of a step, share of the time.
-SUPERVISIONS = {"every": ("plain", 32, 0.5), "last": ("msl", 64, 0.5)}
+SUPERVISIONS = {"every": ("plain", 32, 0.55), "last": ("msl", 64, 0.45)}
 EPOCHS, RATE, TRIAL = 3, 3e-4, 8
+# Fewer methods, the first ones, where less than this were left for each; no fewer than two.
+LEAST_EPOCHS = 0.5
 SPARE = 4.0  # seconds for what is not foreseen
 USERS = 128  # of a forward when ranking
 
@@ -47,7 +49,7 @@ def run(report: Report, options: Options) -> None:
         trial = partial(_trial, data, options, supervision, seconds, plans)
         if not report.run(f"{supervision} trial", trial, needs_s=0.5 if options.tiny else 15):
             continue
-        for method in METHODS:
+        for method in list(METHODS)[: plans[supervision]["methods"]]:
             work = partial(_method, report, data, options, supervision, method, plans[supervision])
             needs = 0.5 if options.tiny else plans[supervision]["seconds_of_a_method"] * 0.7
             report.run(f"{supervision} {method}", work, needs_s=needs)
@@ -102,10 +104,14 @@ def _trial(data: Dataset, options: Options, supervision: str, seconds: float, pl
         ranking += spent * data.test.n_rows / some.n_rows
     step, windows = training / TRIAL, int(learner.facts["windows"])
     epoch = -(-windows // rows)
-    budget = (seconds - loading - 2 * training - ranking * 256 / data.test.n_rows) / len(METHODS)
-    steps = int(max(4, min(EPOCHS * epoch, (budget - loading - ranking) / step)))
+    budget = seconds - loading - 2 * training - 2 * ranking * some.n_rows / data.test.n_rows
+    for methods in range(len(METHODS), 1, -1):
+        steps = int(max(4, min(EPOCHS * epoch, (budget / methods - loading - ranking) / step)))
+        if steps >= LEAST_EPOCHS * epoch:
+            break
     steps = min(steps, 6) if options.tiny else steps
     plans[supervision] = {
+        "methods": len(METHODS) if options.tiny else methods,
         "steps": steps,
         "epochs": steps / epoch,
         "seconds_of_a_method": loading + ranking + steps * step,
