@@ -89,17 +89,18 @@ def _recommender(data: Dataset, backbone: Any) -> GenerativeRecommender:
 
 
 def _decoding(data: Dataset, options: Options, dtype: str, allowed: float, row: Row) -> None:
-    histories = [data.test.history[i].tolist() for i in range(USERS)]
+    n_users = 4 if options.tiny else USERS
+    histories = [data.test.history[i].tolist() for i in range(n_users)]
     cpu = _recommender(data, _model(data, "cpu"))
     gpu = _recommender(data, _model(data, options.device, dtype))
-    for support in ("trie", "vocabulary"):
+    for support in ("trie",) if options.tiny and dtype != "float32" else ("trie", "vocabulary"):
         settings: Row = {"support": support, "batch_users": 8}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             row[f"fast_path_{support}"] = gpu.with_settings(**settings).engine.tree_cache_works
         row[f"warnings_{support}"] = [str(w.message) for w in caught]
         every = cpu.with_settings(**settings, search="catalogue").recommend(histories, None)
-        reference = np.full((USERS, data.catalog.n_items), np.nan)
+        reference = np.full((n_users, data.catalog.n_items), np.nan)
         for b, (items, scores) in enumerate(zip(every.items, every.scores, strict=True)):
             reference[b, items[items >= 0]] = scores[items >= 0]
         size = float(np.nanmax(np.abs(reference)))
@@ -115,7 +116,7 @@ def _decoding(data: Dataset, options: Options, dtype: str, allowed: float, row: 
             if search != "beam":
                 _check(row, f"{support} {search} best 10", _gap(theirs, one.scores, size), allowed)
             row[f"certified {support} {search}"] = float(two.certified.mean())
-        lists = [[1, 2, 3, b] for b in range(USERS)]
+        lists = [[1, 2, 3, b] for b in range(n_users)]
         scores = [r.with_settings(**settings).score(histories, lists) for r in (cpu, gpu)]
         _check(row, f"{support} score", _gap(scores[0], scores[1], size), allowed)
 
@@ -149,8 +150,9 @@ def _losses(data: Dataset, options: Options, autocast: bool, row: Row) -> None:
     """Loss and gradients of one packed micro-batch, and of one of whole windows."""
     allowed = HALF if autocast else EXACT
     backbone = _model(data, "cpu", scale=1.0)
+    names = ("LML", "MSL + ATS") if options.tiny else tuple(_objectives())
     for supervision in ("last", "every"):
-        for name in _objectives():
+        for name in names:
             found = []
             for device in (torch.device("cpu"), options.device):
                 objective, weighed = _objectives()[name]
@@ -181,7 +183,8 @@ def _training(data: Dataset, options: Options, lora: LoraSettings | None, row: R
     for device in (torch.device("cpu"), options.device):
         ours = replace(backbone, model=copy.deepcopy(backbone.model).to(device))
         examples = _examples(data, backbone.tokenizer)
-        config = TrainConfig(steps=5, learning_rate=1e-3, batch_size=16, warmup_steps=1, log_every=1)
+        steps = 2 if options.tiny else 5
+        config = TrainConfig(steps=steps, learning_rate=1e-3, batch_size=16, warmup_steps=1, log_every=1)
         with tempfile.TemporaryDirectory() as out:
             result = train(ours.model, examples, Objective("trie"), config, Path(out))
         losses.append([line["loss"] for line in result.history])
