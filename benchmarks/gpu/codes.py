@@ -7,17 +7,16 @@ item: 8,192 first codes, 32 second codes below each, 4 third codes below those, 
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+
 from benchmarks.gpu.data import Options
 from benchmarks.gpu.decoding import floor
-from benchmarks.gpu.report import Report, Row, ceilings, kernels, peak_gb, pieces, timed
+from benchmarks.gpu.report import Report, Row, ceilings, fast_path, kernels, peak_gb, pieces, timed
 from benchmarks.gpu.shapes import build, shape_of
-
 from triewise.decoding import TrieEngine, beam_search, exact_search
 from triewise.tokens import Trie
 
@@ -59,10 +58,7 @@ def run(report: Report, options: Options) -> None:
         row["parameters"] = model.num_parameters()
         for support in ("vocabulary", "trie"):
             engines[support] = TrieEngine(model, trie, support, chunk=max(256, beams))
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                row[f"fast_path_{support}"] = engines[support].tree_cache_works
-            row[f"warnings_{support}"] = [str(w.message) for w in caught]
+            fast_path(engines[support], row, f"_{support}")
 
     def cell(support: str, kind: str, batch: int, row: Row) -> None:
         engine = engines[support]

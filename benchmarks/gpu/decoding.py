@@ -7,18 +7,16 @@ tokens), in models with heads of 151,936: the tree has its true shape, the weigh
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.gpu.data import Options, dataset, prompts_of
-from benchmarks.gpu.report import Report, Row, ceilings, kernels, peak_gb, pieces, timed
-from benchmarks.gpu.shapes import Shape, build, shape_of
 
+from benchmarks.gpu.data import Options, dataset, prompts_of
+from benchmarks.gpu.report import Report, Row, ceilings, fast_path, kernels, peak_gb, pieces, timed
+from benchmarks.gpu.shapes import Shape, build, shape_of
 from triewise.decoding import Counters, TrieEngine, beam_search, exact_search, rank_catalogue
 from triewise.decoding.treecache import TreeCache
 
@@ -103,13 +101,7 @@ def _build(world: World, name: str, engines: dict[str, tuple[TrieEngine, Shape]]
         lambda: build(shape, options.device, options.half, peaked=True).requires_grad_(False), options.device
     )
     engine = TrieEngine(model, world.trie, "trie")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        row["fast_path"] = engine.tree_cache_works
-    row["warnings"] = [str(w.message) for w in caught]
-    if not row["fast_path"]:
-        loud = f"{name}: THE PLAIN PATH IS USED, numbers below say nothing: {row['warnings']}"
-        print(loud, file=sys.stderr, flush=True)
+    fast_path(engine, row, "")
     row |= {"build_seconds": seconds, "parameters": model.num_parameters(), "dtype": str(options.half)}
     row |= {"attention": model.config._attn_implementation, "body_weights": shape.body}
     engines[name] = engine, shape

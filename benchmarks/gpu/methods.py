@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+
 from benchmarks.gpu.data import Options, dataset
 from benchmarks.gpu.report import Report, Row, peak_gb, timed
-
 from triewise.app.assemble import learner_of
 from triewise.data import Dataset
 from triewise.ranking import SHOWN, evaluate

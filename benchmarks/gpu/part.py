@@ -10,9 +10,9 @@ import warnings
 from pathlib import Path
 
 import torch
+
 from benchmarks.gpu.data import Options
 from benchmarks.gpu.report import Report
-
 from triewise.models import resolve_device
 
 

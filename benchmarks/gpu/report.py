@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -152,6 +153,19 @@ def ceilings(device: torch.device, dtype: torch.dtype, size: int = 8192) -> Row:
         seconds = [timed(work, device)[0] for _ in range(10)]
         rows[f"{name}_per_second"] = amount / float(np.median(seconds))
     return rows
+
+
+def fast_path(engine: TrieEngine, row: Row, name: str) -> None:
+    """Whether an engine takes the tree cache. Where it refuses it is made to: speed can be measured all the same."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        row[f"fast_path{name}"] = engine.tree_cache_works
+    row[f"warnings{name}"] = [str(w.message) for w in caught]
+    if not row[f"fast_path{name}"]:
+        row[f"forced{name}"] = True
+        engine.__dict__["tree_cache_works"] = True
+        loud = f"THE TREE CACHE WAS REFUSED AND IS FORCED, results may be wrong: {row[f'warnings{name}']}"
+        print(loud, file=sys.stderr, flush=True)
 
 
 def peak_gb(device: torch.device, reset: bool = False) -> float | None:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from benchmarks.gpu.data import Options, dataset
 from benchmarks.gpu.report import Report, Row
-
 from triewise.data import Dataset
 from triewise.models import load_backbone
 from triewise.recipe import LoraSettings, TinyModel
@@ -43,6 +43,7 @@ LORA = LoraSettings(rank=4, dropout=0.0)
 
 def run(report: Report, options: Options) -> None:
     """Decoding, losses, training, adapters, files."""
+    torch.set_num_threads(1)  # small matrices: threads cost more than they give
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     data = dataset(replace(options, data=None), "smoke")

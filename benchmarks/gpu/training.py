@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerCallback, TrainingArguments
+
 from benchmarks.gpu.data import Options, dataset, prompts_of
 from benchmarks.gpu.report import Report, Row, ceilings, peak_gb, synchronise
 from benchmarks.gpu.shapes import build, shape_of
 from benchmarks.train_step import InOrder, PlainRows, collate
-from transformers import TrainerCallback, TrainingArguments
-
 from triewise.tokens import zero_gain
 from triewise.training import Examples, Objective, TrainConfig, make_windows, target_counts
 from triewise.training.forward import MicroBatches
