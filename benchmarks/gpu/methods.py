@@ -19,7 +19,6 @@ from triewise.app.assemble import learner_of
 from triewise.data import Dataset
 from triewise.ranking import SHOWN, evaluate
 from triewise.recipe import Recipe, parse_recipe
-from triewise.training import TrainConfig
 from triewise.training.trainer import TrieTrainer
 
 METHODS: dict[str, Row] = {
@@ -60,8 +59,8 @@ def run(report: Report, options: Options) -> None:
     report.save()
 
 
-def _recipe(options: Options, supervision: str, method: str, batch: int) -> Recipe:
-    template = SUPERVISIONS[supervision][0]
+def _recipe(options: Options, supervision: str, method: str, steps: int) -> Recipe:
+    template, rows, _ = SUPERVISIONS[supervision]
     backbone: Row = {"name": "smollm2-135m-q4", "dtype": "float32", "max_tokens": 512}
     if options.tiny:
         backbone = {"name": "tiny", "tiny": {"vocabulary": 400, "width": 32, "layers": 1}}
@@ -71,30 +70,30 @@ def _recipe(options: Options, supervision: str, method: str, batch: int) -> Reci
             "data": {"source": "msl:amazon_office", "max_history": 10},
             "backbone": {**backbone, "template": template, "device": str(options.device)},
             "objective": METHODS[method],
-            "training": {"supervision": supervision, "batch_size": 8 if options.tiny else batch},
+            "training": {
+                "supervision": supervision,
+                "steps": steps,
+                "learning_rate": RATE,
+                "batch_size": 8 if options.tiny else rows,
+                "accumulation": 1 if options.tiny else 2,
+                "warmup_steps": max(1, steps // 20),
+                "schedule": "cosine",
+                "log_every": max(1, steps // 5),
+            },
             "evaluation": {"batch_users": USERS},
         },
         "the suite",
     )
 
 
-def _config(options: Options, supervision: str, steps: int) -> TrainConfig:
-    rows = 8 if options.tiny else SUPERVISIONS[supervision][1]
-    settings = {"warmup_steps": max(1, steps // 20), "schedule": "cosine", "log_every": max(1, steps // 5)}
-    return TrainConfig(
-        steps=steps, learning_rate=RATE, batch_size=rows, accumulation=1 if options.tiny else 2, **settings
-    )
-
-
 def _trial(data: Dataset, options: Options, supervision: str, seconds: float, plans: Row, row: Row) -> None:
     """How many steps each method gets: those of the slowest one are timed, and a ranking too."""
-    recipe = _recipe(options, supervision, "LML", SUPERVISIONS[supervision][1])
-    loading, learner = timed(partial(learner_of, recipe, data), options.device)
-    _, rows, _ = SUPERVISIONS[supervision]
-    rows = 8 if options.tiny else rows
     trial = 1 if options.tiny else TRIAL
+    recipe = _recipe(options, supervision, "LML", trial)
+    loading, learner = timed(partial(learner_of, recipe, data), options.device)
+    rows = recipe.training.batch_size
     with tempfile.TemporaryDirectory() as out:
-        work = partial(learner.fit, _config(options, supervision, trial), Path(out))
+        work = partial(learner.fit, Path(out))
         timed(work, options.device)
         training, _ = timed(work, options.device)
     some = data.test.take(np.arange(min(256, data.test.n_rows)))
@@ -125,12 +124,11 @@ def _trial(data: Dataset, options: Options, supervision: str, seconds: float, pl
 def _method(
     report: Report, data: Dataset, options: Options, supervision: str, method: str, plan: Row, row: Row
 ) -> None:
-    recipe = _recipe(options, supervision, method, SUPERVISIONS[supervision][1])
+    recipe = _recipe(options, supervision, method, plan["steps"])
     loading, learner = timed(partial(learner_of, recipe, data), options.device)
     peak_gb(options.device, reset=True)
     with tempfile.TemporaryDirectory() as out:
-        config = _config(options, supervision, plan["steps"])
-        training, result = timed(partial(learner.fit, config, Path(out), title=recipe.name), options.device)
+        training, result = timed(partial(learner.fit, Path(out), title=recipe.name), options.device)
     row |= {"steps": plan["steps"], "epochs": plan["epochs"], "loading_s": loading, "training_s": training}
     row |= {"peak_gb": peak_gb(options.device), "log": result.history, "stopped": result.stopped}
     report.save()

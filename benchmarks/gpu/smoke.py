@@ -20,20 +20,19 @@ from benchmarks.gpu.data import Options, dataset
 from benchmarks.gpu.report import Report, Row
 from triewise.data import Dataset
 from triewise.models import load_backbone
-from triewise.recipe import LoraSettings, TinyModel
+from triewise.recipe import LoraSettings, TinyModel, TrainingSettings
 from triewise.recommenders import GenerativeRecommender
 from triewise.tokens import Trie, binary_weights, build_prompts, zero_gain
 from triewise.training import (
     AdaptiveTemperature,
     Examples,
     Objective,
-    TrainConfig,
     along_titles,
     make_windows,
     target_counts,
     train,
 )
-from triewise.training.forward import MicroBatches, TitleLoss
+from triewise.training.objective import MicroBatches, TitleLoss
 
 SHAPE = TinyModel(vocabulary=400, width=64, layers=3, heads=4, feed_forward=128)
 USERS = 12
@@ -185,7 +184,7 @@ def _training(data: Dataset, options: Options, lora: LoraSettings | None, row: R
         ours = replace(backbone, model=copy.deepcopy(backbone.model).to(device))
         examples = _examples(data, backbone.tokenizer)
         steps = 2 if options.tiny else 5
-        config = TrainConfig(steps=steps, learning_rate=1e-3, batch_size=16, warmup_steps=1, log_every=1)
+        config = TrainingSettings(steps=steps, learning_rate=1e-3, batch_size=16, warmup_steps=1, log_every=1)
         with tempfile.TemporaryDirectory() as out:
             result = train(ours.model, examples, Objective("trie"), config, Path(out))
         losses.append([line["loss"] for line in result.history])
@@ -230,7 +229,7 @@ def _stops(data: Dataset, options: Options, row: Row) -> None:
     steps = 10
 
     def training(objective: Objective) -> None:
-        config = TrainConfig(steps=steps, learning_rate=1e-3, batch_size=16, log_every=10_000)
+        config = TrainingSettings(steps=steps, learning_rate=1e-3, batch_size=16, log_every=10_000)
         with tempfile.TemporaryDirectory() as out:
             train(backbone.model, examples, objective, config, Path(out))
 

@@ -21,11 +21,12 @@ from benchmarks.gpu.data import Options, dataset, prompts_of
 from benchmarks.gpu.report import Report, Row, ceilings, peak_gb, synchronise
 from benchmarks.gpu.shapes import build, shape_of
 from benchmarks.train_step import InOrder, PlainRows, collate
+from triewise.recipe import TrainingSettings
 from triewise.tokens import zero_gain
-from triewise.training import Examples, Objective, TrainConfig, make_windows, target_counts
-from triewise.training.forward import MicroBatches
+from triewise.training import Examples, Objective, make_windows, target_counts
+from triewise.training.objective import MicroBatches
 from triewise.training.trainer import TrieTrainer
-from triewise.training.windows import chains, schedule
+from triewise.training.windows import batch_order, chains
 
 # Shape, data, order, and rows of a forward of ours: office rows share less, and 64 of them would not fit.
 CASES = (
@@ -97,7 +98,7 @@ def _case(
     model = build(shape, options.device, torch.float32)
     row |= {"parameters": model.num_parameters(), "rows": rows, "order": order}
     chain = chains(examples.windows) if order == "chains" else None
-    plan = schedule(len(examples), rows, WARM + STEPS, 0, chain)
+    plan = batch_order(len(examples), rows, WARM + STEPS, 0, chain)
     for side, support in (("ours", "vocabulary"), ("plain", ""), ("ours_trie", "trie")):
         if side != "ours" and report.left() < (0.0 if options.tiny else 6.0):
             row.setdefault("left_out", []).append(side)
@@ -170,7 +171,7 @@ def _ours(
     options: Options,
 ) -> Row:
     clock, objective, trie = Clock(options.device), Objective(support), support == "trie"
-    config = TrainConfig(
+    config = TrainingSettings(
         steps=len(order),
         learning_rate=1e-5,
         batch_size=order.shape[1],
@@ -186,7 +187,7 @@ def _ours(
         mixed, packing, loss = (
             str(trainer.accelerator.mixed_precision),
             trainer.packing,
-            trainer.course.history[-1],
+            trainer.run.history[-1],
         )
     started = time.perf_counter()
     parts = MicroBatches(examples, objective, trainer.rows, packing)

@@ -12,17 +12,18 @@ import pytest
 
 import triewise
 from tests import worlds
-from tests.contract import HISTORIES, RecommenderContract
+from tests.worlds import HISTORIES
 from triewise.app import changed_evaluation, evaluate_run, report_runs, train_run
 from triewise.cli import main
 from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.models import EncoderConfig, SequentialModel
+from triewise.models import SequentialModel
 from triewise.ranking import Groups, ItemLists, Ranking, rank_items
-from triewise.recipe import Recipe, parse_recipe
+from triewise.recipe import EncoderSettings, Recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender, SequentialRecommender, choose_search, choose_weight
 from triewise.recommenders.assistants import by_group, log_probabilities, title_log_probabilities
 from triewise.recommenders.search_choice import choose_gamma
+from triewise.testing import RecommenderContract
 
 # Titles 3 and 4 are equal: the better of them, 6, counts once. Together 36.
 MASS = np.array([1.0, 2.0, 3.0, 4.0, 6.0, 5.0, 7.0, 8.0, 4.0])
@@ -48,8 +49,8 @@ def known(mass: np.ndarray = MASS) -> Known:
 
 
 def sequential(**changes: Any) -> SequentialRecommender:
-    config = EncoderConfig("gru4rec", 9, 5, width=8, blocks=1, heads=2, dropout=0.0, head="linear")
-    return SequentialRecommender(SequentialModel(config, 1), worlds.catalog(), np.arange(9), **changes)
+    shape = EncoderSettings(encoder="gru4rec", width=8, blocks=1, heads=2, dropout=0.0, head="linear")
+    return SequentialRecommender(SequentialModel(shape, 9, 5, 1), worlds.catalog(), np.arange(9), **changes)
 
 
 class TestAssisted(RecommenderContract):
