@@ -25,6 +25,7 @@ from triewise.testing import RecommenderContract
 from triewise.training import Sequences, Windows, fit, make_windows, target_counts
 from triewise.training.item_fit import learning_rate
 from triewise.training.item_tasks import (
+    Task,
     cloze_task,
     dros,
     item_loss,
@@ -423,6 +424,30 @@ def test_saved_and_loaded_it_ranks_the_same(kind: str, tmp_path: Path) -> None:
         found = other.recommend(HISTORIES, k=5)
         assert (found.items == wanted.items).all()
         assert found.scores == pytest.approx(wanted.scores, abs=1e-5)
+
+
+def test_config_json_keeps_its_keys(tmp_path: Path) -> None:
+    """A model saved by an earlier version has these, and loads."""
+    recommender("bert4rec", heads=4).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "model" / "config.json")
+    shape = {"width": 8, "blocks": 2, "heads": 4, "dropout": 0.0, "head": "tied"}
+    assert config == {"kind": "bert4rec", "n_items": 9, "max_length": 6, **shape}
+    model = SequentialModel.from_config(config)
+    assert (model.config, model.mask, model.bidirectional) == (config, 10, True)
+
+
+def test_a_loss_may_be_brought_along(tmp_path: Path) -> None:
+    """Here the scores of a teacher that always wants item 3, in the place of the targets."""
+    windows, model = world("markov")[0], small(n_items=N_ITEMS)
+
+    def distil(states: torch.Tensor, task: Task, rng: np.random.Generator) -> torch.Tensor:
+        assert len(states) == len(task.target)
+        return -model.scores(states).log_softmax(1)[:, 3]
+
+    data, counts = Sequences.from_windows(windows), target_counts(windows, N_ITEMS)
+    settings = TrainingSettings(steps=60, learning_rate=1e-2, batch_size=16, warmup_steps=2)
+    fit(model, data, counts, sequential(), settings, tmp_path, loss=distil)
+    assert model.last_scores(torch.tensor([[1, 2], [5, 9]])).argmax(1).tolist() == [3, 3]
 
 
 def test_what_is_no_sequential_recommender_is_refused(tmp_path: Path) -> None:
