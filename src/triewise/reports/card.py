@@ -232,7 +232,8 @@ def _model(facts: CardFacts) -> str:
         lines.append(f"- {training['steps']} steps, ended by: {training['stopped']}")
         hashes = ", ".join(f"{name} {value[:16]}" for name, value in facts.run["hashes"].items())
         lines.append(f"- hashes (sha256): {hashes}")
-        versions = (f"{name} {facts.run['versions'][name]}" for name in ("triewise", "torch", "transformers"))
+        known, names = facts.run["versions"], ("triewise", "trierec", "torch", "transformers")
+        versions = (f"{name} {known[name]}" for name in names if name in known)  # trierec: the former name
         lines.append(f"- made with {escape(', '.join(versions))}")
     return "## Model\n\n" + "\n".join(lines)
 
