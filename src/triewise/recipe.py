@@ -254,19 +254,14 @@ class EvaluationSettings(_Section):
     scope: Literal["node", "step"] = _key(
         "node", "IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
     )
-    text_beams: int = _key(4, "grounding: beams of the free generation, of which the best is used", ge=1)
+    text_beams: int = _key(4, "grounding: beams of the free generation; the best is used", ge=1)
     text_tokens: int = _key(128, "grounding: most tokens of the free text", ge=1)
-    gamma: float = _key(
-        0.0,
-        "grounding: how strongly popularity, or the assistant, is injected; 0: not",
-        ge=0,
-        allow_inf_nan=False,
-    )
+    gamma: float = _key(0.0, "grounding: how much popularity or assistant counts", ge=0, allow_inf_nan=False)
     assistant: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
         None, "folder of a run on the same catalogue that has a say in each title (D3)"
     )
-    assistant_weight: float | Literal["choose"] = _key(
-        "choose", "of the model beside its assistant; choose: 0 to 1 in tenths, by validation rows"
+    assistant_weight: Annotated[float, Field(ge=0, le=1)] | Literal["choose"] = _key(
+        "choose", "of the model itself; choose: one of 0, .1, ... 1, by validation rows"
     )
     allow: Path | None = _key(None, "text file of raw item ids, one a line: only these are returned")
     against_exact: bool = _key(False, "also say how often the search gave the exact best k")
@@ -286,12 +281,6 @@ class EvaluationSettings(_Section):
             raise ValueError("grounding is no search along the trie; set against_exact = false")
         if self.scope == "step" and set(self.choose) - {"beam"}:
             raise ValueError("scope = 'step' needs the beam search: choose = ['beam'] or none")
-        if self.assistant_weight != "choose" and not 0 <= self.assistant_weight <= 1:
-            raise ValueError(f"assistant_weight must be in [0, 1] or 'choose', got {self.assistant_weight}")
-        if self.assistant is not None and self.assistant_weight == "choose" and self.scope == "step":
-            raise ValueError(
-                "scope = 'step' has no full ranking to choose assistant_weight by; give a number"
-            )
         if self.scope == "step" and self.against_exact:
             raise ValueError("scope = 'step' has no exact search to compare with; set against_exact = false")
         return self
@@ -413,16 +402,12 @@ class Recipe(_Section):
             raise ValueError(
                 "training.rows = 'train+valid' trains on the validation rows; set training.evaluate_every = 0"
             )
-        if self.training.rows == "train+valid" and self.evaluation.choose:
+        weighs = self.evaluation.assistant is not None and self.evaluation.assistant_weight == "choose"
+        if self.training.rows == "train+valid" and (self.evaluation.choose or weighs):
+            key, kept = ("assistant_weight", "its number") if weighs else ("choose", "evaluation.search")
             raise ValueError(
-                "evaluation.choose looks at the validation rows, on which training.rows = 'train+valid' trains; "
-                "choose with training.rows = 'train' and set evaluation.search"
-            )
-        chooses = self.evaluation.assistant is not None and self.evaluation.assistant_weight == "choose"
-        if self.training.rows == "train+valid" and chooses:
-            raise ValueError(
-                "evaluation.assistant_weight = 'choose' looks at the validation rows, on which training.rows = "
-                "'train+valid' trains; give a number"
+                f"evaluation.{key} looks at the validation rows, on which training.rows = 'train+valid' trains; "
+                f"choose with training.rows = 'train' and set {kept}"
             )
         if self.training.rows == "train+valid" and self.evaluation.split == "valid":
             raise ValueError(

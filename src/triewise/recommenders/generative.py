@@ -194,7 +194,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
         """What the model and what its assistant say; see `SavedRecommender.parts`."""
         assert self.assistant is not None
         _ = self.engine
-        own = self.with_settings(search="catalogue", assistant=None, assistant_weight=1.0)
+        own = self.with_settings(search="catalogue", scope="node", assistant=None, assistant_weight=1.0)
         theirs = title_log_probabilities(self.assistant, histories, self.groups)
         length = self.trie.depth[np.unique(self.trie.leaf)].astype(np.float64)
         return by_group(own.recommend(histories, None), self.groups), theirs / length**self.length_penalty
