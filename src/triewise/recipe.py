@@ -267,9 +267,7 @@ class EvaluationSettings(_Section):
     against_exact: bool = _key(False, "also say how often the search gave the exact best k")
     users: int | None = _key(None, "only the first so many rows", ge=1)
     batch_users: int = Field(16, ge=1)
-    merge_adapter: bool | None = _key(
-        None, "fold the adapter into the base first; default: yes, but not into a 4bit base"
-    )
+    merge_adapter: bool | None = _key(None, "fold the adapter into its base; default: unless that is 4bit")
 
     @model_validator(mode="after")
     def _together(self) -> EvaluationSettings:

@@ -13,14 +13,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from triewise.arrays import Bool, Float32, Float64, Int32, Int64, Ragged
-from triewise.data import Split
 from triewise.errors import UserError
 from triewise.files import atomic_path, read_json, write_json
 from triewise.progress import progress
@@ -35,6 +34,9 @@ from triewise.ranking.ranking import (
     add_counters,
 )
 from triewise.ranking.target_ranks import Places, count_places
+
+if TYPE_CHECKING:
+    from triewise.data import Split
 
 CUTS = (1, 5, 10, 20)
 SHOWN = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")

@@ -12,20 +12,22 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.arrays import Int64
 from triewise.data import Catalog, Dataset
 from triewise.errors import UserError
 from triewise.files import atomic_path, read_json, write_json, write_text
 from triewise.models import download
 from triewise.ranking import ItemLists, Items, Recommender
-from triewise.recipe import EvaluationSettings
 from triewise.reports import CardFacts, Recommendation
-from triewise.tokens import Dropped
+
+if TYPE_CHECKING:
+    from triewise.arrays import Int64
+    from triewise.recipe import EvaluationSettings
+    from triewise.tokens import Dropped
 
 FORMAT = 1
 MANIFEST = "recommender.json"  # written last: where it is, the rest is whole

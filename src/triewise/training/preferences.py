@@ -12,7 +12,7 @@ import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,10 +23,12 @@ from torch.nn.functional import softplus
 from triewise.errors import UserError
 from triewise.files import atomic_path
 from triewise.progress import note, progress
-from triewise.tokens import Trie
 from triewise.training import processes
-from triewise.training.examples import Examples
 from triewise.training.objective import MicroBatches, Objective, TitleLoss, title_sums
+
+if TYPE_CHECKING:
+    from triewise.tokens import Trie
+    from triewise.training.examples import Examples
 
 
 def sdpo_loss(

@@ -10,16 +10,18 @@ Shape key: W windows, I items, R rows of a split.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from triewise.arrays import Ragged, ranges
-from triewise.data import Split
 from triewise.errors import UserError
 from triewise.progress import note
-from triewise.tokens import Prompts
+
+if TYPE_CHECKING:
+    from triewise.data import Split
+    from triewise.tokens import Prompts
 
 Ints = NDArray[np.integer[Any]]
 
