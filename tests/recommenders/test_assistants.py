@@ -255,7 +255,7 @@ def test_evaluate_chooses_and_records(runs: tuple[Path, Path, Path], capsys: Any
         assert f"assistant = {helper.name}" in card.replace("\\", "")
         assert str(helper) not in card
     report = report_runs([words, items], words / "report.html")
-    assert "assisted by items, weight " in report.rows[0].note
+    assert "; assisted by items, own weight " in report.rows[0].note
     given = changed_evaluation(items, [f"evaluation.assistant={words}", "evaluation.assistant_weight=1"])
     unasked = evaluate_run(items, given)
     alone = evaluate_run(items)
