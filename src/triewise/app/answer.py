@@ -9,15 +9,17 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from triewise.data import Catalog
 from triewise.errors import UserError
-from triewise.ranking import Items
-from triewise.recommenders import SavedRecommender
 from triewise.reports import Recommendation, pieces
+
+if TYPE_CHECKING:
+    from triewise.data import Catalog
+    from triewise.ranking import Items
+    from triewise.recommenders import SavedRecommender
 
 
 @dataclass(frozen=True)

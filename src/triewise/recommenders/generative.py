@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.data import Catalog, Dataset
 from triewise.decoding import (
     TokenLists,
     TrieEngine,
@@ -32,7 +31,6 @@ from triewise.ranking import (
     check_lists,
     resolve_filters,
 )
-from triewise.recipe import EvaluationSettings
 from triewise.recommenders.assistants import (
     Assisted,
     Collaborator,
@@ -47,6 +45,10 @@ from triewise.recommenders.saved import TRIE, Saved, card_facts, hash_of, saving
 from triewise.recommenders.settings import SEARCHES, SETTINGS, SearchSettings
 from triewise.reports import Recommendation, addressed, describe, explain, forced_by_position, model_card
 from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_gain
+
+if TYPE_CHECKING:
+    from triewise.data import Catalog, Dataset
+    from triewise.recipe import EvaluationSettings
 
 
 @dataclass(frozen=True)

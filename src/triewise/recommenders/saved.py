@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +23,11 @@ from triewise.errors import UserError
 from triewise.files import atomic_path, read_json, write_json, write_text
 from triewise.models import download
 from triewise.ranking import ItemLists, Items, Recommender
-from triewise.recipe import EvaluationSettings
 from triewise.reports import CardFacts, Recommendation
-from triewise.tokens import Dropped
+
+if TYPE_CHECKING:
+    from triewise.recipe import EvaluationSettings
+    from triewise.tokens import Dropped
 
 FORMAT = 1
 MANIFEST = "recommender.json"  # written last: where it is, the rest is whole

@@ -8,12 +8,11 @@ Dimension key: B rows of a split, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.data import Split
 from triewise.errors import UserError
 from triewise.progress import note, progress
 from triewise.ranking import (
@@ -25,7 +24,6 @@ from triewise.ranking import (
     metrics_from_rank,
     rank_of_target,
 )
-from triewise.recipe import EvaluationSettings
 from triewise.recommenders.generative import GenerativeRecommender
 from triewise.recommenders.grounding import (
     COLLABORATIVE_GAMMAS,
@@ -33,7 +31,11 @@ from triewise.recommenders.grounding import (
     GroundedRecommender,
     inject,
 )
-from triewise.recommenders.saved import SavedRecommender
+
+if TYPE_CHECKING:
+    from triewise.data import Split
+    from triewise.recipe import EvaluationSettings
+    from triewise.recommenders.saved import SavedRecommender
 
 METRIC = "NDCG@10"
 ROWS_AT_ONCE = 256

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from triewise.arrays import Ragged, padded
-from triewise.data import Catalog, Dataset
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import EncoderConfig, SequentialModel, load_trained, resolve_device
 from triewise.ranking import Groups, ItemLists, Items, Ranking, check_histories, rank_items
-from triewise.recipe import EvaluationSettings
 from triewise.recommenders.assistants import Assisted, Doubles, once_a_title, title_log_probabilities
 from triewise.recommenders.saved import Saved, hash_of, saving
-from triewise.reports import Recommendation
+
+if TYPE_CHECKING:
+    from triewise.data import Catalog, Dataset
+    from triewise.recipe import EvaluationSettings
+    from triewise.reports import Recommendation
 
 
 @dataclass(frozen=True)
