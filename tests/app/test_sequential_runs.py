@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.worlds import write_msl_folder
 from triewise.app import evaluate_run, report_runs, train_run
 from triewise.cli import main
 from triewise.errors import UserError
-from triewise.files import read_json
+from triewise.files import read_json, write_json
 from triewise.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from triewise.recommenders import SequentialRecommender
 
@@ -69,6 +70,15 @@ def test_it_is_loaded_and_asked_like_any_other(run: Path, capsys: Any, monkeypat
     with pytest.raises(SystemExit, match="0"):
         main()
     assert "Red Dawn" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_run_of_the_package_under_its_former_name_is_evaluated(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    record = read_json(run / "run.json")
+    record["versions"]["trierec"] = record["versions"].pop("triewise")
+    write_json(tmp_path / "run" / "run.json", record)
+    assert (evaluate_run(tmp_path / "run").rank == evaluate_run(run).rank).all()
+    assert "made with trierec" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_report_beside_a_language_model(run: Path, cycle: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import triewise
 from tests import worlds
 from tests.worlds import HISTORIES
 from triewise.app import changed_evaluation, evaluate_run, report_runs, train_run
+from triewise.app.answer import answer
 from triewise.cli import main
 from triewise.errors import UserError
 from triewise.files import read_json
@@ -256,7 +257,7 @@ def test_evaluate_chooses_and_records(runs: tuple[Path, Path, Path], capsys: Any
         assert f"assistant = {helper.name}" in card.replace("\\", "")
         assert str(helper) not in card
     report = report_runs([words, items], words / "report.html")
-    assert "assisted by items, weight " in report.rows[0].note
+    assert "; assisted by items, own weight " in report.rows[0].note
     given = changed_evaluation(items, [f"evaluation.assistant={words}", "evaluation.assistant_weight=1"])
     unasked = evaluate_run(items, given)
     alone = evaluate_run(items)
@@ -339,7 +340,9 @@ def test_what_a_recipe_may_not_ask(sections: dict[str, Any], problem: str, tmp_p
         recipe(tmp_path, "x", **sections)
 
 
-def test_a_search_that_a_model_does_not_have_is_not_chosen() -> None:
+def test_a_sequential_model_has_no_search_and_no_tokens() -> None:
     settings = recipe(Path("x"), "x").evaluation.model_copy(update={"choose": ("beam",)})
     with pytest.raises(UserError, match="a sequential model scores every item: wanted no search"):
         choose_search(sequential(), worlds.split([[0]], [1]), settings)
+    with pytest.raises(UserError, match="which scores items and writes no titles; leave explain out"):
+        answer(sequential(), [["Alien (1979)"]], explain=True)

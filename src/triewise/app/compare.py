@@ -119,12 +119,12 @@ def row(evaluation: Evaluation | Repeats, note: str = "") -> Row:
     if len(runs) > 1:
         intervals = {name: interval(evaluation.per_user(name), seed=first["seed"]) for name in SHOWN}
         deviations = {name: float(np.std([m[name] for m in each], ddof=1)) for name in SHOWN}
-        note = "; ".join(part for part in (note, f"{len(runs)} seeds") if part)
+    notes = (note, _assistance(each), f"{len(runs)} seeds" if len(runs) > 1 else "")
     return Row(
         evaluation.name,
         metrics,
         intervals,
-        note,
+        "; ".join(part for part in notes if part),
         float(np.mean([m["timing"]["seconds"] for m in each])),
         deviations,
         {name: float(np.mean([m[name] for m in each])) for name in MORE if all(name in m for m in each)},
@@ -134,6 +134,14 @@ def row(evaluation: Evaluation | Repeats, note: str = "") -> Row:
             if all("by_popularity" in m for m in each)
         },
     )
+
+
+def _assistance(metrics: Sequence[dict[str, Any]]) -> str:
+    """Who assisted the runs of a row, and the weights of their models."""
+    helpers = sorted({Path(m["assistant"]).name for m in metrics if "assistant" in m})
+    weights = sorted({f"{m['assistant_weight']:g}" for m in metrics if "assistant_weight" in m})
+    said = [f"assisted by {', '.join(helpers)}"] if helpers else []
+    return ", ".join(said + ([f"own weight {' or '.join(weights)}"] if weights else []))
 
 
 def repeats(recipes: Sequence[Recipe], evaluations: Sequence[Evaluation]) -> list[list[int]]:
@@ -333,10 +341,6 @@ def _row_note(recipe: Recipe, record: dict[str, Any], metrics: dict[str, Any]) -
         note += f", {metrics['search']}"
     if metrics["support"] == "vocabulary":
         note += ", vocabulary support"
-    if "assistant" in metrics:
-        note += f", assisted by {Path(metrics['assistant']).name}"
-    if "assistant_weight" in metrics:
-        note += f", weight {metrics['assistant_weight']:g}"
     return note
 
 

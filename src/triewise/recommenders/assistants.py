@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.data import Catalog
 from triewise.errors import UserError
 from triewise.ranking import Groups, ItemLists, ItemScorer, Ranking, Recommender
+
+if TYPE_CHECKING:
+    from triewise.data import Catalog
 
 Doubles = NDArray[np.float64]
 

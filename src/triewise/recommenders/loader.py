@@ -7,7 +7,7 @@ from typing import Any
 
 from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.recipe import Recipe, load_recipe
+from triewise.recipe import BackboneSettings, Recipe, load_recipe
 from triewise.recommenders.saved import MANIFEST, SavedRecommender, local_folder
 
 
@@ -41,37 +41,33 @@ def load(
     folder = local_folder(run, revision)
     manifest = read_json(folder / MANIFEST)
     recipe = load_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
-    place, weight = _assistant(folder, manifest, recipe) if assistant else (None, 1.0)
-    if place is not None:
-        alone = load(
-            run,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            base=base,
-            merge_adapter=merge_adapter,
-            assistant=False,
-            trust_remote_code=trust_remote_code,
-        )
-        helper = load(place, device=device, assistant=False, trust_remote_code=trust_remote_code)
-        return alone.with_settings(assistant=helper, assistant_weight=weight)
+    named = (
+        _assistant(folder, manifest, recipe) if assistant else None
+    )  # asked first: models take time to load
     if manifest.get("kind") == "sequential":
         from triewise.recommenders.sequential import SequentialRecommender
 
-        made_on = None if recipe is None or recipe.sequential is None else recipe.sequential.device
-        return SequentialRecommender.from_pretrained(folder, device=device or made_on or "auto")
-    from triewise.recommenders.generative import GenerativeRecommender
+        made_on = recipe.sequential.device if recipe is not None and recipe.sequential is not None else "auto"
+        recommender: SavedRecommender = SequentialRecommender.from_pretrained(
+            folder, device=device or made_on
+        )
+    else:
+        from triewise.recommenders.generative import GenerativeRecommender
 
-    backbone = None if recipe is None else recipe.backbone
-    recommender = GenerativeRecommender.from_pretrained(
-        folder,
-        device=device or (backbone.device if backbone else "auto"),
-        dtype=dtype or (backbone.dtype if backbone else "auto"),
-        base=base,
-        trust_remote_code=trust_remote_code,
-    )
-    merge = _merges(recipe, recommender.backbone.origin) if merge_adapter is None else merge_adapter
-    return recommender.merged() if merge and recommender.backbone.adapted else recommender
+        made = BackboneSettings() if recipe is None else recipe.backbone
+        words = GenerativeRecommender.from_pretrained(
+            folder,
+            device=device or made.device,
+            dtype=dtype or made.dtype,
+            base=base,
+            trust_remote_code=trust_remote_code,
+        )
+        merge = _merges(recipe, words.backbone.origin) if merge_adapter is None else merge_adapter
+        recommender = words.merged() if merge and words.backbone.adapted else words
+    if named is None:
+        return recommender
+    helper = load(named[0], device=device, assistant=False, trust_remote_code=trust_remote_code)
+    return recommender.with_settings(assistant=helper, assistant_weight=named[1])
 
 
 def _merges(recipe: Recipe | None, origin: dict[str, object]) -> bool:
@@ -86,7 +82,7 @@ def _merges(recipe: Recipe | None, origin: dict[str, object]) -> bool:
     return origin.get("quantisation") != "4bit" if chosen is None else chosen
 
 
-def _assistant(folder: Path, manifest: dict[str, Any], recipe: Recipe | None) -> tuple[Path | None, float]:
+def _assistant(folder: Path, manifest: dict[str, Any], recipe: Recipe | None) -> tuple[Path, float] | None:
     """Folder of the assistant and weight of the model: as saved, as the recipe says, or as chosen in an evaluation."""
     chosen = manifest if "assistant" in manifest else {}
     if not chosen and recipe is not None and recipe.evaluation.assistant is not None:
@@ -101,7 +97,7 @@ def _assistant(folder: Path, manifest: dict[str, Any], recipe: Recipe | None) ->
                     f"{folder}"
                 )
     if not chosen:
-        return None, 1.0
+        return None
     place = Path(chosen["assistant"])
     if not place.is_dir():
         raise UserError(
