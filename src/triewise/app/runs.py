@@ -39,7 +39,9 @@ from triewise.reports import CardFacts, model_card
 from triewise.training import FREE, TrainConfig, TrainResult, clear, processes
 
 
-def train_run(recipe: Recipe, out: Path | str, *, resume: bool = False, overwrite: bool = False) -> TrainResult:
+def train_run(
+    recipe: Recipe, out: Path | str, *, resume: bool = False, overwrite: bool = False
+) -> TrainResult:
     """Train a recipe into a run folder; in several processes each calls it, and the first one writes.
 
     Args:

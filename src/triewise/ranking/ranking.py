@@ -67,7 +67,7 @@ class Recommender(Protocol):
 
 @runtime_checkable
 class ItemScorer(Recommender, Protocol):
-    """A recommender that gives every item a score of its own; `triewise.ranking.target_ranks` ranks its targets unsorted."""
+    """A recommender that gives every item a score of its own; `target_ranks` ranks its targets unsorted."""
 
     def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
         """Scores (B, I) float32 of all items, higher is better; filters are no business of theirs."""
