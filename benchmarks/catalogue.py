@@ -1,7 +1,7 @@
 """What does ranking the whole catalogue cost, against one sequence per title?
 
     python benchmarks/catalogue.py [--data msl:DIR | ml-100k] [--folder DIR] [--model NAME] [--support S ...]
-                                   [--users N] [--sample N]
+                                   [--users N] [--sample N] [--quick]
 
 `naive` runs prompt and title together through the plain model, once per title. `kept` runs the prompt once and each
 title behind its keys and values. Both in batches, right-padded, titles sorted by length, logits at title positions
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +32,11 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks._data import SYNTHETIC, prepared  # noqa: E402
 from benchmarks.decode import Hook  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
-from triewise.data import load_dataset, prepare  # noqa: E402
 from triewise.decoding import TrieEngine, rank_catalogue  # noqa: E402
 from triewise.models import load_backbone  # noqa: E402
 from triewise.progress import note, progress  # noqa: E402
@@ -118,7 +118,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="ml-100k")
-    parser.add_argument("--folder", type=Path, help="prepared folder; default: prepared in a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="prepared folder, made where it is not; default: a temporary one"
+    )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--template", default="plain")
     parser.add_argument("--support", nargs="+", default=list(SUPPORTS), choices=SUPPORTS)
@@ -126,13 +128,10 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="titles that the references run; default: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parsed(parser, data=SYNTHETIC, model="tiny", threads=1)
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.folder or Path(scratch, "data")
-        known = (folder / "dataset.json").is_file()
-        dataset = load_dataset(folder) if known else prepare(options.data, folder, max_history=10)
-        test, catalog, info = dataset.test, dataset.catalog, dataset.info
+    dataset = prepared(options.data, options.folder)
+    test, catalog, info = dataset.test, dataset.catalog, dataset.info
     backbone = load_backbone(options.model, titles=catalog.title, device="cpu", dtype="float32")
     model = backbone.model.requires_grad_(False)
     prompts = build_prompts(
@@ -174,7 +173,8 @@ def main() -> None:
 
 def _lowest(trie: Trie) -> NDArray[np.int32]:
     """The lowest item with the same title, (I,): the one a ranking returns."""
-    return trie.representative(np.zeros(trie.n_items, np.int64))
+    _, first, group = np.unique(trie.leaf, return_index=True, return_inverse=True)
+    return first[group]
 
 
 def _report(

@@ -1,6 +1,6 @@
 """What does the constraint cost in one decoding step, on top of the model's logits?
 
-    python benchmarks/constraint.py [--rows N ...] [--items N] [--runs R] [--decisions]
+    python benchmarks/constraint.py [--rows N ...] [--items N] [--runs R] [--decisions] [--quick]
 
 Rows are beams at inner nodes of a catalogue of synthetic titles (those of `trie_build.py`; a node is drawn by the
 number of titles under it), with the width and vocabulary of a 135M model and random hidden states. Most inner nodes
@@ -39,6 +39,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
+from benchmarks._command import parsed  # noqa: E402
 from benchmarks.trie_build import as_lists, synthetic_titles  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
@@ -197,7 +198,7 @@ def main() -> None:
     parser.add_argument("--decisions", action="store_true", help="only nodes with more than one valid token")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parsed(parser, rows=[4, 16], items=1_000, runs=1, threads=1)
     torch.set_num_threads(options.threads)
     bench, rng = Bench.of(options.items, options.seed), np.random.default_rng(options.seed)
     note(f"{bench.trie}; {VOCABULARY} tokens; milliseconds a step")

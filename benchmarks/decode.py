@@ -1,7 +1,7 @@
 """How much less work and time does a beam search along the trie need than `transformers.generate`?
 
     python benchmarks/decode.py [--data msl:DIR | ml-100k] [--model NAME | RUN] [--users N] [--beams W]
-        [--supports vocabulary trie]
+        [--supports vocabulary trie] [--quick]
 
 The reference is real `model.generate` with `prefix_allowed_tokens_fn` over a trie of dicts (trie support: with
 `renormalize_logits=True`), one user at a time, so that nothing of it is padding; reference and ours alternate
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -33,10 +32,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks._data import SYNTHETIC, prepared  # noqa: E402
 from tests.reference import beam as reference  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
-from triewise.data import load_dataset, prepare  # noqa: E402
 from triewise.decoding import Counters, TrieEngine, beam_search, exact_search  # noqa: E402
 from triewise.decoding.growth import Growth  # noqa: E402
 from triewise.models import body, load_backbone  # noqa: E402
@@ -70,7 +70,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="ml-100k")
-    parser.add_argument("--folder", type=Path, help="prepared folder; default: prepared in a temporary one")
+    parser.add_argument(
+        "--folder", type=Path, help="prepared folder, made where it is not; default: a temporary one"
+    )
     parser.add_argument("--model", default="smollm2-135m-q4")
     parser.add_argument("--template", default="d3", help="for models that are no trained run")
     parser.add_argument("--users", type=int, default=4)
@@ -78,20 +80,14 @@ def main() -> None:
     parser.add_argument("--supports", nargs="+", choices=SUPPORTS, default=SUPPORTS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parsed(parser, data=SYNTHETIC, model="tiny", template="plain", users=2, threads=1)
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.folder or Path(scratch, "data")
-        dataset = (
-            load_dataset(folder)
-            if (folder / "dataset.json").is_file()
-            else prepare(options.data, folder, max_history=10)
-        )
+    dataset = prepared(options.data, options.folder)
     if Path(options.model, "recommender.json").is_file():
         trained = GenerativeRecommender.from_pretrained(options.model)
         model, prompts, tokenizer = trained.backbone.model, trained.prompts, trained.backbone.tokenizer
     else:
-        backbone = load_backbone(options.model, device="cpu", dtype="float32")
+        backbone = load_backbone(options.model, titles=dataset.catalog.title, device="cpu", dtype="float32")
         model, tokenizer = backbone.model.requires_grad_(False), backbone.tokenizer
         noun, verb = dataset.info["noun"], dataset.info["verb"]
         prompts = build_prompts(tokenizer, dataset.catalog, options.template, noun, verb, max_history=10)

@@ -1,6 +1,7 @@
 """Does exact search give the full ranking's best titles, for how much work, and how often do beams miss one?
 
     python benchmarks/exact.py RUN [--users N] [--k K] [--seed S]
+    python benchmarks/exact.py --quick
     python benchmarks/exact.py RUN --union SOURCE SOURCE ... [--change KEY=VALUE ...]
 
 RUN is a trained run. For every test user (or N of them, drawn with the seed) `exact_search` is compared with
@@ -26,14 +27,20 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from triewise.app import open_run, train_run
-from triewise.data import Split, load_dataset, prepare
-from triewise.data.splits import NAMES
-from triewise.decoding import beam_search, exact_search, rank_catalogue
-from triewise.progress import progress
-from triewise.ranking.ranking import add_counters
-from triewise.recipe import load_recipe
-from triewise.recommenders import GenerativeRecommender
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks._data import quick_run  # noqa: E402
+
+from triewise.app import open_run, train_run  # noqa: E402
+from triewise.data import Split, load_dataset, prepare  # noqa: E402
+from triewise.data.splits import NAMES  # noqa: E402
+from triewise.decoding import beam_search, exact_search, rank_catalogue  # noqa: E402
+from triewise.progress import progress  # noqa: E402
+from triewise.ranking.ranking import add_counters  # noqa: E402
+from triewise.recipe import load_recipe  # noqa: E402
+from triewise.recommenders import GenerativeRecommender  # noqa: E402
 
 BLOCK = 64
 MAX_HISTORY = 10
@@ -42,15 +49,24 @@ MAX_HISTORY = 10
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--users", type=int, default=1 << 30)
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--union", nargs="+", metavar="SOURCE", default=[])
     parser.add_argument("--change", action="append", default=[], help="of the recipe that is trained")
-    options = parser.parse_args()
-    if options.union and not (options.run / "recommender.json").is_file():
-        _train_union(options.union, options.run, options.change)
+    options = parsed(parser, users=8)
+    if (options.run is None) != options.quick:
+        parser.error("wanted either a run or --quick")
+    with tempfile.TemporaryDirectory() as scratch:
+        options.run = options.run or quick_run(Path(scratch))
+        if options.union and not (options.run / "recommender.json").is_file():
+            _train_union(options.union, options.run, options.change)
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """The searches on the run, user by user."""
     _, facts = open_run(options.run)
     recommender = GenerativeRecommender.from_pretrained(options.run)
     test, k = load_dataset(Path(facts["data"]["folder"])).test, options.k

@@ -3,26 +3,34 @@
 For each user: -ln NDCG of the full ranking by P_valid <= MSL loss of the target title <= LML loss of it. The last line
 of stdout is one JSON object.
 
-    python benchmarks/lemma1.py runs/demo/msl
+    python benchmarks/lemma1.py RUN | --quick
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from triewise import load
-from triewise.app import open_run
-from triewise.data import load_dataset
-from triewise.decoding import TrieEngine, rank_catalogue
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks._data import quick_run  # noqa: E402
+
+from triewise import load  # noqa: E402
+from triewise.app import open_run  # noqa: E402
+from triewise.data import load_dataset  # noqa: E402
+from triewise.decoding import TrieEngine, rank_catalogue  # noqa: E402
 
 SLACK = 1e-3  # nats; float32 sums over a title
 
 
-def main(run: Path) -> None:
+def check(run: Path) -> None:
     """Print the largest violation of each half of the lemma."""
     _, facts = open_run(run)
     recommender = load(run)
@@ -51,5 +59,16 @@ def main(run: Path) -> None:
     print(json.dumps(result))
 
 
+def main() -> None:
+    """Check the run of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, nargs="?", help="a trained run such as runs/demo/msl")
+    options = parsed(parser)
+    if (options.run is None) != options.quick:
+        parser.error("wanted either a run or --quick")
+    with tempfile.TemporaryDirectory() as scratch:
+        check(options.run or quick_run(Path(scratch)))
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

@@ -6,7 +6,7 @@ code stores), ours is `triewise.training.trie_nll` behind the head rows of `Trie
 are compared first, then both alternate in one process. Memory is the largest number of bytes allocated during a forward
 and backward pass beyond the inputs; with a trainable head its own gradient is left out on both sides.
 
-    python benchmarks/loss.py [--positions 256] [--vocabulary 151936] [--width 896]
+    python benchmarks/loss.py [--positions 256] [--vocabulary 151936] [--width 896] [--quick]
 
 The last line of stdout is one JSON object.
 """
@@ -17,7 +17,6 @@ import argparse
 import itertools
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +27,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from triewise.data import prepare
-from triewise.models import head_rows, load_tokenizer
-from triewise.tokens import Trie, build_prompts
-from triewise.training import trie_nll
-from triewise.training.losses import Columns
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks._data import SHARED, SYNTHETIC, prepared  # noqa: E402
+
+from triewise.models import head_rows, load_tokenizer  # noqa: E402
+from triewise.tokens import Trie, build_prompts  # noqa: E402
+from triewise.training import trie_nll  # noqa: E402
+from triewise.training.losses import Columns  # noqa: E402
 
 
 def positions(trie: Trie, n: int, n_vocabulary: int, seed: int) -> tuple[Tensor, Tensor, Trie]:
@@ -122,17 +124,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--data", default=f"msl:{SHARED / 'amazon_books'}")
+    parser.add_argument(
+        "--tokenizer", default="smollm2-135m-q4", help="the model whose tokens titles are made of"
+    )
     parser.add_argument("--positions", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    small = {"positions": 16, "vocabulary": 4096, "width": 32, "rounds": 1}
+    options = parsed(parser, data=SYNTHETIC, tokenizer="tiny", **small)
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        data = prepare(f"msl:{SHARED / 'amazon_books'}", Path(folder) / "books", max_history=10)
-    tokenizer = load_tokenizer("smollm2-135m-q4")
-    prompts = build_prompts(tokenizer, data.catalog, "msl", "books", "read", max_history=10)
+    catalog = prepared(options.data).catalog
+    tokenizer = load_tokenizer(options.tokenizer, titles=catalog.title)
+    prompts = build_prompts(tokenizer, catalog, "msl", "books", "read", max_history=10)
     whole = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     node, target, trie = positions(whole, options.positions, options.vocabulary, seed=0)
     generator = torch.Generator().manual_seed(0)

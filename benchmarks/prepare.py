@@ -1,6 +1,6 @@
 """How long does `triewise prepare` take for 20 million interactions, and how much memory?
 
-    python benchmarks/prepare.py [--interactions N] [--format parquet|csv] [--folder DIR]
+    python benchmarks/prepare.py [--interactions N] [--format parquet|csv] [--folder DIR] [--quick]
 
 Synthetic interactions of 200,000 users with 50,000 items: Zipf-distributed items, a few rare ones, users of very
 different activity, rows in no order, some of them twice. They are prepared as users prepare them,
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import polars as pl
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
+from benchmarks._command import parsed, peak_bytes  # noqa: E402
 from tests.reference import splits as slow  # noqa: E402
 
 from triewise.data import load_dataset, prepare  # noqa: E402
@@ -119,20 +119,7 @@ def measure(words: list[str]) -> None:
     try:
         cli.main()
     finally:
-        print(_peak_gb(), file=sys.stderr)
-
-
-def _peak_gb() -> float:
-    status = Path("/proc/self/status")
-    if status.exists():  # rather than getrusage, whose maximum a child process inherits from its parent
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e9
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        print(peak_bytes() / 1e9, file=sys.stderr)
 
 
 def main() -> None:
@@ -143,7 +130,7 @@ def main() -> None:
         "--folder", type=Path, help="where the data lie meanwhile; default a temporary folder"
     )
     parser.add_argument("--measure", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    settings = parser.parse_args()
+    settings = parsed(parser, interactions=20_000)
     if settings.measure:
         measure(settings.measure)
         return

@@ -7,6 +7,8 @@ are processor time of one thread, so that others on the machine do not count: wi
 (ranking alone) and with them made on the way; also with a sort that is faster and breaks ties anyhow. Memory: the
 peak that is allocated, less the results, for U and 10 U users.
 
+    python benchmarks/ranking.py [--items N ...] [--users N] [--repeats R] [--quick]
+
 Prints progress on stderr and one JSON object on stdout.
 """
 
@@ -20,13 +22,19 @@ import tracemalloc
 from dataclasses import dataclass
 from functools import partial
 from math import log2
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.ranking import Groups, ItemLists, Ranking, metrics_from_rank, rank_items
-from triewise.ranking.target_ranks import Places, count_places
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
+
+from benchmarks._command import parsed  # noqa: E402
+
+from triewise.ranking import Groups, ItemLists, Ranking, metrics_from_rank, rank_items  # noqa: E402
+from triewise.ranking.target_ranks import Places, count_places  # noqa: E402
 
 CUTS = (1, 5, 10, 20)
 K = 20
@@ -97,7 +105,7 @@ def main() -> None:
     parser.add_argument("--seen", type=int, default=50, help="items of each user that may not be returned")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parsed(parser, items=[500, 2_000], users=40, repeats=1)
     sizes = {str(n): measured(n, options) for n in options.items}
     memory = {str(n): held(n, options) for n in (options.users, 10 * options.users)}
     found = {

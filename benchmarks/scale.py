@@ -1,6 +1,6 @@
 """What do loading, filters and decoding cost from a thousand titles to a million, for 1 to 64 users at once?
 
-    python benchmarks/scale.py [--items N ...] [--batches B ...] [--runs R]
+    python benchmarks/scale.py [--items N ...] [--batches B ...] [--runs R] [--quick]
 
 Titles are the synthetic ones of `trie_build.py`; the model is a random Qwen2 of two layers, width 64 and 32,768 tokens,
 its head scaled so that logits have a standard deviation of about 3; support is the trie. For each size one fresh
@@ -38,7 +38,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks.trie_build import _peak_mb as peak_mb, synthetic_titles  # noqa: E402
+from benchmarks._command import parsed, peak_bytes  # noqa: E402
+from benchmarks.trie_build import synthetic_titles  # noqa: E402
 
 from triewise.decoding import Counters, TrieEngine, beam_search, exact_search, rank_catalogue  # noqa: E402
 from triewise.decoding.beams import Beams  # noqa: E402
@@ -54,7 +55,7 @@ COMPARED = 10_000  # titles up to which the whole catalogue is ranked as well
 
 def build(path: Path, n_items: int) -> dict[str, float]:
     """Build and save in this process."""
-    base = peak_mb()
+    base = peak_bytes() / 1e6
     titles = synthetic_titles(n_items)
     seconds, trie = timed(partial(Trie.from_sequences, titles))
     saving, _ = timed(partial(trie.save, path))
@@ -66,16 +67,20 @@ def build(path: Path, n_items: int) -> dict[str, float]:
         "save_seconds": saving,
         "file_bytes": path.stat().st_size,
         "build_base_mb": base,
-        "build_peak_mb": peak_mb(),
+        "build_peak_mb": peak_bytes() / 1e6,
     }
 
 
 def serve(path: Path, batches: list[int], runs: int) -> dict[str, Any]:
     """Load, filter and decode in this process."""
     model = random_model()
-    rng, base = np.random.default_rng(0), peak_mb()
+    rng, base = np.random.default_rng(0), peak_bytes() / 1e6
     loading, trie = timed(partial(Trie.load, path))
-    result: dict[str, Any] = {"load_seconds": loading, "serve_base_mb": base, "load_peak_mb": peak_mb()}
+    result: dict[str, Any] = {
+        "load_seconds": loading,
+        "serve_base_mb": base,
+        "load_peak_mb": peak_bytes() / 1e6,
+    }
     half = rng.permutation(trie.n_items)[: trie.n_items // 2]
     filtering = partial(TitleFilter.of, trie, None, half)
     result["first_filter_seconds"], own = timed(filtering)
@@ -104,7 +109,7 @@ def serve(path: Path, batches: list[int], runs: int) -> dict[str, Any]:
             ours, wanted = exact_search(engine, some, BEAMS), rank_catalogue(engine, some, BEAMS)
             assert np.abs(ours.scores - wanted.scores).max() <= 1e-4, "exact search is not exact"
             assert ours.certified.all()
-    result["serve_peak_mb"] = peak_mb()
+    result["serve_peak_mb"] = peak_bytes() / 1e6
     return result
 
 
@@ -171,7 +176,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--build", type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parsed(parser, items=[1_000], batches=[1, 4], runs=1, threads=1)
     torch.set_num_threads(options.threads)
     if options.path:
         own = build(options.path, options.build) if options.build else None

@@ -1,6 +1,6 @@
 """How much faster is an epoch of SASRec on shifted sequences than with one row per prefix?
 
-    python benchmarks/sequential.py [--length L] [--users N] [--rounds R] [--batch T]
+    python benchmarks/sequential.py [--length L] [--users N] [--rounds R] [--batch T] [--quick]
 
 MovieLens 1M, leave-one-out; the training rows of the first N users, histories of at most L items. Both formulations
 have the same targets (checked) and the same loss, cross-entropy over all items, at the same number of targets a step.
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -27,25 +26,30 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from triewise.data import prepare  # noqa: E402
-from triewise.models import EncoderConfig, SequentialModel  # noqa: E402
-from triewise.training import LossConfig, Sequences, make_windows, target_counts  # noqa: E402  # noqa: E402
-from triewise.training.item_tasks import shifted_task, task_loss  # noqa: E402
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks._data import SYNTHETIC, prepared  # noqa: E402
+
+from triewise.models import SequentialModel  # noqa: E402
+from triewise.recipe import SequentialSettings  # noqa: E402
+from triewise.training import Sequences, make_windows, target_counts  # noqa: E402
+from triewise.training.item_tasks import item_loss, shifted_task, task_loss  # noqa: E402
+
+SASREC = SequentialSettings(encoder="sasrec")
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="ml-1m")
     parser.add_argument("--length", type=int, default=40)
     parser.add_argument("--users", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1024, help="targets of a step, about")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
+    options = parsed(parser, data=SYNTHETIC, users=5, rounds=1)
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory() as scratch:
-        dataset = prepare("ml-1m", Path(scratch, "data"), max_history=options.length)
-        train, n_items = dataset.train, dataset.catalog.n_items
+    dataset = prepared(options.data, max_history=options.length)
+    train, n_items = dataset.train, dataset.catalog.n_items
     users = list(dict.fromkeys(train.user_id.tolist()))[: options.users]
     rows = train.take(np.flatnonzero(np.isin(train.user_id.astype(str), users)))
     windows = {way: make_windows(rows, name) for way, name in (("shifted", "every"), ("prefix", "last"))}
@@ -57,7 +61,7 @@ def main() -> None:
     losses = {}
     for round_ in range(options.rounds):
         for way, found in windows.items():
-            model = SequentialModel(EncoderConfig("sasrec", n_items, options.length), seed=round_)
+            model = SequentialModel(SASREC, n_items, options.length, seed=round_)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
             data = Sequences.from_windows(found)
             per_step = max(round(options.batch * len(found) / n_targets), 1)
@@ -93,10 +97,11 @@ def epoch(
     per_step: int,
 ) -> float:
     """One pass over the windows in ``order``; the mean loss of its steps."""
-    losses, rng, config = [], np.random.default_rng(0), LossConfig()
+    losses, rng = [], np.random.default_rng(0)
+    loss_of = item_loss(model, SASREC, np.zeros(model.n_items, dtype=np.int64))
     model.train()
     for start in range(0, len(order), per_step):
-        loss = task_loss(model, shifted_task(data, order[start : start + per_step]), config, None, rng)
+        loss = task_loss(model, shifted_task(data, order[start : start + per_step]), loss_of, rng)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

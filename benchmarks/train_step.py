@@ -5,7 +5,7 @@ titles (or, with ``--support trie``, ours uses the softmax over valid tokens, wh
 plain side is the usual recipe: one padded row a window, labels of -100 on the prompt, the model's own loss over all
 positions. Gradients are compared first; then steps of both alternate, and the first of each round is left out.
 
-    python benchmarks/train_step.py [--data games|office|books] [--model tiny|smollm2-135m-q4]
+    python benchmarks/train_step.py [--data games|office|books] [--model tiny|smollm2-135m-q4] [--quick]
 
 The last line of stdout is one JSON object.
 """
@@ -25,25 +25,33 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from triewise.data import prepare
-from triewise.models import load_backbone
-from triewise.tokens import Trie, build_prompts, zero_gain
-from triewise.training import Examples, Objective, make_windows, target_counts
-from triewise.training.forward import MicroBatches, TitleLoss
-from triewise.training.trainer import TrainConfig, TrieTrainer
-from triewise.training.windows import chains, schedule
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-SOURCES = {"games": "d3:amazon_games_d3", "office": "msl:amazon_office", "books": "msl:amazon_books"}
-TEMPLATE = {"games": "d3", "office": "msl", "books": "msl"}
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks._data import SHARED, SYNTHETIC, prepared  # noqa: E402
+
+from triewise.models import load_backbone  # noqa: E402
+from triewise.recipe import TrainingSettings  # noqa: E402
+from triewise.tokens import Trie, build_prompts, zero_gain  # noqa: E402
+from triewise.training import Examples, Objective, make_windows, target_counts  # noqa: E402
+from triewise.training.objective import MicroBatches, TitleLoss  # noqa: E402
+from triewise.training.trainer import TrieTrainer  # noqa: E402
+from triewise.training.windows import batch_order, chains  # noqa: E402
+
+SOURCES = {
+    "games": f"d3:{SHARED / 'amazon_games_d3'}",
+    "office": f"msl:{SHARED / 'amazon_office'}",
+    "books": f"msl:{SHARED / 'amazon_books'}",
+    SYNTHETIC: SYNTHETIC,
+}
+TEMPLATE = {"games": "d3", "office": "msl", "books": "msl", SYNTHETIC: "plain"}
 
 
 def load(data: str, model: str) -> tuple[Any, Examples]:
     """A model and the training rows of a data set, with histories of ten titles."""
-    kind, _, name = SOURCES[data].partition(":")
-    with tempfile.TemporaryDirectory() as folder:
-        dataset = prepare(f"{kind}:{SHARED / name}", Path(folder) / data, max_history=10)
-        rows, catalog, info = dataset.train, dataset.catalog, dataset.info
+    dataset = prepared(SOURCES[data])
+    rows, catalog, info = dataset.train, dataset.catalog, dataset.info
     backbone = load_backbone(model, titles=catalog.title, seed=0)
     prompts = build_prompts(
         backbone.tokenizer, catalog, TEMPLATE[data], info["noun"], info["verb"], max_history=10
@@ -127,10 +135,12 @@ def plain_steps(model: Any, examples: Examples, order: np.ndarray, at_once: int,
     return clock.steps
 
 
-def our_steps(model: Any, examples: Examples, config: TrainConfig, support: str, out: Path) -> list[float]:
+def our_steps(
+    model: Any, examples: Examples, settings: TrainingSettings, support: str, out: Path
+) -> list[float]:
     """Seconds of each step of ours."""
     clock = Clock()
-    trainer = TrieTrainer(model, examples, Objective(support), config, out)
+    trainer = TrieTrainer(model, examples, Objective(support), settings, out)
     trainer._save_checkpoint = lambda *args: None  # both sides write nothing
     trainer.add_callback(clock)
     trainer.train()
@@ -171,14 +181,14 @@ def factor(examples: Examples, order: np.ndarray) -> dict[str, float]:
 def _peak(side: str, options: argparse.Namespace, queue: Any) -> None:
     torch.set_num_threads(options.threads)
     model, examples = load(options.data, options.model)
-    order, config = plan(examples, options, 1)
+    order, settings = plan(examples, options, 1)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # forget the peak of loading
     with tempfile.TemporaryDirectory() as out:
         if side == "plain":
             plain_steps(model, examples, order, options.plain_rows, Path(out))
         else:
-            our_steps(model, examples, config, options.support, Path(out))
+            our_steps(model, examples, settings, options.support, Path(out))
     queue.put(_resident("VmHWM") - before)
 
 
@@ -199,10 +209,10 @@ def peak_bytes(side: str, options: argparse.Namespace) -> int:
     return result
 
 
-def plan(examples: Examples, options: argparse.Namespace, steps: int) -> tuple[np.ndarray, TrainConfig]:
+def plan(examples: Examples, options: argparse.Namespace, steps: int) -> tuple[np.ndarray, TrainingSettings]:
     """The same order for both sides: whole users, or rows at random."""
     chain = chains(examples.windows) if options.order == "chains" else None
-    config = TrainConfig(
+    settings = TrainingSettings(
         steps=steps,
         learning_rate=1e-5,
         batch_size=options.rows,
@@ -210,7 +220,7 @@ def plan(examples: Examples, options: argparse.Namespace, steps: int) -> tuple[n
         log_every=1000,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    return schedule(len(examples), options.rows, steps, config.seed, chain), config
+    return batch_order(len(examples), options.rows, steps, 0, chain), settings
 
 
 def main() -> None:
@@ -230,14 +240,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="of ours")
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")
-    options = parser.parse_args()
+    options = parsed(parser, data=SYNTHETIC, rows=8, steps=2, rounds=1, no_memory=True)
     options.order = options.order or ("chains" if options.data == "games" else "rows")
     options.plain_rows = options.rows if options.plain_rows is None else options.plain_rows
     if options.plain_rows < 1 or options.rows % options.plain_rows:
         parser.error("--rows must be a multiple of --plain-rows, and that at least 1")
     torch.set_num_threads(options.threads)
     model, examples = load(options.data, options.model)
-    order, config = plan(examples, options, options.steps + 1)
+    order, settings = plan(examples, options, options.steps + 1)
     gap = gradient_gap(model, examples, order[:1, : options.plain_rows])
     assert gap < 1e-3, f"gradients differ by {gap:.2g}"
     print(f"gradients: largest relative difference {gap:.2g}", file=sys.stderr)
@@ -245,7 +255,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         for _ in range(options.rounds):
             seconds["plain"] += plain_steps(model, examples, order, options.plain_rows, Path(out))[1:]
-            seconds["ours"] += our_steps(model, examples, config, options.support, Path(out))[1:]
+            seconds["ours"] += our_steps(model, examples, settings, options.support, Path(out))[1:]
     rng = np.random.default_rng(0)
     a, b = (np.array(seconds[side]) for side in ("plain", "ours"))
     draws = rng.integers(0, len(a), (2000, len(a)))

@@ -1,6 +1,6 @@
 """How long does the trie of a million titles take, and how much memory, against a trie of nested dicts?
 
-    python benchmarks/trie_build.py [--items N] [--dict-items N] [--runs R]
+    python benchmarks/trie_build.py [--items N] [--dict-items N] [--runs R] [--quick]
 
 Titles are synthetic: 8-15 tokens with the terminator; tokens and the opening words of series are
 Zipf-distributed. Each build runs in a fresh process, whose peak memory includes its input; `seconds` is from
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
+from benchmarks._command import parsed, peak_bytes  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
 from triewise.progress import note  # noqa: E402
@@ -84,7 +84,7 @@ def measure(path: Path, form: str) -> dict[str, float]:
     started = time.perf_counter()
     trie = Trie.from_sequences(sequences)
     built = time.perf_counter()
-    peak_mb = _peak_mb()
+    peak_mb = peak_bytes() / 1e6
     trie.save(path.with_suffix(".trie.npz"))
     saved = time.perf_counter()
     Trie.load(path.with_suffix(".trie.npz"))
@@ -96,20 +96,6 @@ def measure(path: Path, form: str) -> dict[str, float]:
         "load_seconds": loaded - saved,
         "n_nodes": trie.n_nodes,
     }
-
-
-def _peak_mb() -> float:
-    """Highest resident memory of this process so far, in 10**6 bytes; NaN where the system does not say."""
-    status = Path("/proc/self/status")
-    if status.exists():  # rather than getrusage, whose maximum a child process inherits from its parent
-        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e6
-    try:
-        import resource
-    except ImportError:
-        return float("nan")
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def measure_fresh(path: Path, form: str, runs: int) -> dict[str, list[float]]:
@@ -147,7 +133,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--form", choices=("lists", "arrays"), help=argparse.SUPPRESS)
-    settings = parser.parse_args()
+    settings = parsed(parser, items=5_000, dict_items=2_000, runs=1)
     if settings.measure:
         print(json.dumps(measure(settings.measure, settings.form)))
         return

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG as WHOLE, small_model, some_metric
 from triewise.errors import UserError
+from triewise.recipe import TrainingSettings
 from triewise.tokens import binary_weights, zero_gain
 from triewise.training import (
     AdaptiveTemperature,
@@ -34,8 +35,8 @@ from triewise.training import (
     target_counts,
     train,
 )
-from triewise.training.forward import MicroBatches, TitleLoss
-from triewise.training.trainer import TrainConfig, TrieTrainer
+from triewise.training.objective import MicroBatches, TitleLoss
+from triewise.training.trainer import TrieTrainer
 
 STEPS = 5
 CONFIG = {
@@ -122,10 +123,8 @@ class Seen(TrainerCallback):  # type: ignore[misc]
         self.objective, self.gradients, self.tau = objective, [], []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.gradients.append(
-            {n: p.grad.clone() for n, p in getattr(model, "titles", model).model.named_parameters()}
-        )
-        self.tau.append(self.objective.tau)
+        self.gradients.append({n: p.grad.clone() for n, p in model.model.named_parameters()})
+        self.tau.append(self.objective.objective.tau)
 
 
 def each_objective(out: Path) -> dict[str, Any]:
@@ -134,7 +133,7 @@ def each_objective(out: Path) -> dict[str, Any]:
     for name, make in OBJECTIVES.items():
         model, objective = learned(), make(out)
         seen = Seen(objective)
-        config = TrainConfig(**CONFIG)
+        config = TrainingSettings(**CONFIG)
         (out / name).mkdir(exist_ok=True)
         examples = single_targets() if name == "sdpo" else weighted_examples()
         trainer = TrieTrainer(model, examples, objective, config, out / name)
@@ -144,7 +143,7 @@ def each_objective(out: Path) -> dict[str, Any]:
             "gradients": seen.gradients,
             "tau": seen.tau,
             "weights": {n: p.detach() for n, p in model.named_parameters()},
-            "log": trainer.course.history,
+            "log": trainer.run.history,
             "reference": getattr(objective, "reference", None),
         }
     return found
@@ -154,7 +153,7 @@ def whole_run(out: Path, resume: bool = False, dropout: float = 0.3) -> dict[str
     """A run with adaptive temperature, validation and checkpoints; what it leaves."""
     model = learned(dropout)
     objective = Objective(temperature=ats())
-    config = TrainConfig(**(vars(WHOLE) | {"keep_checkpoints": 9}))
+    config = TrainingSettings(**(vars(WHOLE) | {"keep_checkpoints": 9}))
     result = train(model, cycle_world(), objective, config, out, validate=some_metric, resume=resume)
     return {
         "result": (result.steps_done, result.stopped, result.best_step),
@@ -193,7 +192,7 @@ def stop_and_go(out: Path) -> dict[str, Any]:
     found["errors"] = {}
     for name, validate in (("metric", lambda model: {"MAP": 1.0}), ("validate", refuse)):
         try:
-            config = TrainConfig(**(vars(WHOLE) | {"evaluate_every": 1}))
+            config = TrainingSettings(**(vars(WHOLE) | {"evaluate_every": 1}))
             train(small_model(), cycle_world(), Objective(), config, out / name, validate=validate)
         except UserError as error:
             found["errors"][name] = str(error)
@@ -273,4 +272,4 @@ def in_processes(job: Callable[[Path], Any], out: str, port: int, rank: int, cou
     processes.start()
     found = job(Path(out))
     torch.save(found, Path(out) / f"{rank}.pt")
-    processes.part_ways()
+    processes.finish()

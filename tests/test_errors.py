@@ -187,7 +187,9 @@ def sections() -> dict[str, str]:
     """Class of each section of a recipe to its dotted key."""
 
     def walk(model: Any, key: str) -> Iterator[tuple[str, str]]:
-        yield model.__name__, key or "recipe"
+        yield from (
+            (base.__name__, key or "recipe") for base in model.__mro__ if base.__module__ == Recipe.__module__
+        )
         for name, info in model.model_fields.items():
             for kind in (info.annotation, *get_args(info.annotation)):
                 if hasattr(kind, "model_fields"):

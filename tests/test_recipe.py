@@ -41,8 +41,14 @@ def test_awkward_strings_round_trip() -> None:
             {"backbone": {"name": "gpt2"}, "training": {"supervision": "every"}},
             "needs backbone.template = 'plain'",
         ),
-        ({"training": {"batch_size": 10, "accumulation": 3}}, "must be a multiple of training.accumulation"),
-        ({"training": {"patience": 2}}, "needs training.evaluate_every > 0"),
+        (
+            {"training": {"batch_size": 10, "accumulation": 3}},
+            "training: batch_size must be a multiple of accumulation, got 10 and 3",
+        ),
+        (
+            {"training": {"patience": 2}},
+            "training: patience counts validations: wanted evaluate_every > 0, got 0",
+        ),
         (
             {"evaluation": {"search": "beam", "beams": 11, "k": 12}},
             "beams must be at least k, got 11 beams for k = 12",
@@ -96,6 +102,19 @@ def test_set_changes_one_key(tmp_path: Path) -> None:
         load_recipe(file, ["training.steps"])
     with pytest.raises(UserError, match="seed is not a table"):
         load_recipe(file, ["seed=1", "seed.x=2"])
+
+
+@pytest.mark.parametrize("file", EVERY, ids=[f.stem for f in EVERY])
+def test_a_recipe_with_changes_is_a_new_recipe(file: Path) -> None:
+    recipe = load_recipe(file)
+    changed = recipe.changed("training.steps=7", "training.time_limit_s=1.5", "title=a b")
+    assert (changed.training.steps, changed.training.time_limit_s, changed.title) == (7, 1.5, "a b")
+    assert changed == load_recipe(file, ["training.steps=7", "training.time_limit_s=1.5", "title=a b"])
+    assert recipe.changed() == recipe != changed
+    with pytest.raises(
+        UserError, match=f"{recipe.name}: unknown key 'training.step'; did you mean 'training"
+    ):
+        recipe.changed("training.step=7")
 
 
 def test_missing_and_broken_files(tmp_path: Path) -> None:

@@ -12,15 +12,16 @@ import torch
 
 import triewise.files
 import triewise.training.checkpoints
-import triewise.training.forward
+import triewise.training.objective
 import triewise.training.state
 from tests.token_worlds import cycle_world
+from triewise.recipe import TrainingSettings
 from triewise.training import AdaptiveTemperature, Objective, train
-from triewise.training.trainer import TrainConfig, TrainResult
+from triewise.training.trainer import TrainResult
 
 PLACES = ("training", "before", "middle", "rename")
 KILLED_STEP = 8
-CONFIG = TrainConfig(
+CONFIG = TrainingSettings(
     steps=12,
     learning_rate=3e-3,
     batch_size=4,
@@ -58,12 +59,12 @@ def some_metric(model: Any) -> dict[str, float]:
     return {"NDCG@10": -model.lm_head.weight.abs().sum().item()}
 
 
-def adaptive_run(out: Path, resume: bool = False, **changes: Any) -> tuple[Any, TrainResult]:
+def adaptive_run(out: Path, resume: bool = False, seed: int = 0, **changes: Any) -> tuple[Any, TrainResult]:
     """Dropout, adaptive temperature, accumulation, validation and checkpoints together."""
     model = small_model(dropout=0.3)
     objective = Objective(temperature=AdaptiveTemperature(eta=0.5, clamp=(0.1, 5.0)))
-    config = TrainConfig(**{**vars(CONFIG), **changes})
-    return model, train(model, cycle_world(), objective, config, out, validate=some_metric, resume=resume)
+    settings, how = TrainingSettings(**{**vars(CONFIG), **changes}), {"seed": seed, "resume": resume}
+    return model, train(model, cycle_world(), objective, settings, out, validate=some_metric, **how)
 
 
 def die(out: str, place: str) -> None:
@@ -71,7 +72,7 @@ def die(out: str, place: str) -> None:
     torch.set_num_threads(1)
     name = f"checkpoint-{KILLED_STEP}"
     if place == "training":
-        _kill_when(triewise.training.forward.TitleLoss, "forward", count=2 * 6 + 1)  # in the seventh step
+        _kill_when(triewise.training.objective.TitleLoss, "forward", count=2 * 6 + 1)  # in the seventh step
     elif place == "before":
         _kill_when(triewise.training.state, "atomic_folder", lambda path, *_: path.name == name)
     elif place == "middle":

@@ -1,20 +1,25 @@
-"""Arrays that several wings share: rows of different lengths, ranges end to end, padding.
+"""Arrays that several wings share: rows of different lengths, ranges and runs end to end, partial sorts, padding.
 
-Shape key: R rows, E values end to end.
+Shape key: R rows, E values end to end, L columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+Ints = NDArray[np.integer[Any]]
 _TOGETHER = 1 << 14  # rows
 
 
@@ -36,14 +41,13 @@ class Ragged:
     @classmethod
     def from_lists(cls, rows: Sequence[Sequence[int]]) -> Ragged:
         """Pack lists of integers."""
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        return cls(np.array([value for row in rows for value in row], dtype=np.int32), offsets)
+        values = np.array([value for row in rows for value in row], dtype=np.int32)
+        return cls(values, offsets_of([len(row) for row in rows]))
 
     @classmethod
     def windows(cls, values: Int32, start: Int64, length: Int64) -> Ragged:
         """Row i is ``values[start[i]:start[i] + length[i]]``; windows may overlap."""
-        offsets = np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
+        offsets = offsets_of(length)
         gathered = np.empty(offsets[-1], dtype=np.int32)
         for low in range(0, len(length), _TOGETHER):  # the places to gather from take twice the memory
             high = min(low + _TOGETHER, len(length))
@@ -56,8 +60,8 @@ class Ragged:
     @classmethod
     def from_series(cls, lists: pl.Series) -> Ragged:
         """Rows of a polars List column."""
-        offsets = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
-        return cls(lists.explode().drop_nulls().cast(pl.Int32).to_numpy(writable=True), offsets)
+        values = lists.explode().drop_nulls().cast(pl.Int32).to_numpy(writable=True)
+        return cls(values, offsets_of(lists.list.len().to_numpy()))
 
     def to_series(self) -> pl.Series:
         """The same rows as a polars column of type List(Int32)."""
@@ -106,24 +110,76 @@ class Ragged:
         return (self[row] for row in range(len(self)))
 
 
-Ints = NDArray[np.integer[Any]]
+def offsets_of(length: ArrayLike) -> Int64:
+    """Where rows of some lengths (R,) begin when they lie end to end, and the end of the last; int64 (R+1,)."""
+    return np.concatenate([[0], np.cumsum(length, dtype=np.int64)])
+
+
+def within(length: Ints) -> Int64:
+    """Place of each value in its row, rows of some lengths (R,) end to end; int64 (E,).
+
+    >>> within(np.array([2, 0, 3])).tolist()
+    [0, 1, 0, 1, 2]
+    """
+    return ranges(np.zeros_like(length), length).at
 
 
 class Flat(NamedTuple):
-    """Several ranges end to end: ``at`` are their numbers, ``row`` the range that each is from."""
+    """Several ranges end to end: ``at`` (E,) are their numbers, ``row`` (E,) the range that each is from."""
 
-    at: NDArray[np.int64]
-    row: NDArray[np.int64]
+    at: Int64
+    row: Int64
 
 
 def ranges(start: Ints, length: Ints) -> Flat:
-    """Ranges ``start[i]`` to before ``start[i] + length[i]``, end to end."""
+    """Ranges ``start[i]`` to before ``start[i] + length[i]``, end to end.
+
+    >>> ranges(np.array([5, 9]), np.array([2, 1]))
+    Flat(at=array([5, 6, 9]), row=array([0, 0, 1]))
+    """
     row = np.repeat(np.arange(len(start)), length)
     shift = start - (np.cumsum(length) - length)
     return Flat(np.arange(len(row)) + shift[row], row)
 
 
-def padded(rows: Ragged) -> NDArray[np.int32]:
+def runs(key: Ints) -> Int64:
+    """Where each run of equal keys (E,) >= 0 begins, and the end of the last; int64 (runs + 1,)."""
+    return np.flatnonzero(np.diff(key, prepend=-1, append=-1))
+
+
+def place_in_run(key: Ints) -> Int64:
+    """Place of each entry among those with its key; keys (E,) ascend. int64 (E,)."""
+    return np.arange(len(key)) - np.searchsorted(key, key)
+
+
+def nth_largest(values: NDArray[Any], n: int) -> NDArray[Any]:
+    """The ``n``-th largest value along the last axis, which has at least so many."""
+    place = values.shape[-1] - n
+    largest: NDArray[Any] = np.partition(values, place, axis=-1)[..., place]
+    return largest
+
+
+def among_best(key: Ints, values: NDArray[np.floating], n: int) -> Bool:
+    """Which values (E,) are not below the ``n``-th best with their key; equal keys >= 0 lie together.
+
+    Cheaper than an order; ties with the n-th stay in.
+
+    >>> among_best(np.array([0, 0, 0, 1]), np.array([0.1, 0.5, 0.5, 0.0]), 1).tolist()
+    [False, True, True, True]
+    """
+    near = np.ones(len(key), dtype=bool)
+    for low, high in pairwise(runs(key).tolist()):
+        if high - low > n:
+            near[low:high] = values[low:high] >= nth_largest(values[low:high], n)
+    return near
+
+
+def blank_lists(n_users: int, k: int) -> tuple[Int32, Float32]:
+    """Lists of ``k`` items (B, K) without any yet: -1, and scores of -inf."""
+    return np.full((n_users, k), -1, np.int32), np.full((n_users, k), -np.inf, np.float32)
+
+
+def padded(rows: Ragged) -> Int32:
     """Item indices as int32 (R, L) of ``item + 1``, padded on the right with 0."""
     length = rows.lengths
     ids = np.zeros((len(rows), int(length.max(initial=0))), dtype=np.int32)

@@ -6,9 +6,13 @@ connection.
 
 from __future__ import annotations
 
+import http.client
 import os
+import queue
 import subprocess
 import sys
+import threading
+import urllib.request
 from pathlib import Path
 
 import platformdirs
@@ -29,22 +33,43 @@ def offline() -> bool:
     return os.environ.get("TRIEWISE_OFFLINE", "") not in ("", "0")
 
 
+def connect(url: str, seconds: float) -> http.client.HTTPResponse:
+    """Open an address within a time limit, all told.
+
+    The connection is made in a thread: looking up a name has no time limit of its own, and a host with several
+    addresses gets the limit once for each.
+
+    Raises:
+        OSError: It cannot be opened, or not in time.
+        HTTPException: What answers speaks no HTTP.
+    """
+    answers: queue.Queue[http.client.HTTPResponse | OSError | http.client.HTTPException] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.urlopen(url, timeout=seconds))
+        except (OSError, http.client.HTTPException) as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
 def download_wheel(package: str, version: str, folder: Path) -> Path:
     """Download one wheel from the Python package index into ``folder``, without its dependencies.
 
     Raises:
         UserError: If pip fails or takes longer than ``PIP_SECONDS``; says the last line that pip wrote.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-    ]
-    command += ["--no-deps", "--only-binary", ":all:", "--retries", "1", "--timeout", str(CONNECT_SECONDS)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+    command += ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+    command += ["--retries", "1", "--timeout", str(CONNECT_SECONDS)]
     command += ["--dest", str(folder), f"{package}=={version}"]
     try:
         done = subprocess.run(

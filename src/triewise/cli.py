@@ -5,16 +5,20 @@ Heavy imports stay inside the commands, so that ``--help`` and a typing error an
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from triewise.errors import UserError
-from triewise.progress import speaks
+from triewise.progress import is_first_process
 
 app = typer.Typer(
     name="triewise",
@@ -32,6 +36,14 @@ Changes = Annotated[
     list[str] | None, typer.Option("--set", help="Change one key: --set training.steps=100 (repeatable).")
 ]
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Search = Annotated[
+    str | None, typer.Option(help="beam, exact, catalogue or grounding; default as the run's recipe says.")
+]
+RecipeName = Annotated[
+    str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
 
 
 @app.command()
@@ -47,16 +59,7 @@ def demo(
 
     result = run_demo(out, quick=quick, seed=seed)
     if as_json:
-        rows = {row.name: row.metrics for row in result.report.rows}
-        differences = [vars(comparison) for comparison in result.report.comparisons]
-        _print_json(
-            {
-                "rows": rows,
-                "comparisons": differences,
-                "report": str(result.html),
-                "seconds": round(result.seconds, 1),
-            }
-        )
+        _print_json(result.as_json())
         return
     console = _console()
     print_rows(result.report.rows, result.report.comparisons, console)
@@ -86,19 +89,12 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Bring raw interactions or a published split into one format."""
+    from triewise.app import what_was_prepared
     from triewise.data import prepare as prepare_data
     from triewise.reports import print_facts
 
-    info = prepare_data(source, out, max_history=max_history, clean=clean, k_core=k_core, split=split).info
-    found = [finding for finding in info["lint"] if finding["count"]]
-    facts = {
-        "folder": str(out),
-        **info["counts"],
-        **{f"repaired: {k}": v for k, v in info["repairs"].items()},
-        **{f"lint: {f['name']}": f"{f['count']:,} of {f['of']:,}; {f['example']}" for f in found},
-        **({"notes": "; ".join(info["notes"])} if info["notes"] else {}),
-    }
-    _print_json(info) if as_json else print_facts(facts, _console())
+    made = prepare_data(source, out, max_history=max_history, clean=clean, k_core=k_core, split=split)
+    _print_json(made.info) if as_json else print_facts(what_was_prepared(made), _console())
 
 
 @app.command()
@@ -113,34 +109,20 @@ def describe(
     as_json: Json = False,
 ) -> None:
     """Users, items, density, cold targets; tokens, forced share, zero-gain share, valid tokens (AVT)."""
-    import numpy as np
+    from triewise.app import describe_data
+    from triewise.reports import print_facts
 
-    from triewise.data import load_dataset
-    from triewise.models import load_tokenizer
-    from triewise.reports import describe as describe_data, print_facts
-    from triewise.tokens import Trie, build_prompts
-
-    dataset = load_dataset(folder)
-    template = template or ("plain" if tokenizer == "tiny" else "msl")
-    tokens = load_tokenizer(tokenizer, titles=dataset.catalog.title)
-    prompts = build_prompts(tokens, dataset.catalog, template, dataset.info["noun"], dataset.info["verb"])
-    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
-    counts = np.bincount(dataset.train.target, minlength=dataset.catalog.n_items)
-    facts = describe_data(dataset, prompts, trie, counts)
-    _print_json(facts) if as_json else print_facts(facts, _console())
+    numbers = describe_data(folder, tokenizer, template)
+    _print_json(numbers) if as_json else print_facts(numbers, _console())
 
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
-    ],
+    recipe: RecipeName,
     out: Annotated[Path, typer.Option(help="The run folder.")],
     changes: Changes = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Train a recipe."""
@@ -150,7 +132,7 @@ def train(
     from triewise.training import processes
 
     result = train_run(load_recipe(recipe, changes or ()), out, resume=resume, overwrite=overwrite)
-    if not processes.part_ways():
+    if not processes.finish():
         raise typer.Exit(130 if result.stopped == "interrupted" else 0)
     if as_json:
         _print_json(read_json(out / "run.json"))
@@ -165,53 +147,35 @@ def train(
 def evaluate(
     run: Run,
     split: Annotated[str | None, typer.Option(help="test or valid; default the recipe's.")] = None,
-    search: Annotated[
-        str | None, typer.Option(help="beam, exact, catalogue or grounding; default the recipe's.")
-    ] = None,
+    search: Search = None,
     against: Annotated[Path | None, typer.Option(help="Another evaluated run: paired intervals.")] = None,
     changes: Changes = None,
     as_json: Json = False,
 ) -> None:
     """Rank the catalogue for every row of a split; writes metrics.json and predictions.parquet."""
-    from triewise.app import comparisons, evaluate_run, open_run, row
+    from triewise.app import changed_evaluation, comparisons, evaluate_run, row
     from triewise.ranking import load_evaluation
-    from triewise.recipe import load_recipe
     from triewise.reports import print_rows
 
-    open_run(run)
-    wrong = [change for change in changes or () if not change.strip().startswith("evaluation.")]
-    if wrong:
-        raise UserError(
-            f"wanted --set evaluation.KEY=VALUE, got {wrong[0]!r}: the rest was fixed when the run was trained"
-        )
-    given = [
-        f"evaluation.{key}={value}"
-        for key, value in (("split", split), ("search", search))
-        if value is not None
-    ]
-    given += ["evaluation.choose=[]"] if search is not None else []
-    recipe = load_recipe(run / "recipe.toml", [*given, *(changes or ())])
-    other = load_evaluation(against) if against else None
-    evaluation = evaluate_run(run, recipe.evaluation)
-    evaluations = [evaluation, *([other] if other else [])]
-    found = comparisons(evaluations)
+    settings = changed_evaluation(run, changes or (), split=split, search=search)
+    others = [load_evaluation(against)] if against else []
+    evaluations = [evaluate_run(run, settings), *others]
+    differences = comparisons(evaluations)
     if as_json:
-        _print_json(evaluation.metrics | ({"against": [vars(c) for c in found]} if found else {}))
+        _print_json(
+            evaluations[0].metrics | ({"against": [vars(c) for c in differences]} if differences else {})
+        )
     else:
-        print_rows(tuple(row(e) for e in evaluations), found, _console())
+        print_rows(tuple(row(e) for e in evaluations), differences, _console())
 
 
 @app.command()
 def run(
-    recipe: Annotated[
-        str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
-    ],
+    recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="The run folder; default runs/NAME.")] = None,
     changes: Changes = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")
-    ] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Prepare, train, evaluate, report: one recipe from raw data to report.html."""
@@ -224,7 +188,7 @@ def run(
     loaded = load_recipe(recipe, changes or ())
     folder = out or Path("runs") / loaded.name
     result = train_run(loaded, folder, resume=resume, overwrite=overwrite)
-    if not processes.part_ways():
+    if not processes.finish():
         raise typer.Exit(130 if result.stopped == "interrupted" else 0)
     if result.stopped == "interrupted":
         typer.echo(f"go on with: triewise run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
@@ -255,44 +219,38 @@ def recommend(
         Path | None,
         typer.Option("--allow", help="Text file of raw item ids, one a line: only these are returned."),
     ] = None,
-    search: Annotated[
-        str | None, typer.Option(help="beam, exact, catalogue or grounding; default the run's.")
-    ] = None,
+    search: Search = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Mark the tokens that decided.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Execute code that comes with the language model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """The most probable next titles after a history."""
-    import numpy as np
-
     from triewise import load
     from triewise.data import allowed_items
-    from triewise.reports import clean
 
-    recommender = load(run)
+    with _without_collections():
+        recommender = load(run, trust_remote_code=trust_remote_code)
+    from triewise.app.answer import answer
+    from triewise.reports import print_recommendations
+
     recommender = recommender if search is None else recommender.with_settings(search=search)
-    catalog = recommender.catalog
-    items = [catalog.index(title) for title in history or ()]
-    unwanted = [catalog.index(title) for title in exclude or ()] + ([] if keep_history else items)
-    # A title that occurs twice is one thing to the reader: with an item, its group is excluded.
-    groups = recommender.groups.of_item
-    without = np.flatnonzero(np.isin(groups, groups[unwanted]))
-    only = None if allow is None else [allowed_items(allow, catalog)]
-    ranking = recommender.recommend([items], k, [without], only)
-    found = [
-        {
-            "item_id": recommender.catalog.item_id[i],
-            "title": recommender.catalog.title[i],
-            "score": float(s),
-        }
-        for i, s in zip(ranking.items[0], ranking.scores[0], strict=True)
-        if i >= 0
-    ]
+    answers = answer(
+        recommender,
+        [history or ()],
+        k,
+        exclude=exclude or (),
+        keep_history=keep_history,
+        allow=None if allow is None else allowed_items(allow, recommender.catalog),
+        explain=explain,
+        strict=True,
+    )
     if as_json:
-        _print_json(
-            {"recommendations": found, "certified": bool(ranking.certified[0]), "counters": ranking.counters}
-        )
-        return
-    for place, line in enumerate(found, 1):
-        typer.echo(f"{place:>3}  {line['score']:8.3f}  {clean(line['title'])}")
+        _print_json(answers.of_each[0].as_json() | {"counters": answers.counters})
+    else:
+        recommended = answers.of_each[0].recommendations
+        print_recommendations([(r.title, r.score, r.explanation) for r in recommended], _console())
 
 
 @app.command()
@@ -315,6 +273,9 @@ def report(
 
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit status 2, an interrupt is 130."""
+    atexit.register(
+        gc.freeze
+    )  # else Python looks through all of torch for cycles before it ends: a second and more
     for stream in (sys.stdout, sys.stderr):
         if hasattr(
             stream, "reconfigure"
@@ -344,9 +305,19 @@ def main() -> None:
 
 def _complain(message: str) -> int:
     """Print one line and give the exit status of a user's mistake."""
-    who = "error" if speaks() else f"error in process {os.environ['RANK']}"
+    who = "error" if is_first_process() else f"error in process {os.environ['RANK']}"
     print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Imports make much that stays and no garbage; looking for some meanwhile takes half a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _console() -> Any:

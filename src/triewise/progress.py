@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 60.0
 
 def note(text: str) -> None:
     """Print one line to stderr."""
-    if speaks():
+    if is_first_process():
         print(text, file=sys.stderr, flush=True)
 
 
@@ -29,7 +29,7 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[..., No
         total: Number of units in all.
         unit: Their name, for example ``"users"``.
     """
-    if sys.stderr.isatty() and speaks():
+    if sys.stderr.isatty() and is_first_process():
         with _bar(what, total, unit) as move:
             yield move
         return
@@ -50,7 +50,7 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[..., No
     note(f"{what}: {done}/{total} {unit}".rstrip() + f" in {time.monotonic() - started:.0f} s")
 
 
-def speaks() -> bool:
+def is_first_process() -> bool:
     """Whether this is the first of the processes that `torchrun` started, or the only one."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
 

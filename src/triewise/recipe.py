@@ -11,9 +11,10 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,6 +27,10 @@ from pydantic import (
 from triewise.errors import UserError
 
 
+def _key(default: Any, what: str, **limits: Any) -> Any:
+    return Field(default, description=what, **limits)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,15 +39,12 @@ class DataSettings(_Section):
     """What is learned from."""
 
     source: str = Field(description="ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR")
-    folder: Path | None = Field(None, description="prepared folder; default data/NAME, made when absent")
-    max_history: int = Field(20, ge=1, description="titles of a history that a prompt may hold (papers: 10)")
-    split: Literal["leave-one-out", "time-windows", "time-growing"] = Field(
-        "leave-one-out",
-        description="time-windows: BIGRec and MSL; time-growing: D3 and IGD; msl: and d3: have theirs",
+    folder: Path | None = _key(None, "prepared folder; default data/NAME, made when absent")
+    max_history: int = _key(20, "titles of a history that a prompt may hold (papers: 10)", ge=1)
+    split: Literal["leave-one-out", "time-windows", "time-growing"] = _key(
+        "leave-one-out", "time-windows: BIGRec and MSL; time-growing: D3 and IGD; msl: and d3: have theirs"
     )
-    k_core: int = Field(
-        0, ge=0, description="users and items with fewer interactions are left out (papers: 5)"
-    )
+    k_core: int = _key(0, "users and items with fewer interactions are left out (papers: 5)", ge=0)
     clean: Literal["none", "html+space"] = "none"
 
 
@@ -60,28 +62,26 @@ class TinyModel(_Section):
 class LoraSettings(_Section):
     """Low-rank adapters on the body's linear layers (arXiv:2106.09685); the head and embeddings never get one."""
 
-    rank: int = Field(0, ge=0, description="0: no adapter, every weight is trained (MSL 8, IGD 32)")
-    alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    rank: int = _key(0, "0: no adapter, every weight is trained (MSL 8, IGD 32)", ge=0)
+    alpha: float = _key(16.0, "the adapter's output is scaled by alpha / rank", gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="or ends of layer names such as ['q_proj', 'v_proj']"
+    targets: Literal["all-linear"] | tuple[str, ...] = _key(
+        "all-linear", "or ends of layer names such as ['q_proj', 'v_proj']"
     )
 
 
 class BackboneSettings(_Section):
     """The language model and its prompt."""
 
-    name: str = Field("tiny", description="tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder")
-    template: Literal["plain", "msl", "d3"] | None = Field(
-        None, description="default: plain for tiny, else msl"
-    )
+    name: str = _key("tiny", "tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder")
+    template: Literal["plain", "msl", "d3"] | None = _key(None, "default: plain for tiny, else msl")
     chat: bool = False
     max_tokens: int = Field(1024, ge=8)
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
-    quantisation: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="of the frozen base: LLM.int8(), or NF4 with double quantisation"
+    quantisation: Literal["none", "8bit", "4bit"] = _key(
+        "none", "of the frozen base: LLM.int8(), or NF4 with double quantisation"
     )
     lora: LoraSettings = LoraSettings()
     tiny: TinyModel = TinyModel()
@@ -100,13 +100,13 @@ class AdaptiveSettings(_Section):
     initial: float = Field(1.5, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1)
     clamp: tuple[float, float] = (1.5, 5.0)
-    root: Literal["plus", "minus", "exact"] = Field(
-        "plus", description="the paper prints minus; exact: bisection of mean P_valid = eta"
+    root: Literal["plus", "minus", "exact"] = _key(
+        "plus", "the paper prints minus; exact: bisection of mean P_valid = eta"
     )
-    rows: Literal["widest", "root", "all"] = Field(
-        "widest", description="tokens looked at; released code: root, paper: all"
+    rows: Literal["widest", "root", "all"] = _key(
+        "widest", "tokens looked at; released code: root, paper: all"
     )
-    scope: Literal["global", "token"] = Field("global", description="token: each token its own (Eq. 11)")
+    scope: Literal["global", "token"] = _key("global", "token: each token its own (Eq. 11)")
 
     @model_validator(mode="after")
     def _range(self) -> AdaptiveSettings:
@@ -118,19 +118,19 @@ class AdaptiveSettings(_Section):
 class ContrastSettings(_Section):
     """CFT: what the history adds to the logits is trained to predict the target too."""
 
-    strength: float = Field(0.0, ge=0, description="lambda; 0: off (CFT's code 0.1, IGD's script 0.025)")
-    without_history: Literal["no-input", "unknown"] = Field(
-        "no-input", description="the second prompt: the instruction alone (CFT), or one word as history (IGD)"
+    strength: float = _key(0.0, "lambda; 0: off (CFT's code 0.1, IGD's script 0.025)", ge=0)
+    without_history: Literal["no-input", "unknown"] = _key(
+        "no-input", "the second prompt: the instruction alone (CFT), or one word as history (IGD)"
     )
 
 
 class PreferenceSettings(_Section):
     """S-DPO: the target against titles that were not chosen, relative to the model of an earlier run."""
 
-    negatives: int = Field(0, ge=0, description="rejected titles of each row; 0: off (S-DPO 3)")
-    beta: float = Field(1.0, gt=0, description="what a nat counts (S-DPO 1)")
-    reference: Path | None = Field(
-        None, description="folder of the run whose model is the reference and what training starts from"
+    negatives: int = _key(0, "rejected titles of each row; 0: off (S-DPO 3)", ge=0)
+    beta: float = _key(1.0, "what a nat counts (S-DPO 1)", gt=0)
+    reference: Path | None = _key(
+        None, "folder of the run whose model is the reference and what training starts from"
     )
 
 
@@ -140,16 +140,14 @@ class ObjectiveSettings(_Section):
     support: Literal["trie", "vocabulary"] = "trie"
     temperature: float | Literal["adaptive"] = 1.0
     weight: Literal["uniform", "igd", "igd-linear", "position"] = "uniform"
-    beta: float = Field(
+    beta: float = _key(
         0.1,
+        "weight of a token without information gain (igd, igd-linear) or of a title's last (position)",
         ge=0,
         le=1,
-        description="weight of a token without information gain (igd, igd-linear) or of a title's last (position)",
     )
     normaliser: Literal["weights", "decisions", "sum"] = "weights"
-    expand_negatives: bool = Field(
-        False, description="MSL + alpha: the other valid tokens weigh as much as a vocabulary"
-    )
+    expand_negatives: bool = _key(False, "MSL + alpha: the other valid tokens weigh as much as a vocabulary")
     adaptive: AdaptiveSettings = AdaptiveSettings()
     contrast: ContrastSettings = ContrastSettings()
     preference: PreferenceSettings = PreferenceSettings()
@@ -189,90 +187,88 @@ class ObjectiveSettings(_Section):
 
 
 class TrainingSettings(_Section):
-    """The budget is steps, never seconds; ``time_limit_s`` only stops early, and says so."""
+    """The budget and the optimiser. The budget is steps, never seconds; ``time_limit_s`` only stops early."""
 
-    supervision: Literal["last", "every"] = Field(
-        "last", description="every: each title after the first is a target"
+    supervision: Literal["last", "every"] = _key("last", "every: each title after the first is a target")
+    rows: Literal["train", "train+valid"] = _key(
+        "train", "train+valid: the final fit, after settings are chosen"
     )
-    rows: Literal["train", "train+valid"] = Field(
-        "train", description="train+valid: the final fit, after settings are chosen"
+    sample: int | None = _key(None, "so many rows of train, drawn once with the seed (MSL: 10000)", ge=1)
+    steps: int = _key(1000, "optimiser steps of the whole run", ge=1)
+    batch_size: int = _key(16, "rows of one optimiser step", ge=1)
+    accumulation: int = _key(1, "micro-batches of one step: memory, not the gradient", ge=1)
+    order: Literal["rows", "chains"] = _key(
+        "rows", "chains: the rows of one user follow each other; less to run, a noisier gradient"
     )
-    sample: int | None = Field(
-        None, ge=1, description="so many rows of train, drawn once with the seed (MSL: 10000)"
+    packing: bool = _key(True, "run what rows of a micro-batch begin with alike once: only faster")
+    gradient_checkpointing: bool = _key(
+        False, "compute activations again in the backward pass: less memory, more time"
     )
-    steps: int = Field(1000, ge=1)
-    batch_size: int = Field(16, ge=1, description="rows of one optimiser step")
-    accumulation: int = Field(1, ge=1)
-    order: Literal["rows", "chains"] = Field(
-        "rows", description="chains: the rows of one user follow each other, users in random order"
+    learning_rate: float = _key(1e-4, "the peak, after the warm-up", gt=0)
+    warmup_steps: int = _key(20, "steps of linear warm-up", ge=0)
+    schedule: Literal["linear", "constant", "cosine"] = _key("linear", "linear and cosine go down to 0")
+    weight_decay: float = _key(0.0, "of AdamW; none on norms and biases", ge=0)
+    max_grad_norm: float = _key(1.0, "longer gradients are scaled down to this norm", gt=0)
+    log_every: int = _key(25, "steps between rows of the log", ge=1)
+    log_parts: bool = _key(
+        False, "log both parts of LML and the norms of their gradients (MSL, Fig. 3), at about a step a row"
     )
-    packing: bool = Field(True, description="run what rows of a micro-batch begin with alike once")
-    gradient_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass: less memory, more time"
+    evaluate_every: int = _key(0, "steps between validations, and one after the last step; 0: never", ge=0)
+    patience: int = _key(0, "validations without improvement before the end; 0: no early stop", ge=0)
+    metric: Literal["NDCG@5", "NDCG@10", "HR@5", "HR@10", "MRR@10"] = _key(
+        "NDCG@10", "of validations: which one is the best"
     )
-    learning_rate: float = Field(1e-4, gt=0)
-    warmup_steps: int = Field(20, ge=0)
-    schedule: Literal["linear", "constant", "cosine"] = "linear"
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    log_every: int = Field(25, ge=1)
-    log_parts: bool = Field(
-        False,
-        description="log both parts of the language-modelling loss and their gradient norms (MSL, Fig. 3)",
-    )
-    evaluate_every: int = Field(0, ge=0, description="steps between validations; 0: never")
-    patience: int = Field(
-        0, ge=0, description="validations without improvement before the end; 0: no early stop"
-    )
-    metric: Literal["NDCG@5", "NDCG@10", "HR@5", "HR@10", "MRR@10"] = "NDCG@10"
-    valid_users: int = Field(500, ge=1, description="rows of a validation, drawn once with the seed")
-    checkpoint_every: int = Field(0, ge=0)
-    keep_checkpoints: int = Field(2, ge=1)
-    time_limit_s: float | None = Field(None, gt=0)
+    valid_users: int = _key(500, "rows of a validation, drawn once with the seed", ge=1)
+    checkpoint_every: int = _key(0, "steps between checkpoints, and one at the end; 0: only that", ge=0)
+    keep_checkpoints: int = _key(2, "so many of the newest stay", ge=1)
+    time_limit_s: float | None = _key(None, "seconds of one call, looked at after each step", gt=0)
+
+    @model_validator(mode="after")
+    def _together(self) -> TrainingSettings:
+        b, n = self.batch_size, self.accumulation
+        if b % n:
+            raise ValueError(f"batch_size must be a multiple of accumulation, got {b} and {n}")
+        if self.patience and not self.evaluate_every:
+            raise ValueError("patience counts validations: wanted evaluate_every > 0, got 0")
+        return self
 
 
 class EvaluationSettings(_Section):
     """How a trained model is ranked and counted."""
 
     split: Literal["valid", "test"] = "test"
-    search: Literal["beam", "exact", "catalogue", "grounding"] = Field(
+    search: Literal["beam", "exact", "catalogue", "grounding"] = _key(
         "catalogue",
-        description="catalogue: every title is scored; exact: only the best k, same result; beam: the papers'; "
+        "catalogue: every title is scored; exact: only the best k, same result; beam: the papers'; "
         "grounding: the titles nearest to a free text (BIGRec)",
     )
-    choose: tuple[Literal["beam", "exact", "catalogue", "grounding"], ...] = Field(
-        (),
-        description="searches of which validation rows choose one, by NDCG@10; gamma of grounding is chosen too",
+    choose: tuple[Literal["beam", "exact", "catalogue", "grounding"], ...] = _key(
+        (), "searches of which validation rows choose one, by NDCG@10; gamma of grounding is chosen too"
     )
-    beams: int = Field(10, ge=10, description="of the beam search; at least k, and 10 for metrics at 10")
+    beams: int = _key(10, "of the beam search; at least k, and 10 for metrics at 10", ge=10)
     support: Literal["trie", "vocabulary"] = "trie"
-    exclude: Literal["none", "history", "seen"] = Field(
-        "none", description="items never returned; seen: all earlier ones"
-    )
+    exclude: Literal["none", "history", "seen"] = _key("none", "items never returned; seen: all earlier ones")
     k: int = Field(10, ge=1)
-    length_penalty: float = Field(0.0, description="BIGRec 1, D3 and ours 0")
-    alpha: float = Field(0.0, ge=0, le=1, description="IGD-decoding; 0: off")
-    scope: Literal["node", "step"] = Field(
-        "node", description="IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
+    length_penalty: float = _key(0.0, "BIGRec 1, D3 and ours 0")
+    alpha: float = _key(0.0, "IGD-decoding; 0: off", ge=0, le=1)
+    scope: Literal["node", "step"] = _key(
+        "node", "IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
     )
-    text_beams: int = Field(
-        4, ge=1, description="grounding: beams of the free generation, of which the best is used"
+    text_beams: int = _key(4, "grounding: beams of the free generation; the best is used", ge=1)
+    text_tokens: int = _key(128, "grounding: most tokens of the free text", ge=1)
+    gamma: float = _key(0.0, "grounding: how much popularity or assistant counts", ge=0, allow_inf_nan=False)
+    assistant: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+        None, "folder of a run on the same catalogue that has a say in each title (D3)"
     )
-    text_tokens: int = Field(128, ge=1, description="grounding: most tokens of the free text")
-    gamma: float = Field(
-        0.0,
-        ge=0,
-        allow_inf_nan=False,
-        description="grounding: how strongly popularity is injected; 0: not",
+    assistant_weight: Annotated[float, Field(ge=0, le=1)] | Literal["choose"] = _key(
+        "choose", "of the model itself; choose: one of 0, .1, ... 1, by validation rows"
     )
-    allow: Path | None = Field(
-        None, description="text file of raw item ids, one a line: only these are returned"
-    )
-    against_exact: bool = Field(False, description="also say how often the search gave the exact best k")
-    users: int | None = Field(None, ge=1, description="only the first so many rows")
+    allow: Path | None = _key(None, "text file of raw item ids, one a line: only these are returned")
+    against_exact: bool = _key(False, "also say how often the search gave the exact best k")
+    users: int | None = _key(None, "only the first so many rows", ge=1)
     batch_users: int = Field(16, ge=1)
-    merge_adapter: bool | None = Field(
-        None, description="fold the adapter into the base first; default: yes, but not into a 4bit base"
+    merge_adapter: bool | None = _key(
+        None, "fold the adapter into the base first; default: yes, but not into a 4bit base"
     )
 
     @model_validator(mode="after")
@@ -290,42 +286,51 @@ class EvaluationSettings(_Section):
         return self
 
 
-class SequentialSettings(_Section):
-    """An encoder of item ids with its loss, in the place of a language model and its objective."""
+class EncoderSettings(_Section):
+    """Shape of an encoder of item ids."""
 
     encoder: Literal["gru4rec", "sasrec", "bert4rec", "lrurec"]
-    width: int = Field(64, ge=1)
-    blocks: int = Field(2, ge=1)
-    heads: int = Field(2, ge=1, description="of attention: sasrec and bert4rec")
-    dropout: float = Field(0.2, ge=0, lt=1)
-    head: Literal["tied", "linear"] = Field(
-        "tied", description="tied: scores with the item embeddings; linear: with weights of its own"
+    width: int = _key(64, "of item embeddings and states", ge=1)
+    blocks: int = _key(2, "layers", ge=1)
+    heads: int = _key(2, "of attention: sasrec and bert4rec", ge=1)
+    dropout: float = _key(0.2, "of embeddings, attention and layers, in training", ge=0, lt=1)
+    head: Literal["tied", "linear"] = _key(
+        "tied", "tied: scores with the item embeddings; linear: with weights of its own"
     )
-    loss: Literal["cross-entropy", "bce", "cloze"] = Field(
-        "cross-entropy", description="cross-entropy: over all items; cloze: the same at masks, for bert4rec"
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> EncoderSettings:
+        if self.encoder in ("sasrec", "bert4rec") and self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        return self
+
+
+class SequentialSettings(EncoderSettings):
+    """An encoder of item ids with its loss, in the place of a language model and its objective."""
+
+    loss: Literal["cross-entropy", "bce", "cloze"] = _key(
+        "cross-entropy", "cross-entropy: over all items; cloze: the same at masks, for bert4rec"
     )
-    negatives: int = Field(1, ge=1, description="uniform ones of each target (bce)")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    mask_probability: float = Field(0.15, ge=0, le=1, description="cloze")
-    mask_last: float = Field(
-        0.5, ge=0, le=1, description="share of sequences with one mask, behind which nothing follows (cloze)"
+    negatives: int = _key(1, "uniform ones of each target, never itself (bce)", ge=1)
+    label_smoothing: float = _key(0.0, "share of the target that all items get (not bce)", ge=0, lt=1)
+    mask_probability: float = _key(0.15, "share of masked places (cloze)", ge=0, le=1)
+    mask_last: float = _key(
+        0.5, "share of sequences with one mask, behind which nothing follows (cloze)", ge=0, le=1
     )
-    dros_alpha: float = Field(0.0, ge=0, description="weight of DROS, added to the loss; 0: none")
-    dros_beta0: float = Field(1.0, gt=0)
-    half_life_days: float | None = Field(
-        None, gt=0, description="a row that much older than the newest weighs half; supervision = 'last'"
+    dros_alpha: float = _key(0.0, "weight of DROS, added to the loss; 0: none", ge=0)
+    dros_beta0: float = _key(1.0, "its temperature", gt=0)
+    half_life_days: float | None = _key(
+        None, "a row that much older than the newest weighs half; supervision = 'last'", gt=0
     )
-    optimizer: Literal["adamw", "adam"] = Field(
-        "adamw", description="adam: training.weight_decay is an L2 term of the gradient"
+    optimizer: Literal["adamw", "adam"] = _key(
+        "adamw", "adam: training.weight_decay is an L2 term of the gradient"
     )
     device: str = "auto"
 
     @model_validator(mode="after")
-    def _together(self) -> SequentialSettings:
+    def _cloze(self) -> SequentialSettings:
         if (self.loss == "cloze") != (self.encoder == "bert4rec"):
             raise ValueError(f"loss = 'cloze' and encoder = 'bert4rec' need each other, got {self.loss!r}")
-        if self.encoder in ("sasrec", "bert4rec") and self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
         return self
 
 
@@ -356,6 +361,10 @@ class Recipe(_Section):
     def template(self) -> str:
         """Prompt template: what the recipe says, else ``plain`` for models trained from scratch, ``msl`` otherwise."""
         return self.backbone.template or ("plain" if self.backbone.name == "tiny" else "msl")
+
+    def changed(self, *changes: str) -> Recipe:
+        """This recipe with ``a.b=value`` changes, validated; see `load_recipe`."""
+        return parse_recipe(self.model_dump(mode="json", exclude_none=True), self.name, changes)
 
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -389,23 +398,21 @@ class Recipe(_Section):
             raise ValueError(
                 "objective.contrast.without_history = 'unknown' needs backbone.template = 'msl' or 'd3'"
             )
-        if self.training.batch_size % self.training.accumulation:
-            raise ValueError("training.batch_size must be a multiple of training.accumulation")
         if self.training.rows == "train+valid" and self.training.evaluate_every:
             raise ValueError(
                 "training.rows = 'train+valid' trains on the validation rows; set training.evaluate_every = 0"
             )
-        if self.training.rows == "train+valid" and self.evaluation.choose:
+        weighs = self.evaluation.assistant is not None and self.evaluation.assistant_weight == "choose"
+        if self.training.rows == "train+valid" and (self.evaluation.choose or weighs):
+            key, kept = ("assistant_weight", "its number") if weighs else ("choose", "evaluation.search")
             raise ValueError(
-                "evaluation.choose looks at the validation rows, on which training.rows = 'train+valid' trains; "
-                "choose with training.rows = 'train' and set evaluation.search"
+                f"evaluation.{key} looks at the validation rows, on which training.rows = 'train+valid' trains; "
+                f"choose with training.rows = 'train' and set {kept}"
             )
         if self.training.rows == "train+valid" and self.evaluation.split == "valid":
             raise ValueError(
                 "training.rows = 'train+valid' trains on the validation rows; set evaluation.split = 'test'"
             )
-        if self.training.patience and not self.training.evaluate_every:
-            raise ValueError("training.patience needs training.evaluate_every > 0")
         return self
 
 
@@ -439,13 +446,13 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"wanted UTF-8 TOML in {file}, got: {error}") from None
+    return parse_recipe(values, str(file), changes)
+
+
+def parse_recipe(values: dict[str, Any], where: str, changes: Iterable[str] = ()) -> Recipe:
+    """Apply changes to a recipe's values, and validate them; ``where`` is named in errors."""
     for change in changes:
         _apply(values, change)
-    return parse_recipe(values, str(file))
-
-
-def parse_recipe(values: Mapping[str, Any], where: str) -> Recipe:
-    """Validate a recipe's values; ``where`` is named in errors."""
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

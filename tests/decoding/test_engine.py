@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.conftest import SIX
 from tests.reference import search as reference
 from tests.strategies import catalogues
 from tests.tiny_models import tiny_model
-from triewise.decoding import Counters, TrieEngine, rank_catalogue
+from triewise.decoding import Counters, TrieEngine, beam_search, exact_search, rank_catalogue
 from triewise.decoding.engine import edge_log_probabilities
 from triewise.errors import UserError
 from triewise.tokens import Trie
@@ -153,6 +154,31 @@ def test_a_mask_that_is_not_respected_is_noticed_in_any_precision(dtype: str, mo
     engine = TrieEngine(model, Trie.from_sequences(SIX))
     with pytest.warns(UserWarning, match="its mask is not respected"):
         assert not engine.tree_cache_works
+
+
+@pytest.mark.parametrize("support", ["trie", "vocabulary"])
+def test_threads_that_share_an_engine_get_what_each_gets_alone(support: str) -> None:
+    model = tiny_model().requires_grad_(False)  # so that the common beginning of prompts is kept
+    trie, beginning = Trie.from_sequences(SIX), list(range(5, 17))
+    prompts = [[*beginning, *extra] for extra in ([1], [2, 3], [4], [5, 6, 7], [8, 9])] + [[9, 8], [3]]
+    searches = [exact_search, beam_search, rank_catalogue] * 7
+    calls = [(search, prompts[i % len(prompts)]) for i, search in enumerate(searches)]
+    wanted = [search(TrieEngine(model, trie, support), [prompt], k=3) for search, prompt in calls]
+    engine = TrieEngine(model, trie, support)
+    with ThreadPoolExecutor(6) as pool:
+        rankings = list(pool.map(lambda call: call[0](engine, [call[1]], k=3), calls))
+    for ranking, alone in zip(rankings, wanted, strict=True):
+        assert ranking.items.tolist() == alone.items.tolist()
+        assert ranking.scores == pytest.approx(alone.scores, abs=1e-5)
+    assert engine._prefix is not None
+
+
+def test_one_warning_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, said = TrieEngine(tiny_model("gemma2"), Trie.from_sequences(SIX)), []
+    monkeypatch.setattr(warnings, "warn", lambda text, **_: said.append(text))
+    with ThreadPoolExecutor(6) as pool:
+        assert not any(pool.map(engine.fits_tree, [PROMPTS] * 12))
+    assert len(said) == 1 and "not the product" in said[0]
 
 
 def test_user_errors() -> None:

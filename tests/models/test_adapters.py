@@ -21,19 +21,18 @@ import triewise
 from tests import worlds
 from tests.tiny_models import tiny_model
 from tests.worlds import HISTORIES
+from triewise import load
 from triewise.app import evaluate_run, train_run
-from triewise.app.folders import load_run
 from triewise.cache import cache_folder
 from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models import Backbone, hand_head_matches, load_backbone
 from triewise.models.adapters import add_lora, is_quantised, without_adapter
-from triewise.recipe import LoraSettings, load_recipe, parse_recipe
+from triewise.recipe import LoraSettings, TrainingSettings, load_recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender
 from triewise.testing import RecommenderContract
 from triewise.tokens import Trie, build_prompts, zero_gain
 from triewise.training import Examples, Objective, make_windows, target_counts, train
-from triewise.training.trainer import TrainConfig
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
 KINDS = ("qwen2", "llama", "gpt2")
@@ -61,7 +60,7 @@ def one_step(backbone: Backbone, out: Path, steps: int = 1, **changes: Any) -> d
     windows = make_windows(rows, "every", made.prompts)
     gain = zero_gain(made.trie, target_counts(windows, 9))
     examples = Examples(windows, made.prompts, made.trie, None, gain)
-    config = TrainConfig(
+    config = TrainingSettings(
         **({"steps": steps, "learning_rate": 0.01, "batch_size": 4, "warmup_steps": 0} | changes)
     )
     train(backbone.model, examples, Objective(), config, out)
@@ -276,7 +275,7 @@ def test_a_resumed_adapter_ends_with_the_weights_of_an_uninterrupted_one(tmp_pat
         windows = make_windows(worlds.split([[0, 1], [2], [3]], [2, 5, 7]), "every", made.prompts)
         gain = zero_gain(made.trie, target_counts(windows, 9))
         examples = Examples(windows, made.prompts, made.trie, None, gain)
-        config = TrainConfig(steps=4, learning_rate=0.01, batch_size=4, warmup_steps=1, **changes)
+        config = TrainingSettings(steps=4, learning_rate=0.01, batch_size=4, warmup_steps=1, **changes)
         train(made.backbone.model, examples, Objective(), config, out, resume=resume)
         return {name: p.detach() for name, p in made.backbone.model.named_parameters() if p.requires_grad}
 
@@ -478,7 +477,7 @@ def test_a_recipe_trains_saves_and_evaluates_an_adapter(quantisation: str, raw: 
         assert evaluation.scores == pytest.approx(first, abs=1e-4)
     default = "merged" if quantisation == "none" else "separate"
     assert metrics == {None: default, True: "merged", False: "separate"}
-    assert load_run(run, made).backbone.adapted == (quantisation == "4bit")
+    assert load(run).backbone.adapted == (quantisation == "4bit")
 
 
 @pytest.mark.parametrize("name", ["msl-llama3-8b", "msl-llama3-8b-lml", "igd-llama3-8b", "igd-qwen2.5-1.5b"])

@@ -123,7 +123,7 @@ def test_parts_that_do_not_belong_together_are_refused(
         triewise.load(folder)
     folder = copy("format")
     (folder / "recommender.json").write_text('{"format": 99}', encoding="utf-8")
-    with pytest.raises(UserError, match="of format 1, got 99"):
+    with pytest.raises(UserError, match="of format 1 in .*, got kind generative of format 99"):
         triewise.load(folder)
     folder = copy("half")
     (folder / "recommender.json").unlink()

@@ -50,7 +50,3 @@ class DictTrie:
     def zero_gain(self, counts: Sequence[int]) -> list[bool]:
         mass = {p: sum(counts[i] for i in self.items_under(p)) for p in self.prefixes()}
         return [not p or mass[p] == mass[p[:-1]] for p in self.prefixes()]
-
-    def representative(self, counts: Sequence[int]) -> list[int]:
-        groups = [self.items_under(tuple(sequence)) for sequence in self.sequences]
-        return [min(group, key=lambda i: (-counts[i], i)) for group in groups]

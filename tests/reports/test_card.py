@@ -24,7 +24,7 @@ from triewise.files import read_json
 from triewise.models import load_backbone
 from triewise.recipe import LoraSettings, parse_recipe
 from triewise.recommenders import GenerativeRecommender
-from triewise.recommenders.saved import FILES
+from triewise.recommenders.saved import PARTS
 from triewise.reports import CardFacts, addressed, model_card
 from triewise.reports.card import IGD_BIBTEX, MSL_BIBTEX, escape, without_folders
 
@@ -205,7 +205,7 @@ def test_pushed_and_pulled_it_ranks_the_same_and_tells_nothing_private(run: Path
     address = recommender.push_to_hub("someone/cycle", private=True, license="apache-2.0")
     assert address == "https://hub.example/someone/cycle"
     files = {file.relative_to(hub / "someone/cycle").parts[0] for file in (hub / "someone/cycle").rglob("*")}
-    assert files == {*FILES, "README.md", "recommender.json"}
+    assert files == {*PARTS["generative"], "README.md", "recommender.json"}
     assert b"secret-user" not in everything(hub)
     pulled = triewise.load("someone/cycle", device="cpu")
     wanted, found = recommender.recommend([[0, 1], [3]], k=12), pulled.recommend([[0, 1], [3]], k=12)

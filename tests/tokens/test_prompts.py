@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.worlds import TITLES, backbone, catalog
@@ -56,6 +60,24 @@ def test_a_long_prompt_loses_whole_titles_oldest_first(tokenizer) -> None:
         UserError, match=r"at most 20 tokens, the instruction alone has \d+; raise max_tokens"
     ):
         short.encode([0])
+
+
+def test_threads_encode_and_count_together_as_one_does_alone(tokenizer) -> None:
+    length = len(build_prompts(tokenizer, catalog(), "msl").encode([0, 1]))
+    alone, together = (build_prompts(tokenizer, catalog(), "msl", max_tokens=length) for _ in range(2))
+    histories = [[i % 6, 5, i % 4, 0, 1] for i in range(200)]
+    wanted = [alone.encode(history) for history in histories]
+    tokenizer("x")  # leaves other settings behind than a prompt wants
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(together.encode, histories)) == wanted
+    finally:
+        sys.setswitchinterval(interval)
+    assert (together.n_dropped, together.dropped.prompts) == (alone.n_dropped, alone.dropped.prompts)
+    assert pickle.loads(pickle.dumps(together.dropped)) == together.dropped
+    assert together.dropped.prompts == 200
 
 
 def test_the_hash_knows_everything_a_prompt_depends_on(tokenizer) -> None:

@@ -20,7 +20,7 @@ from tests.reference.trie import DictTrie
 from tests.strategies import catalogues, weighted_catalogues
 from triewise.errors import UserError
 from triewise.tokens import Trie
-from triewise.tokens.trie import FORMAT
+from triewise.tokens.trie import TRIE_FORMAT
 
 TITLES = [[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9], [1, 3, 9]]
 ARRAYS = ("child_ptr", "token", "parent", "item_lo", "item_hi", "item_order", "leaf", "level_ptr")
@@ -49,7 +49,7 @@ def test_arrays_of_the_drawn_catalogue(trie: Trie) -> None:
     assert trie.n_children.tolist() == [2, 2, 1, 1, 2, 1, 0, 1, 0, 0, 0]
     assert np.flatnonzero(trie.branching).tolist() == [0, 1, 4]
     assert np.flatnonzero(trie.is_leaf).tolist() == [6, 8, 9, 10]
-    assert (trie.n_nodes, trie.n_edges, trie.n_items, trie.n_groups) == (11, 10, 5, 4)
+    assert (trie.n_nodes, trie.n_items, trie.n_groups) == (11, 5, 4)
     assert repr(trie) == "Trie(4 titles of 5 items, 11 nodes, 3 branching, depth 4)"
 
 
@@ -87,12 +87,6 @@ def test_walk_names_at_most_a_dozen_tokens() -> None:
     wide = Trie.from_sequences([[token] for token in range(100)])
     with pytest.raises(KeyError, match=r"0, 1, .* 11\] and 88 more"):
         wide.walk([100])
-
-
-def test_representative_has_most_counts_then_lowest_index(trie: Trie) -> None:
-    assert trie.representative([0, 1, 5, 2, 3]).tolist() == [0, 4, 2, 3, 4]
-    assert trie.representative([0, 3, 5, 2, 3]).tolist() == [0, 1, 2, 3, 1]
-    assert trie.representative(np.array([0, 0, 0, 0, 1], dtype=np.uint8)).tolist() == [0, 4, 2, 3, 4]
 
 
 def test_peaked_masses_survive(trie: Trie) -> None:
@@ -151,7 +145,6 @@ def test_reductions_equal_the_reference(case: tuple[list[list[int]], list[int]])
     assert trie.subtree_count(counts).tolist() == reference.subtree_sum(counts)
     peaked = [10.0 ** -(count % 19) for count in counts]
     np.testing.assert_allclose(trie.subtree_sum(peaked), reference.subtree_sum(peaked), rtol=1e-12)
-    assert trie.representative(counts).tolist() == reference.representative(counts)
 
 
 @quick
@@ -213,8 +206,10 @@ def test_fingerprint_sees_tokens_and_order(trie: Trie) -> None:
 def test_file_of_another_version(trie: Trie, tmp_path) -> None:
     path = tmp_path / "trie.npz"
     arrays = {name: getattr(trie, name) for name in ARRAYS}
-    np.savez(path, format=np.int64(FORMAT + 1), **arrays)
-    with pytest.raises(UserError, match=f"wanted a trie of format {FORMAT} in .*, got format {FORMAT + 1}"):
+    np.savez(path, format=np.int64(TRIE_FORMAT + 1), **arrays)
+    with pytest.raises(
+        UserError, match=f"wanted a trie of format {TRIE_FORMAT} in .*, got format {TRIE_FORMAT + 1}"
+    ):
         Trie.load(path)
     np.savez(path, **arrays)
     with pytest.raises(UserError, match="got format none"):
@@ -264,7 +259,7 @@ def test_catalogues_that_are_refused(sequences, message: str) -> None:
 
 
 def test_arguments_that_are_refused(trie: Trie) -> None:
-    for call in (trie.subtree_sum, trie.subtree_count, trie.representative):
+    for call in (trie.subtree_sum, trie.subtree_count):
         with pytest.raises(UserError, match=r"one value for each of 5 items, got an array of shape \(4,\)"):
             call([1, 2, 3, 4])
     with pytest.raises(UserError, match="wanted integer counts, got float64"):

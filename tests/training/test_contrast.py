@@ -132,7 +132,7 @@ def test_a_plain_prompt_without_history_is_an_empty_one() -> None:
 def test_titles_without_history_are_those_of_the_batch() -> None:
     """Several targets in a window, the same title in several windows."""
     examples, rows = cycle_world(), [0, 3, 3, 7]
-    batch, alone = examples.batch(rows), examples.alone(rows, [1, 19])
+    batch, alone = examples.batch(rows), examples.without_history(rows, [1, 19])
     ids = alone.input_ids.ravel()
     assert np.array_equal(ids[alone.position + 1], batch.target)
     assert np.array_equal(alone.node, batch.node)
@@ -172,7 +172,7 @@ def test_the_step_is_the_gradient_of_a_plain_recomputation(support: str, tmp_pat
     rows = TrieTrainer(small_model(), examples, learned, settings, tmp_path).get_train_dataloader().dataset
     found = one_step(learned, tmp_path, accumulation=4)
     model, total, weight = small_model(), torch.zeros(()), 0.0
-    for row in rows.titles.rows.ravel().tolist():
+    for row in rows.rows.ravel().tolist():
         batch = examples.batch([row])
         logits = model(input_ids=torch.from_numpy(batch.input_ids)).logits[0][batch.position]
         ends = (np.flatnonzero(batch.target == 0) + 1).tolist()
@@ -202,7 +202,7 @@ def test_accumulation_changes_nothing(support: str, tmp_path: Path) -> None:
 def test_blocks_of_logits_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     learned, steps = Contrast(Objective("vocabulary"), 0.3), []
     for at_once in (1 << 26, 20 * 5):
-        monkeypatch.setattr("triewise.training.forward.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("triewise.training.objective.LOGITS_AT_ONCE", at_once)
         steps.append(one_step(learned, tmp_path / str(at_once)))
     for name in steps[0]:
         torch.testing.assert_close(steps[0][name], steps[1][name], rtol=1e-5, atol=1e-6)

@@ -18,20 +18,37 @@ from tests.worlds import HISTORIES
 from triewise.arrays import Ragged, padded
 from triewise.errors import UserError
 from triewise.files import read_json, write_json
-from triewise.models import EncoderConfig, SequentialModel
+from triewise.models import SequentialModel
+from triewise.recipe import EncoderSettings, SequentialSettings, TrainingSettings
 from triewise.recommenders import SequentialRecommender
 from triewise.testing import RecommenderContract
-from triewise.training import LossConfig, Sequences, Windows, fit, make_windows, target_counts
+from triewise.training import Sequences, Windows, fit, make_windows, target_counts
 from triewise.training.item_fit import learning_rate
-from triewise.training.item_tasks import cloze_task, dros, propensities, sampled_bce, shifted_task, task_loss
-from triewise.training.trainer import TrainConfig
+from triewise.training.item_tasks import (
+    Task,
+    cloze_task,
+    dros,
+    item_loss,
+    propensities,
+    sampled_bce,
+    shifted_task,
+    task_loss,
+)
 
 KINDS = ("gru4rec", "sasrec", "bert4rec", "lrurec")
 
 
-def small(kind: str = "sasrec", n_items: int = 9, seed: int = 0, **changes: Any) -> SequentialModel:
-    shape = {"max_length": 6, "width": 8, "blocks": 2, "heads": 2, "dropout": 0.0} | changes
-    return SequentialModel(EncoderConfig(kind, n_items, **shape), seed)  # type: ignore[arg-type]
+def small(
+    kind: str = "sasrec", n_items: int = 9, seed: int = 0, max_length: int = 6, **changes: Any
+) -> SequentialModel:
+    shape = {"width": 8, "blocks": 2, "heads": 2, "dropout": 0.0} | changes
+    return SequentialModel(EncoderSettings(encoder=kind, **shape), n_items, max_length, seed)
+
+
+def sequential(**changes: Any) -> SequentialSettings:
+    """SASRec, or BERT4Rec for the loss of masks."""
+    encoder = "bert4rec" if changes.get("loss") == "cloze" else "sasrec"
+    return SequentialSettings(**{"encoder": encoder} | changes)
 
 
 def recommender(kind: str = "sasrec", **changes: Any) -> SequentialRecommender:
@@ -163,11 +180,12 @@ ROWS = [[0, 1, 2, 3], [4, 0], [8, 7, 6]]
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
 def test_the_loss_of_a_batch_equals_one_prefix_at_a_time(base: str, alpha: float) -> None:
     """Shifted sequences ask the same as one row per prefix, and BCE scores the negatives that were drawn."""
-    model, config = recommender().model, LossConfig(base=base, negatives=3, dros_alpha=alpha)
-    p = torch.from_numpy(propensities(np.arange(9)))
+    model, counts = recommender().model, np.arange(9)
+    loss = item_loss(model, sequential(loss=base, negatives=3, dros_alpha=alpha), counts)
+    p = torch.from_numpy(propensities(counts))
     data = sequences(ROWS, [2, 1, 1])
     task = shifted_task(data, np.arange(3))
-    found = task_loss(model, task, config, p, np.random.default_rng(5))
+    found = task_loss(model, task, loss, np.random.default_rng(5))
     drawn = np.random.default_rng(5).integers(8, size=(5, 3))
     wanted, m = [], 0
     for row, n_context in zip(ROWS, [2, 1, 1], strict=True):
@@ -177,31 +195,32 @@ def test_the_loss_of_a_batch_equals_one_prefix_at_a_time(base: str, alpha: float
             if base == "bce":
                 negatives = [n + (n >= target) for n in drawn[m].tolist()]
                 assert target not in negatives
-                loss = sampled_bce(score[[target]], score[negatives][None])[0]
+                one = sampled_bce(score[[target]], score[negatives][None])[0]
             else:
-                loss = -score.log_softmax(0)[target]
-            wanted.append(loss + alpha * dros(score[None], torch.tensor([target]), p)[0])
+                one = -score.log_softmax(0)[target]
+            wanted.append(one + alpha * dros(score[None], torch.tensor([target]), p)[0])
             m += 1
     assert m == 5
     assert found.item() == pytest.approx(torch.stack(wanted).mean().item(), rel=1e-4)
 
 
 def test_weights_of_rows_weigh_their_targets() -> None:
-    model, config = recommender().model, LossConfig()
+    model = recommender().model
+    loss = item_loss(model, sequential(), np.arange(9))
     rng = np.random.default_rng(0)
     windows = Windows(Ragged.from_lists(ROWS), np.ones(3, dtype=np.int32))
     only = Sequences.from_windows(windows, np.array([0.0, 2.0, 0.0]))
-    whole = task_loss(model, shifted_task(only, np.arange(3)), config, None, rng)
-    alone = task_loss(model, shifted_task(sequences(ROWS[1:2]), np.arange(1)), config, None, rng)
+    whole = task_loss(model, shifted_task(only, np.arange(3)), loss, rng)
+    alone = task_loss(model, shifted_task(sequences(ROWS[1:2]), np.arange(1)), loss, rng)
     assert whole.item() == pytest.approx(alone.item(), rel=1e-5)
     nothing = Sequences.from_windows(windows, np.zeros(3))
-    assert task_loss(model, shifted_task(nothing, np.arange(3)), config, None, rng).item() == 0
+    assert task_loss(model, shifted_task(nothing, np.arange(3)), loss, rng).item() == 0
 
 
 def test_cloze_hides_what_it_asks_for() -> None:
     rng = np.random.default_rng(0)
     rows = [rng.permutation(9)[:6].tolist() for _ in range(400)]
-    data, config = sequences(rows), LossConfig(base="cloze", mask_probability=0.3, mask_last=0.0)
+    data, config = sequences(rows), sequential(loss="cloze", mask_probability=0.3, mask_last=0.0)
     task = cloze_task(data, np.arange(400), config, mask=10, rng=rng)
     whole = padded(Ragged.from_lists(rows))
     assert (task.target == whole.reshape(-1)[task.place] - 1).all()
@@ -215,7 +234,7 @@ def test_cloze_hides_what_it_asks_for() -> None:
 
 def test_cloze_at_the_end_asks_as_the_ranking_does() -> None:
     """One mask behind a prefix: the same rows as `last_scores` makes of histories."""
-    data, config = sequences(ROWS, [3, 1, 1]), LossConfig(base="cloze", mask_last=1.0)
+    data, config = sequences(ROWS, [3, 1, 1]), sequential(loss="cloze", mask_last=1.0)
     for seed in range(5):
         task = cloze_task(data, np.arange(3), config, mask=10, rng=np.random.default_rng(seed))
         for b, row in enumerate(ROWS):
@@ -263,8 +282,10 @@ def hit_rate(kind: str, name: str, out: Path, steps: int = 150, **loss: Any) -> 
     """HR@1 of a trained model, and the best possible one."""
     windows, histories, targets, best = world(name)
     model = small(kind, N_ITEMS, width=16, blocks=1)
-    base = LossConfig(**{"base": "cloze" if kind == "bert4rec" else "cross-entropy"} | loss)
-    config = TrainConfig(steps=steps, learning_rate=1e-2, batch_size=64, warmup_steps=5, log_every=150)
+    base = SequentialSettings(
+        **{"encoder": kind, "loss": "cloze" if kind == "bert4rec" else "cross-entropy"} | loss
+    )
+    config = TrainingSettings(steps=steps, learning_rate=1e-2, batch_size=64, warmup_steps=5, log_every=150)
     fit(model, Sequences.from_windows(windows), target_counts(windows, N_ITEMS), base, config, out)
     catalog = worlds.catalog(tuple(f"Title {i}" for i in range(N_ITEMS)))
     ranking = SequentialRecommender(model, catalog, np.zeros(N_ITEMS)).recommend(histories, k=1)
@@ -276,7 +297,7 @@ LEARNERS = [
     ("sasrec", {}),
     ("lrurec", {}),
     ("bert4rec", {"mask_last": 0.9}),
-    ("sasrec", {"base": "bce", "negatives": 4}),
+    ("sasrec", {"loss": "bce", "negatives": 4}),
     ("sasrec", {"dros_alpha": 0.1}),
 ]
 
@@ -295,7 +316,7 @@ def test_a_shuffled_world_stays_at_chance(kind: str, tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- runs
-CONFIG = TrainConfig(
+CONFIG = TrainingSettings(
     steps=12,
     learning_rate=3e-3,
     batch_size=16,
@@ -315,8 +336,8 @@ def some_metric(model: SequentialModel) -> dict[str, float]:
 def run_of(out: Path, kind: str, resume: bool = False, **changes: Any) -> Any:
     windows = world("markov")[0]
     model = small(kind, N_ITEMS, dropout=0.3)
-    base = LossConfig(base="cloze") if kind == "bert4rec" else LossConfig(base="bce", dros_alpha=0.1)
-    config = TrainConfig(**{**vars(CONFIG), **changes})
+    base = sequential(loss="cloze") if kind == "bert4rec" else sequential(loss="bce", dros_alpha=0.1)
+    config = TrainingSettings(**{**vars(CONFIG), **changes})
     data, counts = Sequences.from_windows(windows), target_counts(windows, N_ITEMS)
     return model, fit(model, data, counts, base, config, out, validate=some_metric, resume=resume)
 
@@ -346,16 +367,16 @@ def test_patience_ends_a_run_with_its_best_weights(tmp_path: Path) -> None:
 
     windows = world("markov")[0]
     model = small(n_items=N_ITEMS)
-    config = TrainConfig(**{**vars(CONFIG), "evaluate_every": 2, "patience": 2})
+    config = TrainingSettings(**{**vars(CONFIG), "evaluate_every": 2, "patience": 2})
     data, counts = Sequences.from_windows(windows), target_counts(windows, N_ITEMS)
-    result = fit(model, data, counts, LossConfig(), config, tmp_path, validate=validate)
+    result = fit(model, data, counts, sequential(), config, tmp_path, validate=validate)
     assert (result.stopped, result.steps_done, result.best_step) == ("patience", 8, 4)
     assert model.bias[0].item() == seen[1]
     assert not model.training
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    config = TrainConfig(steps=10, learning_rate=1.0, warmup_steps=3, schedule="linear")
+    config = TrainingSettings(steps=10, learning_rate=1.0, warmup_steps=3, schedule="linear")
     rates = [learning_rate(config, step) for step in range(10)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[4:] == sorted(rates[4:], reverse=True)
@@ -366,28 +387,28 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     windows = world("markov")[0]
     data, counts = Sequences.from_windows(windows), target_counts(windows, N_ITEMS)
     with pytest.raises(UserError, match="wanted the loss cloze for bert4rec, got 'bce'"):
-        fit(small("bert4rec", N_ITEMS), data, counts, LossConfig(base="bce"), CONFIG, tmp_path)
+        fit(small("bert4rec", N_ITEMS), data, counts, sequential(loss="bce"), CONFIG, tmp_path)
     with pytest.raises(UserError, match="evaluate_every > 0 needs something to validate with"):
-        fit(small(n_items=N_ITEMS), data, counts, LossConfig(), CONFIG, tmp_path)
+        fit(small(n_items=N_ITEMS), data, counts, sequential(), CONFIG, tmp_path)
     with pytest.raises(UserError, match="validation gives HR@1; choose one of them"):
         fit(
             small(n_items=N_ITEMS),
             data,
             counts,
-            LossConfig(),
+            sequential(),
             CONFIG,
             tmp_path,
             validate=lambda _: {"HR@1": 0},
         )
-    fast = TrainConfig(**{**vars(CONFIG), "learning_rate": 1e30, "log_every": 1, "evaluate_every": 0})
+    fast = TrainingSettings(**{**vars(CONFIG), "learning_rate": 1e30, "log_every": 1, "evaluate_every": 0})
     with pytest.raises(UserError, match=r"the loss is (nan|inf) around step \d+; lower the learning rate"):
-        fit(small(n_items=N_ITEMS), data, counts, LossConfig(), fast, tmp_path)
+        fit(small(n_items=N_ITEMS), data, counts, sequential(), fast, tmp_path)
     run_of(tmp_path / "run", "sasrec", time_limit_s=1e-9)
     with pytest.raises(UserError, match=r"wanted to resume with learning_rate = 0.003 as in .*, got 0.1"):
         run_of(tmp_path / "run", "sasrec", resume=True, learning_rate=0.1)
-    with pytest.raises(UserError, match="wanted an encoder among gru4rec, sasrec, bert4rec, lrurec, got 'x'"):
+    with pytest.raises(ValueError, match="encoder\n.*'gru4rec', 'sasrec', 'bert4rec' or 'lrurec'"):
         small("x")
-    with pytest.raises(UserError, match="wanted a width that is a multiple of heads, got 8 and 3"):
+    with pytest.raises(ValueError, match="width must be a multiple of heads, got 8 and 3"):
         small(heads=3)
 
 
@@ -403,6 +424,30 @@ def test_saved_and_loaded_it_ranks_the_same(kind: str, tmp_path: Path) -> None:
         found = other.recommend(HISTORIES, k=5)
         assert (found.items == wanted.items).all()
         assert found.scores == pytest.approx(wanted.scores, abs=1e-5)
+
+
+def test_config_json_keeps_its_keys(tmp_path: Path) -> None:
+    """A model saved by an earlier version has these, and loads."""
+    recommender("bert4rec", heads=4).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "model" / "config.json")
+    shape = {"width": 8, "blocks": 2, "heads": 4, "dropout": 0.0, "head": "tied"}
+    assert config == {"kind": "bert4rec", "n_items": 9, "max_length": 6, **shape}
+    model = SequentialModel.from_config(config)
+    assert (model.config, model.mask, model.bidirectional) == (config, 10, True)
+
+
+def test_a_loss_may_be_brought_along(tmp_path: Path) -> None:
+    """Here the scores of a teacher that always wants item 3, in the place of the targets."""
+    windows, model = world("markov")[0], small(n_items=N_ITEMS)
+
+    def distil(states: torch.Tensor, task: Task, rng: np.random.Generator) -> torch.Tensor:
+        assert len(states) == len(task.target)
+        return -model.scores(states).log_softmax(1)[:, 3]
+
+    data, counts = Sequences.from_windows(windows), target_counts(windows, N_ITEMS)
+    settings = TrainingSettings(steps=60, learning_rate=1e-2, batch_size=16, warmup_steps=2)
+    fit(model, data, counts, sequential(), settings, tmp_path, loss=distil)
+    assert model.last_scores(torch.tensor([[1, 2], [5, 9]])).argmax(1).tolist() == [3, 3]
 
 
 def test_what_is_no_sequential_recommender_is_refused(tmp_path: Path) -> None:

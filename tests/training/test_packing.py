@@ -17,20 +17,21 @@ from tests.token_worlds import make_prompts, make_split
 from triewise.data import Split, prepare
 from triewise.errors import UserError
 from triewise.models import compute_again, computes_again
+from triewise.recipe import TrainingSettings
 from triewise.tokens import Trie, zero_gain
 from triewise.training import (
     AdaptiveTemperature,
     Examples,
     Objective,
-    forward,
     make_windows,
+    objective,
     target_counts,
     train,
 )
-from triewise.training.forward import MicroBatches, TitleLoss
+from triewise.training.objective import MicroBatches, TitleLoss
 from triewise.training.packing import SHARE_AT_LEAST, hidden_states, pack, packing_works
-from triewise.training.trainer import TrainConfig, TrieTrainer
-from triewise.training.windows import chains, schedule
+from triewise.training.trainer import TrieTrainer
+from triewise.training.windows import batch_order, chains
 
 
 @st.composite
@@ -125,7 +126,7 @@ def test_a_model_with_a_short_window_is_refused_with_one_line(capsys: pytest.Cap
     """Its sliding layers read the place in the packed row for a distance: no error, wrong gradients."""
     tokens = np.arange(3, 20)
     assert not packing_works(tiny_model("gemma3"), tokens, longest=200)
-    assert "window of 4 tokens is shorter than the longest row of 200" in capsys.readouterr().err
+    assert "window of 4 tokens is shorter than the longest path of 200" in capsys.readouterr().err
     assert packing_works(tiny_model("qwen2"), tokens, longest=200)
     assert not capsys.readouterr().err
 
@@ -182,7 +183,7 @@ def test_an_epoch_of_chains_has_each_window_once_and_keeps_chains_together(
 ) -> None:
     chain = np.repeat(np.arange(len(sizes)), sizes)
     n = len(chain)
-    order = schedule(n, batch, -(-2 * n // batch), seed, chain).reshape(-1)
+    order = batch_order(n, batch, -(-2 * n // batch), seed, chain).reshape(-1)
     assert sorted(order[:n]) == list(range(n)) == sorted(order[n : 2 * n])
     starts = np.flatnonzero(np.diff(chain[order[:n]], prepend=-1))
     assert len(starts) == len(sizes), "the windows of a chain follow each other"
@@ -230,7 +231,7 @@ def test_packed_loss_and_gradients_equal_those_of_rows(name: str) -> None:
 def test_the_vocabulary_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     examples, model = growing_examples()
     whole = loss_and_gradients(model, examples, Objective("vocabulary"), packing=False)
-    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 7 * 30)
+    monkeypatch.setattr(objective, "LOGITS_AT_ONCE", 7 * 30)
     blocks = loss_and_gradients(model, examples, Objective("vocabulary"), packing=False)
     assert blocks[0] == pytest.approx(whole[0], rel=1e-5)
     for parameter, gradient in whole[2].items():
@@ -251,7 +252,7 @@ def test_training_with_and_without_packing_ends_with_the_same_weights(tmp_path: 
     ends = []
     for packing in (True, False):
         examples, model = growing_examples()
-        config = TrainConfig(
+        config = TrainingSettings(
             steps=4, learning_rate=1e-3, batch_size=6, accumulation=1, order="chains", packing=packing
         )
         train(model, examples, Objective("trie"), config, tmp_path / str(packing))
@@ -268,7 +269,7 @@ def kept_bytes(model: Any, examples: Examples, out: Path, again: bool) -> tuple[
         sizes.append(tensor.nbytes)
         return tensor
 
-    config = TrainConfig(
+    config = TrainingSettings(
         steps=3, learning_rate=1e-3, batch_size=6, order="chains", gradient_checkpointing=again
     )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -289,7 +290,7 @@ def test_activations_that_are_computed_again_take_less_memory_and_change_nothing
 def test_a_model_without_gradient_checkpointing_is_refused(tmp_path: Path) -> None:
     examples, model = growing_examples()
     model.supports_gradient_checkpointing = False
-    config = TrainConfig(steps=1, learning_rate=1e-3, batch_size=2, gradient_checkpointing=True)
+    config = TrainingSettings(steps=1, learning_rate=1e-3, batch_size=2, gradient_checkpointing=True)
     with pytest.raises(
         UserError, match="wanted a model with gradient checkpointing, got Qwen2ForCausalLM, which"
     ):
@@ -298,12 +299,7 @@ def test_a_model_without_gradient_checkpointing_is_refused(tmp_path: Path) -> No
 
 def test_only_models_that_can_are_packed(tmp_path: Path) -> None:
     examples, model = growing_examples()
-    config = TrainConfig(steps=1, learning_rate=1e-3, batch_size=2)
+    config = TrainingSettings(steps=1, learning_rate=1e-3, batch_size=2)
     assert TrieTrainer(model, examples, Objective("trie"), config, tmp_path).packing
     capped = tiny_model("gemma2", final_logit_softcapping=2.0)
     assert not TrieTrainer(capped, examples, Objective("trie"), config, tmp_path).packing
-
-
-def test_an_unknown_order_is_one_line() -> None:
-    with pytest.raises(UserError, match="wanted order among rows, chains, got 'users'; choose one of them"):
-        TrainConfig(steps=1, learning_rate=1e-3, order="users")

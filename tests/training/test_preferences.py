@@ -145,13 +145,13 @@ def test_several_targets_in_a_window_are_refused() -> None:
 def test_each_window_stands_once_for_each_title() -> None:
     examples = world()
     rejected = draw_rejected(examples.windows, examples.trie.leaf, 2, 0)
-    against, items = examples.against(rejected), examples.windows.items
-    assert len(against) == 3 * len(examples) and len(against.size) == len(against)
+    several, items = examples.with_rejected(rejected), examples.windows.items
+    assert len(several) == 3 * len(examples) and len(several.size) == len(several)
     for w in range(len(examples)):
         *context, target = items[w].tolist()
         for j, title in enumerate([target, *rejected[w].tolist()]):
-            assert against.windows.items[3 * w + j].tolist() == [*context, title]
-    assert examples.windows.items is items and against.fingerprint() != examples.fingerprint()
+            assert several.windows.items[3 * w + j].tolist() == [*context, title]
+    assert examples.windows.items is items and several.fingerprint() != examples.fingerprint()
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_the_step_is_the_gradient_of_a_plain_recomputation(
     preferences = learned(examples, support, beta=0.7)
     settings = config(steps=1, batch_size=8, accumulation=accumulation, max_grad_norm=1e9)
     trainer = TrieTrainer(small_model(), examples, preferences, settings, tmp_path)
-    rows = trainer.get_train_dataloader().dataset.rows.ravel().tolist()
+    rows = trainer.get_train_dataloader().dataset.windows.ravel().tolist()
     trainer.add_callback(seen)
     trainer.train()
     model, theta = small_model(), []
@@ -253,7 +253,7 @@ def test_the_step_is_the_gradient_of_a_plain_recomputation(
     slow = plain_sdpo(logp[:, 0], reference[:, 0], logp[:, 1:], reference[:, 1:], 0.7)
     loss = torch.stack(slow).mean()
     loss.backward()
-    assert trainer.course.history[-1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert trainer.run.history[-1]["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(seen.steps[0][name], parameter.grad, rtol=1e-3, atol=1e-5)
 
@@ -284,7 +284,7 @@ def test_packing_runs_a_prompt_once_and_changes_nothing(support: str, tmp_path: 
 def test_blocks_of_logits_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples, steps = world(), []
     for at_once in (1 << 26, 20 * 5):
-        monkeypatch.setattr("triewise.training.forward.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("triewise.training.objective.LOGITS_AT_ONCE", at_once)
         seen, settings = Gradients(), config(steps=1, batch_size=4, max_grad_norm=1e9)
         trainer = TrieTrainer(small_model(), examples, learned(examples), settings, tmp_path)
         trainer.add_callback(seen)
@@ -300,7 +300,7 @@ def test_the_log_speaks_of_the_chosen_titles(tmp_path: Path) -> None:
     for objective in (learned(examples), Objective("vocabulary")):
         trainer = TrieTrainer(small_model(), examples, objective, config(steps=1, log_every=1), tmp_path)
         trainer.train()
-        trainers.append(trainer.course.history[-1])
+        trainers.append(trainer.run.history[-1])
     for name in ("loss_zero_gain", "loss_positive_gain", "w"):
         assert trainers[0][name] == pytest.approx(trainers[1][name], rel=1e-5)
 

@@ -30,9 +30,9 @@ from tests.process_child import (
 )
 from tests.worlds import write_msl_folder
 from triewise.errors import UserError
+from triewise.recipe import TrainingSettings
 from triewise.training import processes
 from triewise.training.checkpoints import WEIGHTS, checkpoints, remove
-from triewise.training.trainer import TrainConfig
 
 TIMES = ("seconds", "tokens_per_second")
 RECIPE = """
@@ -302,14 +302,17 @@ def test_a_sharded_loss_module_has_the_losses_and_gradients_of_a_whole_one(
 # --- one process alone ------------------------------------------------------------------------------------------------
 
 
-def test_batches_that_cannot_be_dealt_out() -> None:
-    config = TrainConfig(steps=1, learning_rate=1.0, batch_size=12, accumulation=2)
-    assert [config.share(n) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
+def test_batches_that_cannot_be_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TrainingSettings(batch_size=12, accumulation=2)
+    for n, rows in ((1, 6), (2, 3), (3, 2), (6, 1)):
+        monkeypatch.setattr(processes, "count", lambda n=n: n)
+        assert processes.share(settings) == rows
+    monkeypatch.setattr(processes, "count", lambda: 4)
     line = (
         r"wanted a batch_size that is a multiple of accumulation \* processes, got 12 and 2 \* 4; change one"
     )
     with pytest.raises(UserError, match=line):
-        config.share(4)
+        processes.share(settings)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])

@@ -23,13 +23,15 @@ from tests.train_child import CONFIG, KILLED_STEP, PLACES, adaptive_run, die, sm
 from tests.worlds import write_msl_folder
 from triewise.app import train_run
 from triewise.errors import UserError
-from triewise.recipe import load_recipe, recipe_folder
+from triewise.recipe import TrainingSettings, load_recipe, recipe_folder
 from triewise.tokens import binary_weights, zero_gain
 from triewise.training import AdaptiveTemperature, Examples, Objective, along_titles, target_counts, train
 from triewise.training.checkpoints import WEIGHTS, checkpoints
-from triewise.training.forward import PARTS, MicroBatches, TitleLoss
-from triewise.training.trainer import TrainConfig, TrainResult, TrieTrainer
-from triewise.training.windows import schedule
+from triewise.training.meter import PARTS
+from triewise.training.objective import MicroBatches, TitleLoss
+from triewise.training.state import Stop
+from triewise.training.trainer import TrainResult, TrieTrainer
+from triewise.training.windows import batch_order
 
 TIMES = ("seconds", "tokens_per_second")
 
@@ -50,8 +52,10 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def config(**changes: Any) -> TrainConfig:
-    return TrainConfig(**{"steps": 6, "learning_rate": 3e-3, "batch_size": 4, "warmup_steps": 2, **changes})
+def config(**changes: Any) -> TrainingSettings:
+    return TrainingSettings(
+        **{"steps": 6, "learning_rate": 3e-3, "batch_size": 4, "warmup_steps": 2, **changes}
+    )
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def test_a_step_has_its_windows_in_order_of_length(tmp_path: Path) -> None:
         .get_train_dataloader()
         .dataset.rows
     )
-    order = schedule(len(examples), 6, settings.steps, settings.seed)
+    order = batch_order(len(examples), 6, settings.steps, 0)
     assert rows.shape == (18, 2)
     assert np.array_equal(np.sort(rows.reshape(6, 6)), np.sort(order))
     assert (np.diff(examples.size[rows.reshape(6, 6)]) >= 0).all()
@@ -159,8 +163,7 @@ class Gradients(TrainerCallback):  # type: ignore[misc]
         self.steps: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        model = getattr(model, "titles", model).model
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        self.steps.append({n: p.grad.clone() for n, p in model.model.named_parameters()})
 
 
 def weighted_examples() -> Examples:
@@ -192,7 +195,7 @@ def test_accumulation_changes_nothing(objective: Objective, tmp_path: Path) -> N
         trainer = TrieTrainer(model, weighted_examples(), objective, settings, tmp_path)
         trainer.add_callback(seen)
         trainer.train()
-        found.append((seen.steps, weights(model), trainer.course.history))
+        found.append((seen.steps, weights(model), trainer.run.history))
     (one, end_one, log_one), (four, end_four, log_four) = found
     for ours, theirs in zip(one, four, strict=True):
         for name in ours:
@@ -296,7 +299,7 @@ def test_logged_parts_equal_a_plain_recomputation(support: str, accumulation: in
         mean = dense_lml_parts(logits, *tensors, examples.trie)[part].mean()
         squares = [g.square().sum() for g in torch.autograd.grad(mean, tuple(model.parameters()))]
         expected.append((mean.item(), torch.stack(squares).sum().sqrt().item()))
-    found = [trainer.course.history[-1][name] for name in PARTS]
+    found = [trainer.run.history[-1][name] for name in PARTS]
     assert found == pytest.approx([value for pair in zip(*expected, strict=True) for value in pair], rel=1e-4)
     assert found[0] > 0, "forced tokens are paid for too, in both supports"
 
@@ -336,7 +339,7 @@ def test_same_seed_same_weights_other_seed_others(tmp_path: Path) -> None:
     ends = []
     for i, seed in enumerate((0, 0, 1)):
         model = small_model(dropout=0.3)
-        train(model, cycle_world(), Objective(), config(seed=seed), tmp_path / str(i))
+        train(model, cycle_world(), Objective(), config(), tmp_path / str(i), seed=seed)
         ends.append(weights(model))
     assert same(ends[0], ends[1])
     assert not same(ends[0], ends[2])
@@ -479,7 +482,7 @@ def test_every_choice_of_an_objective_is_part_of_a_checkpoint(tmp_path: Path) ->
         Objective(expand_negatives=True),
     ]
     found = [
-        TrieTrainer(small_model(), cycle_world(), o, config(), tmp_path).learned()["objective"]
+        TrieTrainer(small_model(), cycle_world(), o, config(), tmp_path).run.identity["objective"]
         for o in objectives
     ]
     assert len({json.dumps(one) for one in found}) == len(objectives)
@@ -518,6 +521,28 @@ def test_patience_ends_the_run_and_the_best_weights_stay(tmp_path: Path) -> None
     again = small_model()
     result = train(again, cycle_world(), Objective(), settings, tmp_path, validate=script, resume=True)
     assert result.stopped == "patience" and same(weights(again), script.shown[2])
+
+
+@pytest.mark.parametrize("metrics", [None, {"NDCG@10": 0.2}])
+def test_who_validates_may_end_the_run(metrics: dict[str, float] | None, tmp_path: Path) -> None:
+    """A checkpoint is left, and a resumed run ends with the weights of one that was not ended."""
+    model, settings = small_model(dropout=0.3), config(evaluate_every=2)
+
+    def stop(model: Any) -> dict[str, float]:
+        raise Stop("pruned", metrics)
+
+    result = train(model, cycle_world(), Objective(), settings, tmp_path / "parts", validate=stop)
+    assert (result.stopped, result.steps_done) == ("pruned", 2)
+    assert (result.best_step, result.best_metric) == ((2, 0.2) if metrics else (None, None))
+    assert [row["valid"] for row in result.history if "valid" in row] == [metrics] * bool(metrics)
+    assert [step for step, _ in checkpoints(tmp_path / "parts")] == [2]
+    for folder in ("parts", "whole"):
+        script = Scripted(*[0.1, 0.5, 0.6][folder == "parts" :])
+        model, how = small_model(dropout=0.3), {"validate": script, "resume": folder == "parts"}
+        result = train(model, cycle_world(), Objective(), settings, tmp_path / folder, **how)
+        assert (result.stopped, result.best_step) == ("steps", 6)
+    parts, whole = (load_file(tmp_path / f / "checkpoint-6" / WEIGHTS) for f in ("parts", "whole"))
+    assert same(parts, whole)
 
 
 def test_without_patience_the_best_weights_stay_too_and_the_last_step_is_validated(tmp_path: Path) -> None:
@@ -565,15 +590,16 @@ def test_best_weights_survive_a_resume(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"steps": 0}, "wanted steps of at least 1, got 0"),
-        ({"learning_rate": 0.0}, "wanted learning_rate and max_grad_norm > 0, got 0.0 and 1.0"),
-        ({"batch_size": 6, "accumulation": 4}, "multiple of accumulation, got 6 and 4"),
-        ({"schedule": "step"}, "wanted schedule among linear, cosine, constant, got 'step'"),
-        ({"patience": 1}, "set evaluate_every > 0 or patience = 0"),
+        ({"steps": 0}, "steps\n.*greater than or equal to 1"),
+        ({"learning_rate": 0.0}, "learning_rate\n.*greater than 0"),
+        ({"batch_size": 6, "accumulation": 4}, "batch_size must be a multiple of accumulation, got 6 and 4"),
+        ({"schedule": "step"}, "schedule\n.*'linear', 'constant' or 'cosine'"),
+        ({"order": "users"}, "order\n.*'rows' or 'chains'"),
+        ({"patience": 1}, "patience counts validations: wanted evaluate_every > 0, got 0"),
     ],
 )
 def test_wrong_settings(changes: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(ValueError, match=line):
         config(**changes)
 
 
@@ -581,8 +607,8 @@ def test_wrong_calls(tmp_path: Path) -> None:
     examples, objective = cycle_world(), Objective()
     with pytest.raises(UserError, match="needs something to validate with"):
         train(small_model(), examples, objective, config(evaluate_every=1), tmp_path)
-    wrong = config(evaluate_every=1, metric="MAP")
-    with pytest.raises(UserError, match=r"wanted the metric MAP, validation gives NDCG@10"):
+    wrong = config(evaluate_every=1, metric="HR@5")
+    with pytest.raises(UserError, match=r"wanted the metric HR@5, validation gives NDCG@10"):
         train(small_model(), examples, objective, wrong, tmp_path, validate=some_metric)
     broken = small_model()
     broken.model.norm.weight.data.fill_(math.nan)

@@ -1,7 +1,15 @@
 from .compare import comparisons as comparisons, report_runs as report_runs, row as row
 from .demo import run_demo as run_demo
-from .folders import open_run as open_run
-from .runs import evaluate_run as evaluate_run, train_run as train_run
+from .folders import (
+    describe_data as describe_data,
+    open_run as open_run,
+    what_was_prepared as what_was_prepared,
+)
+from .runs import (
+    changed_evaluation as changed_evaluation,
+    evaluate_run as evaluate_run,
+    train_run as train_run,
+)
 
 __all__ = [
     "comparisons",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,14 @@ from triewise.errors import UserError
 from triewise.models import (
     BASE_FACTS,
     Backbone,
-    EncoderConfig,
     SequentialModel,
     load_backbone,
     resolve_device,
     unfreeze_lora,
 )
 from triewise.progress import note
-from triewise.recipe import EvaluationSettings, ObjectiveSettings, Recipe
-from triewise.recommenders import SETTINGS, GenerativeRecommender, SequentialRecommender, hashes
+from triewise.recipe import Recipe
+from triewise.recommenders import GenerativeRecommender, SavedRecommender, SequentialRecommender, hashes
 from triewise.tokens import (
     Prompts,
     Trie,
@@ -43,11 +42,10 @@ from triewise.training import (
     AdaptiveTemperature,
     Contrast,
     Examples,
-    LossConfig,
+    Learned,
     Objective,
     Preferences,
     Sequences,
-    TrainConfig,
     TrainResult,
     Windows,
     along_titles,
@@ -63,10 +61,11 @@ from triewise.training import (
 )
 
 REFERENCE = "reference.npz"
+_HOW = {"device", "dtype", "quantisation", "trust_remote_code"}  # a backbone is loaded
 
 
 @dataclass(frozen=True)
-class Parts:
+class Assembly:
     """What a recipe and a data set become before training starts."""
 
     backbone: Backbone
@@ -83,10 +82,10 @@ class Learner:
     Attributes:
         recommender: Ranks with the model as it is now.
         facts: What ``run.json`` says of it.
-        fit: ``fit(config, out, validate=..., resume=..., title=...)`` trains it.
+        fit: ``fit(out, validate=..., resume=..., title=...)`` trains it.
     """
 
-    recommender: GenerativeRecommender | SequentialRecommender
+    recommender: SavedRecommender
     facts: dict[str, Any]
     fit: Callable[..., TrainResult]
 
@@ -96,10 +95,14 @@ def learner_of(recipe: Recipe, dataset: Dataset) -> Learner:
     return (_generative if recipe.sequential is None else _sequential)(recipe, dataset)
 
 
-def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
+def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     """Backbone, prompts, trie, training windows and target counts of a recipe."""
     settings, reference = recipe.backbone, recipe.objective.preference.reference
-    backbone = _backbone(recipe, dataset) if reference is None else _reference_backbone(recipe, reference)
+    if reference is not None:
+        backbone = _reference_backbone(recipe, reference)
+    else:
+        how = {"tiny": settings.tiny, "lora": settings.lora} | settings.model_dump(include=_HOW)
+        backbone = load_backbone(settings.name, titles=dataset.catalog.title, seed=recipe.seed, **how)
     if not any(p.requires_grad for p in backbone.model.parameters()):
         raise UserError(
             f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
@@ -117,14 +120,14 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
     )
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     if reference is not None:
-        found = open_run(reference)[1]["hashes"]
-        if found["data"] != data_hash(dataset):
+        theirs = open_run(reference)[1]["hashes"]
+        if theirs["data"] != data_hash(dataset):
             raise UserError(
                 f"the reference {reference} was trained on other rows than those of {dataset.folder}; give both the "
                 "same data, split and data.max_history"
             )
         for part, ours in (("prompt", prompts.hash), ("trie", trie.fingerprint())):
-            if found.get(part) != ours:
+            if theirs.get(part) != ours:
                 raise UserError(
                     f"the {part} of the reference {reference} is another one; give both the same data, "
                     "data.max_history and backbone, or train a reference for this recipe"
@@ -133,22 +136,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Parts:
     counts = target_counts(windows, dataset.catalog.n_items)
     for line in training_warnings(recipe.objective, prompts, trie, windows, counts):
         note(line)
-    return Parts(backbone, prompts, trie, windows, counts)
-
-
-def _backbone(recipe: Recipe, dataset: Dataset) -> Backbone:
-    settings = recipe.backbone
-    return load_backbone(
-        settings.name,
-        titles=dataset.catalog.title,
-        seed=recipe.seed,
-        device=settings.device,
-        dtype=settings.dtype,
-        tiny=settings.tiny,
-        quantisation=settings.quantisation,
-        lora=settings.lora,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    return Assembly(backbone, prompts, trie, windows, counts)
 
 
 def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
@@ -171,15 +159,8 @@ def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
                 f"wanted backbone.{key} = {getattr(theirs, key)} as in the reference {reference}, got "
                 f"{getattr(ours, key)}; give the same, or train a reference for this recipe"
             )
-    backbone = load_backbone(
-        str(folder),
-        seed=recipe.seed,
-        device=ours.device,
-        dtype=ours.dtype,
-        quantisation=ours.quantisation,
-        lora=None if adapted else ours.lora,
-        trust_remote_code=ours.trust_remote_code,
-    )
+    how: dict[str, Any] = ours.model_dump(include=_HOW) | ({} if adapted else {"lora": ours.lora})
+    backbone = load_backbone(str(folder), seed=recipe.seed, **how)
     if adapted:
         unfreeze_lora(backbone.model)
     return backbone
@@ -188,22 +169,21 @@ def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
 def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
     parts = assemble(recipe, dataset)
     model = parts.backbone.model
-    facts = {
-        "hashes": hashes(parts.prompts, parts.trie, parts.counts),
-        "origin": parts.backbone.origin,
-        "parameters": model.num_parameters(),
-        "trained_parameters": model.num_parameters(only_trainable=True),
-        "windows": len(parts.windows),
-        "targets": int(parts.counts.sum()),
-    }
-    examples, rejected = _examples(recipe, parts), _rejected(recipe, parts)
+    examples, rejected = _examples(recipe, parts), None
+    if recipe.objective.preference.negatives:
+        n = recipe.objective.preference.negatives
+        rejected = draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed)
 
-    def fit_it(config: TrainConfig, out: Path, **how: Any) -> TrainResult:
-        at_once, kept = config.share(processes.count()), out / REFERENCE
-        learned = _learned(recipe, model, examples, rejected, at_once, kept)
-        return train(model, examples, learned, config, out, **how)
+    def fit_it(out: Path, **how: Any) -> TrainResult:
+        learned = _learned(recipe, model, examples, rejected, out / REFERENCE)
+        return train(model, examples, learned, recipe.training, out, seed=recipe.seed, **how)
 
-    return Learner(_recommender(recipe, dataset, parts), facts, fit_it)
+    made = GenerativeRecommender(parts.backbone, dataset.catalog, parts.prompts, parts.trie, parts.counts)
+    recommender = made.configured(recipe.evaluation)
+    known = hashes(parts.prompts, parts.trie, parts.counts)
+    sizes = (model.num_parameters(), model.num_parameters(only_trainable=True))
+    facts = _facts(known, parts.backbone.origin, sizes, parts.windows, parts.counts)
+    return Learner(recommender, facts, fit_it)
 
 
 def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
@@ -226,23 +206,33 @@ def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
         age_days = (rows.timestamp.max() - rows.timestamp) / 86400
         weight = np.exp2(-age_days / settings.half_life_days)
     sequences = Sequences.from_windows(windows, weight)
-    shape = settings.model_dump(include={"width", "blocks", "heads", "dropout", "head"})
-    encoder = EncoderConfig(settings.encoder, n_items, recipe.data.max_history, **shape)
-    model = SequentialModel(encoder, recipe.seed).to(resolve_device(settings.device))
+    model = SequentialModel(settings, n_items, recipe.data.max_history, recipe.seed)
+    model.to(resolve_device(settings.device))
     origin = {"name": settings.encoder, "kind": "sequential"}
     recommender = SequentialRecommender(model, dataset.catalog, counts, origin=origin)
     size = sum(p.numel() for p in model.parameters())
-    facts = {
-        "hashes": recommender.hashes | {"sequences": sequences.fingerprint()},
+    known = recommender.hashes | {"sequences": sequences.fingerprint()}
+    facts = _facts(known, origin, (size, size), windows, counts)
+    fit_it = functools.partial(fit, model, sequences, counts, settings, recipe.training, seed=recipe.seed)
+    return Learner(recommender, facts, fit_it)
+
+
+def _facts(
+    hashes: dict[str, str],
+    origin: dict[str, Any],
+    sizes: tuple[int, int],
+    windows: Windows,
+    counts: NDArray[np.int64],
+) -> dict[str, Any]:
+    """What ``run.json`` says of the model, with its numbers of parameters, all and trained, and of the data."""
+    return {
+        "hashes": hashes,
         "origin": origin,
-        "parameters": size,
-        "trained_parameters": size,
+        "parameters": sizes[0],
+        "trained_parameters": sizes[1],
         "windows": len(windows),
         "targets": int(counts.sum()),
     }
-    chosen = settings.model_dump(include={f.name for f in fields(LossConfig)})
-    loss = LossConfig(base=settings.loss, **chosen)
-    return Learner(recommender, facts, functools.partial(fit, model, sequences, counts, loss))
 
 
 def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
@@ -255,7 +245,7 @@ def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
     return rows
 
 
-def _examples(recipe: Recipe, parts: Parts) -> Examples:
+def _examples(recipe: Recipe, parts: Assembly) -> Examples:
     """Training examples; title tokens are weighed as the objective says, zero-gain edges marked for the log."""
     weight, kind, beta = None, recipe.objective.weight, recipe.objective.beta
     if kind == "position":
@@ -266,53 +256,20 @@ def _examples(recipe: Recipe, parts: Parts) -> Examples:
     return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
 
 
-def _objective(settings: ObjectiveSettings) -> Objective:
-    temperature: float | AdaptiveTemperature
-    if settings.temperature == "adaptive":
-        ats = settings.adaptive
-        temperature = AdaptiveTemperature(**ats.model_dump())
-    else:
-        temperature = settings.temperature
-    return Objective(settings.support, temperature, settings.normaliser, settings.expand_negatives)
-
-
-def _rejected(recipe: Recipe, parts: Parts) -> NDArray[np.int32] | None:
-    """The titles that S-DPO holds against the target of each window; None without it."""
-    n = recipe.objective.preference.negatives
-    return draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed) if n else None
-
-
 def _learned(
-    recipe: Recipe,
-    model: Any,
-    examples: Examples,
-    rejected: NDArray[np.int32] | None,
-    at_once: int,
-    kept: Path,
-) -> Objective | Contrast | Preferences:
-    """What is trained; the reference of S-DPO is read from ``kept``, or computed ``at_once`` windows a forward."""
-    settings, contrast = recipe.objective, recipe.objective.contrast
+    recipe: Recipe, model: Any, examples: Examples, rejected: NDArray[np.int32] | None, kept: Path
+) -> Learned:
+    """What is trained; the reference of S-DPO is read from ``kept``, or computed and written there."""
+    settings, contrast, temperature = (
+        recipe.objective,
+        recipe.objective.contrast,
+        recipe.objective.temperature,
+    )
     if rejected is not None:
         packing = recipe.training.packing and packs(model, examples)
+        at_once = processes.share(recipe.training)
         reference, key = kept_reference(kept, model, examples, rejected, settings.support, at_once, packing)
         return Preferences(rejected, reference, settings.preference.beta, settings.support, key)
-    objective = _objective(settings)
-    if not contrast.strength:
-        return objective
-    return Contrast(objective, contrast.strength, contrast.without_history)
-
-
-def _recommender(recipe: Recipe, dataset: Dataset, parts: Parts) -> GenerativeRecommender:
-    return GenerativeRecommender(
-        parts.backbone,
-        dataset.catalog,
-        parts.prompts,
-        parts.trie,
-        parts.counts,
-        **search_settings(recipe.evaluation),
-    )
-
-
-def search_settings(settings: EvaluationSettings) -> dict[str, Any]:
-    """What `GenerativeRecommender` takes of the settings of an evaluation."""
-    return settings.model_dump(include=set(SETTINGS))
+    ats = AdaptiveTemperature(**settings.adaptive.model_dump()) if temperature == "adaptive" else temperature
+    objective = Objective(settings.support, ats, settings.normaliser, settings.expand_negatives)
+    return Contrast(objective, **contrast.model_dump()) if contrast.strength else objective

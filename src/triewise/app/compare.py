@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.app.folders import load_run, open_run
+from triewise.app.folders import open_run
 from triewise.data import Dataset, Split, allowed_items, first_rows, load_dataset
 from triewise.errors import UserError
 from triewise.ranking import (
@@ -28,30 +28,18 @@ from triewise.ranking import (
     paired_p,
 )
 from triewise.recipe import Recipe
-from triewise.recommenders import GenerativeRecommender
-from triewise.reports import (
-    Comparison,
-    Example,
-    Report,
-    Row,
-    describe,
-    explain,
-    forced_by_position,
-    write_report,
-)
-from triewise.tokens import information_gain
+from triewise.recommenders import SETTINGS, SavedRecommender, load
+from triewise.reports import Comparison, Example, Report, Row, write_report
 
 POPULAR, KNN = "most popular", "item-kNN"
 MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")
 JUDGED = ("split", "exclude", "allow")  # what rows of one table have in common
-
-
-# How a row was ranked: runs that differ here are no repeats of each other, and a row says it.
 RANKED = (
-    *("search", "support", "beams", "length_penalty", "alpha", "scope"),
-    *("text_beams", "text_tokens", "gamma", "adapter"),
-)
-
+    *SETTINGS,
+    "adapter",
+    "assistant",
+    "assistant_weight",
+)  # how a row was ranked: runs that differ here are no repeats of each other
 
 # Of two runs of one recipe these may differ: what is reported and when, and when a clock stops it.
 FREE: dict[str, Any] = {
@@ -101,7 +89,7 @@ def baselines(dataset: Dataset, like: Evaluation) -> list[Evaluation]:
         KNN: ItemKNN.fit(dataset.train, groups),
         POPULAR: MostPopular(groups, counts),
     }
-    facts = {"search": "catalogue", "support": "none", "allow": shared["allow"], "seed": shared["seed"]}
+    how = {"search": "catalogue", "support": "none", "allow": shared["allow"], "seed": shared["seed"]}
     return [
         evaluate(
             recommender,
@@ -111,7 +99,7 @@ def baselines(dataset: Dataset, like: Evaluation) -> list[Evaluation]:
             k=like.items.shape[1],
             exclude=shared["exclude"],
             allow=allow,
-            facts=facts,
+            facts=how,
             train_targets=dataset.train_targets,
             train_interactions=counts,
             seed=shared["seed"],
@@ -123,43 +111,46 @@ def baselines(dataset: Dataset, like: Evaluation) -> list[Evaluation]:
 def row(evaluation: Evaluation | Repeats, note: str = "") -> Row:
     """A line of the metrics table; of runs with several seeds their mean and standard deviation."""
     runs = evaluation.runs if isinstance(evaluation, Repeats) else (evaluation,)
-    facts = [run.metrics for run in runs]
-    metrics = {name: float(np.mean([f[name] for f in facts])) for name in SHOWN}
-    intervals = {name: (low, high) for name, (low, high) in facts[0]["intervals"].items() if name in SHOWN}
+    each = [run.metrics for run in runs]
+    first = each[0]
+    metrics = {name: float(np.mean([m[name] for m in each])) for name in SHOWN}
+    intervals = {name: (low, high) for name, (low, high) in first["intervals"].items() if name in SHOWN}
     deviations = {}
     if len(runs) > 1:
-        intervals = {name: interval(evaluation.per_user(name), seed=facts[0]["seed"]) for name in SHOWN}
-        deviations = {name: float(np.std([f[name] for f in facts], ddof=1)) for name in SHOWN}
+        intervals = {name: interval(evaluation.per_user(name), seed=first["seed"]) for name in SHOWN}
+        deviations = {name: float(np.std([m[name] for m in each], ddof=1)) for name in SHOWN}
         note = "; ".join(part for part in (note, f"{len(runs)} seeds") if part)
     return Row(
         evaluation.name,
         metrics,
         intervals,
         note,
-        float(np.mean([f["timing"]["seconds"] for f in facts])),
+        float(np.mean([m["timing"]["seconds"] for m in each])),
         deviations,
-        {name: float(np.mean([f[name] for f in facts])) for name in MORE if all(name in f for f in facts)},
+        {name: float(np.mean([m[name] for m in each])) for name in MORE if all(name in m for m in each)},
         {
-            bucket: (part["n_users"], float(np.mean([f["by_popularity"][bucket]["HR@10"] for f in facts])))
-            for bucket, part in facts[0].get("by_popularity", {}).items()
-            if all("by_popularity" in f for f in facts)
+            bucket: (part["n_users"], float(np.mean([m["by_popularity"][bucket]["HR@10"] for m in each])))
+            for bucket, part in first.get("by_popularity", {}).items()
+            if all("by_popularity" in m for m in each)
         },
     )
 
 
 def repeats(recipes: Sequence[Recipe], evaluations: Sequence[Evaluation]) -> list[list[int]]:
     """Which runs are one row: places of runs that differ in nothing but the seed, in order of their first."""
-    found: dict[str, list[int]] = {}
+    places: dict[str, list[int]] = {}
     seeds: set[tuple[str, int]] = set()
     for i, (recipe, evaluation) in enumerate(zip(recipes, evaluations, strict=True)):
-        ranked = JUDGED if "chosen" in evaluation.metrics else (*JUDGED, *RANKED)
+        chosen = {"chosen": RANKED, "chosen_weight": ("assistant_weight",)}  # by validation rows, run by run
+        free = {key for name, keys in chosen.items() if name in evaluation.metrics for key in keys}
+        ranked = [key for key in (*JUDGED, *RANKED) if key in JUDGED or key not in free]
         judged = {n: evaluation.metrics.get(n) for n in (*ranked, "n_users")}
         key = json.dumps([recipe.model_dump(mode="json", exclude=FREE), judged])
         if (key, recipe.seed) in seeds:  # the same run twice
             key = f"{key} {i}"
         seeds.add((key, recipe.seed))
-        found.setdefault(key, []).append(i)
-    return list(found.values())
+        places.setdefault(key, []).append(i)
+    return list(places.values())
 
 
 def comparisons(
@@ -171,7 +162,7 @@ def comparisons(
         UserError: Evaluations of different rows.
     """
     first = evaluations[0]
-    found = []
+    differences = []
     for other in evaluations[1:]:
         for key in JUDGED:
             if first.metrics.get(key) != other.metrics.get(key):
@@ -187,8 +178,8 @@ def comparisons(
             a, b = first.per_user(name), other.per_user(name)
             low, high = paired_interval(a, b)
             difference, p = float((a - b).mean()), paired_p(a, b)
-            found.append(Comparison(first.name, other.name, name, difference, low, high, p))
-    return tuple(found)
+            differences.append(Comparison(first.name, other.name, name, difference, low, high, p))
+    return tuple(differences)
 
 
 def example_rows(evaluation: Evaluation, n: int = 3) -> list[int]:
@@ -208,30 +199,19 @@ def example_rows(evaluation: Evaluation, n: int = 3) -> list[int]:
     return rows[:n]
 
 
-def examples(
-    run: Path, evaluation: Evaluation, dataset: Dataset, rows: Sequence[int], top: int = 5
-) -> tuple[Example, ...]:
-    """Users with history, target and the tokens that decided each of their top recommendations."""
-    recommender = load_run(run, open_run(run)[0])
-    assert isinstance(recommender, GenerativeRecommender)
-    split = _rows(dataset, evaluation)
-    gain = information_gain(recommender.trie, recommender.counts)
-    return tuple(_example(recommender, evaluation, split, gain, r, top) for r in rows)
-
-
-def _example(
-    recommender: GenerativeRecommender, evaluation: Evaluation, split: Split, gain: Any, r: int, top: int
+def example(
+    recommender: SavedRecommender, evaluation: Evaluation, split: Split, r: int, top: int = 5
 ) -> Example:
-    title = recommender.catalog.title
+    """A user with history, target and the tokens that decided each of the top recommendations."""
+    title, target = recommender.catalog.title, int(split.target[r])
     items = [int(i) for i in evaluation.items[r, :top] if i >= 0]
-    prompt = recommender.prompts.encode(split.history[r])
-    target = int(split.target[r])
-    found = explain(
-        recommender.engine, recommender.backbone.tokenizer, recommender.catalog, prompt, items, target, gain
-    )
-    history = tuple(title[i] for i in split.history[r])
     return Example(
-        str(split.user_id[r]), evaluation.name, history, title[target], int(evaluation.rank[r]), tuple(found)
+        str(split.user_id[r]),
+        evaluation.name,
+        tuple(title[i] for i in split.history[r]),
+        title[target],
+        int(evaluation.rank[r]),
+        recommender.explain(split.history[r], items, target),
     )
 
 
@@ -245,12 +225,12 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
     for run in runs:
         if not (run / "metrics.json").is_file():
             raise UserError(f"{run} has no metrics.json; run: triewise evaluate {run}")
-    if len({facts["hashes"]["data"] for _, facts in opened}) > 1:
+    if len({record["hashes"]["data"] for _, record in opened}) > 1:
         raise UserError(
             "wanted runs on the same data for one report, got different data hashes; make a report of each"
         )
-    facts = opened[0][1]
-    dataset = load_dataset(Path(facts["data"]["folder"]))
+    record = opened[0][1]
+    dataset = load_dataset(Path(record["data"]["folder"]))
     evaluations = [load_evaluation(run) for run in runs]
     together = repeats([r for r, _ in opened], evaluations)
     first = [group[0] for group in together]
@@ -281,19 +261,16 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
         **looks,
         notes=tuple(dataset.info["notes"])
         + tuple(_stopped(r.title or r.name, f) for r, f in opened if _stopped(r.name, f)),
-        provenance=_provenance(facts, [r.seed for r, _ in opened]),
+        provenance=_provenance(record, [r.seed for r, _ in opened]),
     )
 
 
 def _looks(run: Path, recipe: Recipe, evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
     """The parts of a report that need a model that writes titles."""
-    recommender = load_run(run, recipe)
-    assert isinstance(recommender, GenerativeRecommender)
-    return {
-        "facts": describe(dataset, recommender.prompts, recommender.trie, recommender.counts),
-        "forced": forced_by_position(recommender.trie, recommender.counts),
-        "examples": examples(run, evaluation, dataset, example_rows(evaluation)),
-    }
+    recommender = load(run, assistant=False, trust_remote_code=recipe.backbone.trust_remote_code)
+    split = _rows(dataset, evaluation)
+    shown = tuple(example(recommender, evaluation, split, r) for r in example_rows(evaluation))
+    return recommender.title_figures(dataset) | {"examples": shown}
 
 
 def report_runs(runs: Sequence[Path], out: Path) -> Report:
@@ -322,33 +299,33 @@ def _names(runs: Sequence[Path], titles: Sequence[str]) -> list[str]:
 
 
 def _protocol(evaluations: Sequence[Evaluation], dataset: Dataset) -> str:
-    evaluation, facts = evaluations[0], evaluations[0].metrics
+    evaluation, judged = evaluations[0], evaluations[0].metrics
     titles = f"{dataset.catalog.n_titles:,} titles"
     ranked = {
         "catalogue": f"the whole catalogue of {titles} ranked exactly for each",
         "exact": f"the best {evaluation.items.shape[1]} of {titles} found exactly for each",
-        "beam": f"beam search with {facts.get('beams')} beams through {titles} for each",
+        "beam": f"beam search with {judged.get('beams')} beams through {titles} for each",
         "grounding": f"{titles} ranked for each by the distance to a free text",
-    }[facts["search"]]
+    }[judged["search"]]
     if len({e.metrics["search"] for e in evaluations}) > 1:
         ranked = f"{titles} ranked for each, exactly where a row says nothing else"
     excluded = {
         "none": "nothing is excluded from the ranking",
         "history": "items of the row's history are excluded",
         "seen": "items the user has already seen are excluded",
-    }[facts["exclude"]]
-    if facts["allow"] is not None:
-        excluded += f", and only the items of {Path(facts['allow']).name} are returned"
+    }[judged["exclude"]]
+    if judged["allow"] is not None:
+        excluded += f", and only the items of {Path(judged['allow']).name} are returned"
     return (
-        f"{facts['n_users']} {facts['split']} users, {ranked}; {excluded}. "
+        f"{judged['n_users']} {judged['split']} users, {ranked}; {excluded}. "
         "Intervals: 95 % bootstrap over users."
     )
 
 
-def _row_note(recipe: Recipe, facts: dict[str, Any], metrics: dict[str, Any]) -> str:
+def _row_note(recipe: Recipe, record: dict[str, Any], metrics: dict[str, Any]) -> str:
     """What a reader has to know beside the numbers of a row: size, budget, rows learned from, how it was ranked."""
-    training = facts["training"]
-    size, seconds = facts["parameters"] / 1e6, facts["timing"]["seconds"]
+    training = record["training"]
+    size, seconds = record["parameters"] / 1e6, record["timing"]["seconds"]
     note = f"{size:.2f} M parameters, {training['steps']} steps in {seconds:.0f} s"
     if recipe.training.rows != "train":
         note += f", trained on {recipe.training.rows}"
@@ -356,22 +333,26 @@ def _row_note(recipe: Recipe, facts: dict[str, Any], metrics: dict[str, Any]) ->
         note += f", {metrics['search']}"
     if metrics["support"] == "vocabulary":
         note += ", vocabulary support"
+    if "assistant" in metrics:
+        note += f", assisted by {Path(metrics['assistant']).name}"
+    if "assistant_weight" in metrics:
+        note += f", weight {metrics['assistant_weight']:g}"
     return note
 
 
-def _stopped(name: str, facts: dict[str, Any]) -> str:
-    if facts["training"]["stopped"] != "time limit":
+def _stopped(name: str, record: dict[str, Any]) -> str:
+    if record["training"]["stopped"] != "time limit":
         return ""
-    steps = facts["training"]["steps"]
+    steps = record["training"]["steps"]
     return f"{name} stopped early on its time limit, after {steps} steps: more steps may change its numbers."
 
 
-def _provenance(facts: dict[str, Any], seeds: Sequence[int]) -> dict[str, str]:
-    shown = {name: version for name, version in facts["versions"].items()}
+def _provenance(record: dict[str, Any], seeds: Sequence[int]) -> dict[str, str]:
+    shown = {name: version for name, version in record["versions"].items()}
     shown |= {
-        "commit": facts["commit"] or "installed package",
-        "machine": facts["machine"],
-        "command": facts["command"],
+        "commit": record["commit"] or "installed package",
+        "machine": record["machine"],
+        "command": record["command"],
     }
     shown["seeds"] = ", ".join(str(seed) for seed in sorted(set(seeds)))
-    return shown | {f"{part} hash": value[:16] for part, value in facts["hashes"].items()}
+    return shown | {f"{part} hash": value[:16] for part, value in record["hashes"].items()}

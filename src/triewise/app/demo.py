@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from triewise.app.compare import collect
+from triewise.app.compare import report_runs
 from triewise.app.folders import open_data
 from triewise.app.runs import evaluate_run, train_run
 from triewise.progress import note
-from triewise.recipe import Recipe, load_recipe
-from triewise.reports import Report, write_report
+from triewise.recipe import load_recipe
+from triewise.reports import Report
 
 LIMIT_S = 600.0
 RESERVE_S = 90.0  # for ranking, comparing and drawing after the last training
@@ -28,6 +29,15 @@ class DemoResult:
     html: Path
     seconds: float
     quick: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "rows": {row.name: row.metrics for row in self.report.rows},
+            "comparisons": [vars(comparison) for comparison in self.report.comparisons],
+            "report": str(self.html),
+            "seconds": round(self.seconds, 1),
+        }
 
 
 def run_demo(out: Path = Path("runs/demo"), *, quick: bool = False, seed: int = 0) -> DemoResult:
@@ -55,18 +65,11 @@ def run_demo(out: Path = Path("runs/demo"), *, quick: bool = False, seed: int = 
     pairs = list(zip(recipes, runs, strict=True))
     for i, (recipe, run) in enumerate((pairs[2], pairs[0], pairs[1])):
         left = limit - reserve - (time.monotonic() - started)
-        result = train_run(_with_limit(recipe, max(left / (len(runs) - i), 1.0)), run, overwrite=True)
+        limited = recipe.changed(f"training.time_limit_s={max(left / (len(runs) - i), 1.0)}")
+        result = train_run(limited, run, overwrite=True)
         if result.stopped == "interrupted":
             raise KeyboardInterrupt
     for run in runs:
         evaluate_run(run)
-    report = collect(runs)
     html = out / "report.html"
-    write_report(html, report)
-    return DemoResult(report, html, time.monotonic() - started, quick)
-
-
-def _with_limit(recipe: Recipe, seconds: float) -> Recipe:
-    return recipe.model_copy(
-        update={"training": recipe.training.model_copy(update={"time_limit_s": seconds})}
-    )
+    return DemoResult(report_runs(runs, html), html, time.monotonic() - started, quick)

@@ -8,12 +8,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from triewise.data import Dataset, load_dataset, prepare, settings_of
 from triewise.errors import UserError
 from triewise.files import read_json
+from triewise.models import load_tokenizer
 from triewise.progress import note
 from triewise.recipe import Recipe, load_recipe
-from triewise.recommenders import GenerativeRecommender, SequentialRecommender
+from triewise.reports import describe
+from triewise.tokens import Trie, build_prompts
 
 
 def open_data(recipe: Recipe) -> Dataset:
@@ -42,45 +46,65 @@ def open_data(recipe: Recipe) -> Dataset:
     return prepare(recipe.data.source, folder, **choices)
 
 
+def describe_data(folder: Path, tokenizer: str = "tiny", template: str | None = None) -> dict[str, Any]:
+    """`triewise.reports.describe` of a prepared folder; every training row's target counts once.
+
+    Args:
+        folder: The prepared folder.
+        tokenizer: As `load_backbone` takes a name.
+        template: Prompt template; None: ``plain`` for ``tiny``, else ``msl``.
+    """
+    dataset = load_dataset(folder)
+    template = template or ("plain" if tokenizer == "tiny" else "msl")
+    tokens = load_tokenizer(tokenizer, titles=dataset.catalog.title)
+    prompts = build_prompts(tokens, dataset.catalog, template, dataset.info["noun"], dataset.info["verb"])
+    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+    counts = np.bincount(dataset.train.target, minlength=dataset.catalog.n_items)
+    return describe(dataset, prompts, trie, counts)
+
+
+def what_was_prepared(dataset: Dataset) -> dict[str, Any]:
+    """Counts, repairs and findings of a prepared folder, by what a person reads."""
+    info = dataset.info
+    findings = [finding for finding in info["lint"] if finding["count"]]
+    return {
+        "folder": str(dataset.folder),
+        **info["counts"],
+        **{f"repaired: {name}": n for name, n in info["repairs"].items()},
+        **{f"lint: {f['name']}": f"{f['count']:,} of {f['of']:,}; {f['example']}" for f in findings},
+        **({"notes": "; ".join(info["notes"])} if info["notes"] else {}),
+    }
+
+
 def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
     """Recipe and ``run.json`` of a run folder; UserError when it is not one or its training has not ended."""
     if not (run / "run.json").is_file():
         raise UserError(
             f"wanted a run folder, but {run} has no run.json; give the folder that triewise train wrote"
         )
-    facts = read_json(run / "run.json")
-    if facts.get("status") != "trained":
+    record = read_json(run / "run.json")
+    if record.get("status") != "trained":
         raise UserError(
             f"the training in {run} has not ended; go on with: "
             f"triewise train {run / 'recipe.toml'} --resume --out {run}"
         )
-    return load_recipe(run / "recipe.toml"), facts
+    return load_recipe(run / "recipe.toml"), record
 
 
 PACKAGES = ("triewise", "torch", "transformers", "numpy", "polars", "tokenizers")
 
 
-def load_run(run: Path, recipe: Recipe) -> GenerativeRecommender | SequentialRecommender:
-    """The recommender of a run with the device, dtype and trust of its recipe, and its adapter merged or not."""
-    if recipe.sequential is not None:
-        return SequentialRecommender.from_pretrained(run, device=recipe.sequential.device)
-    settings = recipe.backbone
-    recommender = GenerativeRecommender.from_pretrained(
-        run, device=settings.device, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code
-    )
-    merge = recipe.evaluation.merge_adapter
-    if merge is None:
-        # Over a 4bit base it would take the memory that quantisation was to save. So it does over an 8bit one, but
-        # there layers round their inputs together, and the scores of a user depend on who shares the batch.
-        merge = recommender.backbone.origin.get("quantisation") != "4bit"
-    return recommender.merged() if merge and recommender.backbone.adapted else recommender
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages results depend on."""
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in PACKAGES
-    }
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str:
+    """What is installed; a package that is found on the path alone, as this one may be, has no version."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "source tree"
 
 
 def n_threads() -> int:

@@ -11,32 +11,31 @@ import functools
 import platform
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from triewise.app.assemble import Learner, learner_of, search_settings
-from triewise.app.folders import (
-    commit_of_source,
-    load_run,
-    n_threads,
-    open_data,
-    open_run,
-    versions,
-)
-from triewise.data import Dataset, allowed_items, data_hash, first_rows, load_dataset
+from triewise.app.assemble import Learner, learner_of
+from triewise.app.folders import commit_of_source, n_threads, open_data, open_run, versions
+from triewise.data import Dataset, Split, allowed_items, data_hash, first_rows, load_dataset
 from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
-from triewise.models import Backbone
 from triewise.progress import note
-from triewise.ranking import SHOWN, Evaluation, evaluate
+from triewise.ranking import SHOWN, Evaluation, Items, evaluate
 from triewise.recipe import EvaluationSettings, Recipe, dump_recipe, load_recipe
-from triewise.recommenders import CARD, SETTINGS, GenerativeRecommender, SequentialRecommender, choose_search
-from triewise.reports import CardFacts, model_card
-from triewise.training import FREE, TrainConfig, TrainResult, clear, processes
+from triewise.recommenders import (
+    CARD,
+    MANIFEST,
+    SavedRecommender,
+    card_facts,
+    choose_search,
+    choose_weight,
+    load,
+)
+from triewise.reports import model_card
+from triewise.training import MAY_CHANGE, TrainResult, processes, resume_point
 
 
 def train_run(
@@ -60,42 +59,40 @@ def train_run(
 
 
 def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> TrainResult:
-    config = _config(recipe)
-    config.share(processes.count())
+    processes.share(recipe.training)
     going_on = processes.on_first(lambda: _check_folder(recipe, out, resume, overwrite))
     dataset = processes.first_then_others(lambda: open_data(recipe))
     if recipe.evaluation.exclude == "seen" and dataset.test.seen is None:
         raise UserError(
             "evaluation.exclude = 'seen' needs what users had before, which this data set does not know; use 'history'"
         )
+    if recipe.evaluation.assistant is not None:
+        open_run(recipe.evaluation.assistant)  # not needed before the evaluation, and not found out then
     learner = processes.first_then_others(lambda: learner_of(recipe, dataset))
     started = time.time()
-    facts, recommender = _facts(recipe, dataset, learner), learner.recommender
+    record, recommender = _record(recipe, dataset, learner), learner.recommender
     validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
     if going_on is None:
-        processes.on_first(lambda: _begin(recipe, out, facts))
-    elif going_on["hashes"] != facts["hashes"]:
+        processes.on_first(lambda: _begin(recipe, out, record))
+    elif going_on["hashes"] != record["hashes"]:
         changed = next(
-            part for part, value in facts["hashes"].items() if going_on["hashes"].get(part) != value
+            part for part, value in record["hashes"].items() if going_on["hashes"].get(part) != value
         )
         raise UserError(
             f"the {changed} changed since {out} was started; restore it, or start anew with --overwrite"
         )
-    result = learner.fit(config, out, validate=validate, resume=going_on is not None, title=recipe.name)
+    result = learner.fit(out, validate=validate, resume=going_on is not None, title=recipe.name)
     training = {
         "steps": result.steps_done,
         "stopped": result.stopped,
         "best_step": result.best_step,
         "best_metric": result.best_metric,
     }
-    if isinstance(recommender, GenerativeRecommender):
-        n_dropped = sum(processes.gather_objects(recommender.prompts.n_dropped))
+    if recommender.dropped is not None:
+        n_dropped = sum(processes.gather_objects(recommender.dropped.titles))
         if n_dropped:
-            note(
-                f"{recipe.name}: {n_dropped} titles dropped from prompts longer than "
-                f"{recommender.prompts.max_tokens} tokens"
-            )
-        recommender.backbone.model.eval()
+            limit = recipe.backbone.max_tokens
+            note(f"{recipe.name}: {n_dropped} titles dropped from prompts longer than {limit} tokens")
         training["titles_dropped_from_prompts"] = n_dropped
     if going_on and going_on["status"] == "trained" and going_on["training"]["steps"] == result.steps_done:
         return result
@@ -107,17 +104,45 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
         recommender.save_pretrained(out)
     status = "interrupted" if result.stopped == "interrupted" else "trained"
     timing = {"seconds": round(result.seconds, 1), "wall_seconds": round(time.time() - started, 1)}
-    write_json(out / "run.json", facts | {"status": status, "training": training, "timing": timing})
+    write_json(out / "run.json", record | {"status": status, "training": training, "timing": timing})
     return result
 
 
-def _begin(recipe: Recipe, out: Path, facts: dict[str, Any]) -> None:
+def _begin(recipe: Recipe, out: Path, record: dict[str, Any]) -> None:
     """Make a folder that of a run which has just started."""
-    for name in ("run.json", "recommender.json", "metrics.json", CARD):
+    for name in ("run.json", MANIFEST, "metrics.json", CARD):
         (out / name).unlink(missing_ok=True)
-    clear(out, False)
+    resume_point(out, resume=False)  # what an earlier run left is removed
     write_text(out / "recipe.toml", dump_recipe(recipe))
-    write_json(out / "run.json", facts | {"status": "training"})
+    write_json(out / "run.json", record | {"status": "training"})
+
+
+def changed_evaluation(
+    run: Path, changes: Iterable[str] = (), *, split: str | None = None, search: str | None = None
+) -> EvaluationSettings:
+    """``[evaluation]`` of a run's recipe with ``evaluation.key=value`` changes.
+
+    Args:
+        run: The run folder.
+        changes: As `triewise.load_recipe` takes them.
+        split: Another split; None: the recipe's.
+        search: Another search, which is then not chosen; None: the recipe's.
+
+    Raises:
+        UserError: No run folder, or a change of something else than the evaluation.
+    """
+    open_run(run)
+    changes = list(changes)
+    wrong = [change for change in changes if not change.strip().startswith("evaluation.")]
+    if wrong:
+        raise UserError(
+            f"wanted --set evaluation.KEY=VALUE, got {wrong[0]!r}: the rest was fixed when the run was trained"
+        )
+    if search is not None:
+        changes[:0] = [f"evaluation.search={search}", "evaluation.choose=[]"]
+    if split is not None:
+        changes.insert(0, f"evaluation.split={split}")
+    return load_recipe(run / "recipe.toml", changes).evaluation
 
 
 def evaluate_run(
@@ -131,18 +156,18 @@ def evaluate_run(
         name: Name of the row; default the title of the recipe.
     """
     run = Path(run)
-    recipe, facts = open_run(run)
+    recipe, record = open_run(run)
     settings = changes or recipe.evaluation
     if settings.split == "valid" and recipe.training.rows != "train":
         raise UserError(f"{run} was trained on the validation rows; evaluate it with --split test")
-    dataset, recommender = _as_trained(run, recipe.model_copy(update={"evaluation": settings}), facts)
+    dataset, recommender = _as_trained(run, recipe, record, settings)
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
     allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
-    name, chosen = name or recipe.title or recipe.name, None
-    if settings.choose and isinstance(recommender, GenerativeRecommender):
-        valid = first_rows(dataset.valid, settings.users)
+    name, chosen, valid = name or recipe.title or recipe.name, None, first_rows(dataset.valid, settings.users)
+    recommender, weights = _assisted(recommender, settings, valid, allow)
+    if settings.choose:
         settings, chosen = choose_search(recommender, valid, settings, allow)
-        recommender = recommender.with_settings(**search_settings(settings))
+        recommender = recommender.configured(settings)
         name += (
             f" ({settings.search}{f', gamma {settings.gamma:g}' if settings.search == 'grounding' else ''})"
         )
@@ -154,74 +179,84 @@ def evaluate_run(
         k=settings.k,
         exclude=settings.exclude,
         allow=allow,
-        facts=_used(settings, recommender) | ({"chosen": chosen} if chosen else {}) | {"seed": recipe.seed},
+        facts={
+            **recommender.used,
+            "allow": None if settings.allow is None else str(settings.allow),
+            **({"chosen": chosen} if chosen else {}),
+            **({"chosen_weight": weights} if weights else {}),
+            "seed": recipe.seed,
+        },
         train_targets=recommender.counts,
         train_interactions=dataset.train_interactions,
         seed=recipe.seed,
     )
-    evaluation = judge(recommender, depth=_depth(settings))
-    if settings.against_exact and isinstance(recommender, GenerativeRecommender):
-        exact = judge(recommender.with_settings(search="exact"), depth=max(settings.k, 10))
+    evaluation = judge(recommender, depth=recommender.depth(settings.k))
+    if settings.against_exact:
+        searching = recommender.with_settings(search="exact")
+        exact = judge(searching, depth=searching.depth(settings.k))
         evaluation.metrics["against_exact"] = _against(evaluation, exact)
-    if isinstance(recommender, GenerativeRecommender):
-        dropped = recommender.prompts.dropped
+    dropped = recommender.dropped
+    if dropped is not None:
         evaluation.metrics["titles_dropped_from_prompts"] = dropped.titles
         if dropped.titles:
-            limit = recommender.prompts.max_tokens
+            limit = recipe.backbone.max_tokens
             note(f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {limit} tokens")
     evaluation.save(run)
-    done = recipe.model_copy(update={"evaluation": settings})
-    write_text(
-        run / CARD, model_card(_card_facts(done, facts, dataset, recommender, evaluation), _shown(run))
+    card = card_facts(
+        recommender,
+        recipe.title or recipe.name,
+        recipe=recipe.model_copy(update={"evaluation": settings}),
+        data=dataset.info,
+        run=record,
+        metrics=evaluation.metrics,
     )
+    write_text(run / CARD, model_card(card, _shown(run)))
     return evaluation
 
 
 def _as_trained(
-    run: Path, recipe: Recipe, facts: dict[str, Any]
-) -> tuple[Dataset, GenerativeRecommender | SequentialRecommender]:
+    run: Path, recipe: Recipe, record: dict[str, Any], settings: EvaluationSettings
+) -> tuple[Dataset, SavedRecommender]:
     """Data and recommender of a run; UserError where one of them is not what was trained."""
-    dataset = load_dataset(Path(facts["data"]["folder"]))
-    if facts["hashes"]["data"] != data_hash(dataset):
+    dataset = load_dataset(Path(record["data"]["folder"]))
+    if record["hashes"]["data"] != data_hash(dataset):
         raise UserError(
             f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
         )
-    recommender = load_run(run, recipe)
+    trust = recipe.backbone.trust_remote_code  # given when the run was trained here
+    recommender = load(run, merge_adapter=settings.merge_adapter, assistant=False, trust_remote_code=trust)
     for part, value in recommender.hashes.items():
-        if facts["hashes"].get(part, value) != value:
+        if record["hashes"].get(part, value) != value:
             raise UserError(
                 f"the {part} of the recommender in {run} is not the one of its training (hash {value[:12]}, run.json "
-                f"says {facts['hashes'][part][:12]}); restore its files, or train again"
+                f"says {record['hashes'][part][:12]}); restore its files, or train again"
             )
-    if isinstance(recommender, GenerativeRecommender):
-        recommender = recommender.with_settings(**search_settings(recipe.evaluation))
-    return dataset, recommender
+    return dataset, recommender.configured(settings)
 
 
-def _config(recipe: Recipe) -> TrainConfig:
-    settings = recipe.training
-    shared = settings.model_dump(exclude={"supervision", "rows", "sample", "valid_users"})
-    return TrainConfig(**shared, seed=recipe.seed)
-
-
-def _used(
-    settings: EvaluationSettings, recommender: GenerativeRecommender | SequentialRecommender
-) -> dict[str, Any]:
-    """The settings a ranking depends on, for ``metrics.json``."""
-    if isinstance(recommender, SequentialRecommender):
-        return settings.model_dump(include={"search", "allow"}, mode="json") | {"support": "items"}
-    grounding = {"text_beams", "text_tokens", "gamma"}
-    if settings.search == "grounding":
-        used = settings.model_dump(include={"search", "allow", *grounding}, mode="json") | {"support": "none"}
-    else:
-        used = settings.model_dump(include={*SETTINGS, "allow"} - grounding - {"batch_users"}, mode="json")
-    return used | _adapter(recommender.backbone)
-
-
-def _depth(settings: EvaluationSettings) -> int | None:
-    """How many titles an evaluation asks for: all of them where all are scored anyway."""
-    every = {"catalogue": None, "grounding": None}
-    return (every | {"exact": max(settings.k, 10), "beam": settings.beams})[settings.search]
+def _assisted(
+    recommender: SavedRecommender, settings: EvaluationSettings, valid: Split, allow: Items | None
+) -> tuple[SavedRecommender, dict[str, Any] | None]:
+    """The recommender with the assistant of the settings, and how its weight was chosen, where it was."""
+    place, weight = settings.assistant, settings.assistant_weight
+    if place is None:
+        return recommender, None
+    recipe = open_run(place)[0]
+    weighs = {settings.search, *settings.choose} != {"grounding"}  # which has gamma
+    looks = settings.split == "valid" or settings.choose or (weight == "choose" and weighs)
+    if looks and recipe.training.rows != "train":
+        raise UserError(
+            f"the assistant {place} was trained on the validation rows, which are looked at here; give one trained on "
+            "train, or a number as assistant_weight"
+        )
+    helper = load(place, assistant=False, trust_remote_code=recipe.backbone.trust_remote_code)
+    recommender = recommender.with_settings(
+        assistant=helper, assistant_weight=0.5 if weight == "choose" else weight
+    )
+    if weight != "choose" or not weighs:
+        return recommender, None
+    best, tried = choose_weight(recommender, valid, settings.exclude, allow)
+    return recommender.with_settings(assistant_weight=best), tried
 
 
 def _against(evaluation: Evaluation, exact: Evaluation) -> dict[str, Any]:
@@ -236,7 +271,7 @@ def _against(evaluation: Evaluation, exact: Evaluation) -> dict[str, Any]:
 
 
 def _validator(
-    recipe: Recipe, dataset: Dataset, recommender: GenerativeRecommender | SequentialRecommender
+    recipe: Recipe, dataset: Dataset, recommender: SavedRecommender
 ) -> Callable[[Any], dict[str, float]]:
     """Metrics of the model as it is now on rows of the validation split, drawn once."""
     n_rows = dataset.valid.n_rows
@@ -253,7 +288,7 @@ def _validator(
             split,
             name="validation",
             split_name="valid",
-            depth=_depth(recipe.evaluation),
+            depth=recommender.depth(recipe.evaluation.k),
             exclude=recipe.evaluation.exclude,
             allow=allow,
         )
@@ -281,16 +316,16 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
         raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
     if _settled(load_recipe(out / "recipe.toml")) != _settled(recipe):
         raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
-    facts: dict[str, Any] = read_json(out / "run.json")
-    return facts
+    record: dict[str, Any] = read_json(out / "run.json")
+    return record
 
 
 def _settled(recipe: Recipe) -> dict[str, Any]:
     """What may not change when a run goes on; how often it reports and when it stops may."""
-    return recipe.model_dump(exclude={"training": set(FREE), "evaluation": True, "title": True})
+    return recipe.model_dump(exclude={"training": MAY_CHANGE, "evaluation": True, "title": True})
 
 
-def _facts(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]:
+def _record(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]:
     """What ``run.json`` says before training starts."""
     return {
         "format": 1,
@@ -305,36 +340,6 @@ def _facts(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]
         **learner.facts,
         "hashes": {"data": data_hash(dataset), **learner.facts["hashes"]},
     }
-
-
-def _adapter(backbone: Backbone) -> dict[str, str]:
-    """How the adapter was evaluated, for ``metrics.json``; nothing where there is none."""
-    if "lora" not in backbone.origin:
-        return {}
-    return {"adapter": "separate" if backbone.adapted else "merged"}
-
-
-def _card_facts(
-    recipe: Recipe,
-    facts: dict[str, Any],
-    dataset: Dataset,
-    recommender: GenerativeRecommender | SequentialRecommender,
-    evaluation: Evaluation,
-) -> CardFacts:
-    origin = facts["origin"]
-    if isinstance(recommender, GenerativeRecommender):  # as before its adapter was merged
-        origin = replace(recommender.backbone, origin=origin).anonymous().origin
-    return CardFacts(
-        name=recipe.title or recipe.name,
-        n_items=dataset.catalog.n_items,
-        example=dataset.catalog.title[int(np.argmax(recommender.counts))],
-        origin=origin,
-        settings=search_settings(recipe.evaluation),
-        recipe=recipe,
-        data=dataset.info,
-        run=facts,
-        metrics=evaluation.metrics,
-    )
 
 
 def _shown(run: Path) -> str:

@@ -20,22 +20,19 @@ from numpy.typing import NDArray
 from polars.io.plugins import register_io_source
 
 from triewise.data.catalog import Catalog
-from triewise.data.findings import Rows, lint
-from triewise.data.sources import read_source, settings_of
+from triewise.data.findings import Rows, count_findings
+from triewise.data.sources import Prepared, read_source, settings_of
 from triewise.data.splits import NAMES, Split
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, sha256_file, write_json
 from triewise.progress import note, progress
 
-FORMAT = 1
+DATA_FORMAT = 1
 FILES = ("catalog.parquet", *(f"{name}.parquet" for name in NAMES))
 _KEYS = ("source", "settings", "noun", "verb", "counts", "repairs", "notes", "sha256")
 _MANY_ROWS = 1 << 20  # from here on it takes long enough to say what is being done
 _ROWS_IN_GROUP = 1 << 18  # fixed, so that the bytes of a file do not depend on the number of threads
-_ROWS_TOGETHER = {
-    False: 1 << 20,
-    True: 1 << 18,
-}  # spelled out at a time, without and with all a user had before
+_ROWS_TOGETHER = (1 << 20, 1 << 18)  # spelled out at a time, without and with all a user had before
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +68,10 @@ class Dataset:
             """Read a split that is not there yet."""
             if name not in NAMES:
                 raise AttributeError(f"a Dataset has no attribute {name!r}")
-            table = _read_table(self.folder, f"{name}.parquet", self.info["sha256"])
-            vars(self)[name] = split = Split.from_frame(table)
-            return split
+            # Checked again: the folder may have been prepared anew since it was opened.
+            _check_table(self.folder, f"{name}.parquet", self.info["sha256"])
+            split = Split.from_frame(pl.read_parquet(self.folder / f"{name}.parquet"))
+            return vars(self).setdefault(name, split)
 
     @property
     def train_targets(self) -> NDArray[np.int64]:
@@ -88,9 +86,8 @@ class Dataset:
         without a user, those with one item of history are taken for first ones.
         """
         first: dict[object, int] = {}
-        for row, (user, length) in enumerate(
-            zip(self.train.user_id, self.train.history.lengths, strict=True)
-        ):
+        lengths = self.train.history.lengths
+        for row, (user, length) in enumerate(zip(self.train.user_id, lengths, strict=True)):
             if user is not None:
                 first.setdefault(user, row)
             elif length == 1:
@@ -123,8 +120,8 @@ def prepare(
         clean: How titles are cleaned; see :func:`triewise.data.catalog.clean_titles`.
         k_core: Users and items with fewer interactions are left out, again and again until none is left; 0 or 1
             keeps all. Not for published splits.
-        split: ``"leave-one-out"``, ``"time-windows"`` or ``"time-growing"``; see the functions of that name in
-            :mod:`triewise.data.splits`. Published splits stay as they are.
+        split: ``"leave-one-out"``, ``"time-windows"`` or ``"time-growing"``; see
+            :func:`triewise.data.splits.lazy_splits`. Published splits stay as they are.
 
     Returns:
         The data set in ``out``.
@@ -136,40 +133,36 @@ def prepare(
     settings = settings_of(source, max_history=max_history, clean=clean, k_core=k_core, split=split)
     _check_place(out)
     read = read_source(source, settings)
-    catalog = Catalog.from_titles(read.item_id, read.title)
     empty = [name for name in NAMES if not read.splits[name].n_rows]
     if empty:
         raise UserError(
             f"wanted rows for train, valid and test from {source}, found none for {empty[0]}; use more data"
         )
-    counts = {
-        "users": read.users,
-        "items": catalog.n_items,
-        "titles": catalog.n_titles,
-        "interactions": read.n_interactions,
-        **{f"{name}_rows": read.splits[name].n_rows for name in NAMES},
-    }
-    n_rows = sum(rows.n_rows for rows in read.splits.values())
-    if n_rows >= _MANY_ROWS:
-        note(f"looking for leaks, cold targets and repeats in {n_rows:,} rows")
-    info = {
-        "format": FORMAT,
-        "source": source,
-        "settings": settings,
-        "noun": read.noun,
-        "verb": read.verb,
-        "counts": counts,
+    info = {"format": DATA_FORMAT, "source": source, "settings": settings, **_described(read)}
+    try:
+        info = _write(out, read.catalog, read.splits, info)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"cannot write {out}: {error}; choose another folder") from None
+    return Dataset.in_folder(out, read.catalog, info)
+
+
+def _described(read: Prepared) -> dict[str, Any]:
+    """What ``dataset.json`` says of the data."""
+    rows = {f"{name}_rows": read.splits[name].n_rows for name in NAMES}
+    if sum(rows.values()) >= _MANY_ROWS:
+        note(f"looking for leaks, cold targets and repeats in {sum(rows.values()):,} rows")
+    findings = count_findings(read.splits, read.catalog, read.interactions)
+    sizes = {"users": read.users, "items": read.catalog.n_items, "titles": read.catalog.n_titles}
+    return {
+        "noun": read.words[0],
+        "verb": read.words[1],
+        "counts": {**sizes, "interactions": read.n_interactions, **rows},
         "repairs": read.repairs,
-        "lint": [asdict(finding) for finding in lint(read.splits, catalog, read.interactions)],
+        "lint": [asdict(finding) for finding in findings],
         "notes": list(read.notes),
         "citation": read.citation,
         "raw_sha256": read.raw_sha256,
     }
-    try:
-        info = _write(out, catalog, read.splits, info)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"cannot write {out}: {error}; choose another folder") from None
-    return Dataset.in_folder(out, catalog, info)
 
 
 def data_hash(dataset: Dataset) -> str:
@@ -191,10 +184,10 @@ def load_dataset(folder: Path) -> Dataset:
             f"run: triewise prepare SOURCE --out {folder}"
         )
     info = read_json(folder / "dataset.json")
-    found = info.get("format") if isinstance(info, dict) else None
-    if found != FORMAT:
+    version = info.get("format") if isinstance(info, dict) else None
+    if version != DATA_FORMAT:
         raise UserError(
-            f"wanted a prepared folder of format {FORMAT}, {folder} has {found!r}; prepare it again"
+            f"wanted a prepared folder of format {DATA_FORMAT}, {folder} has {version!r}; prepare it again"
         )
     absent = [name for name in _KEYS if name not in info]
     if absent:
@@ -203,12 +196,6 @@ def load_dataset(folder: Path) -> Dataset:
         _check_table(folder, name, info["sha256"])
     catalog = Catalog.from_frame(pl.read_parquet(folder / FILES[0]))
     return Dataset.in_folder(folder, catalog, info)
-
-
-def _read_table(folder: Path, name: str, hashes: Any) -> pl.DataFrame:
-    """A table of a prepared folder, checked again: the folder may have been prepared anew since it was opened."""
-    _check_table(folder, name, hashes)
-    return pl.read_parquet(folder / name)
 
 
 def _check_table(folder: Path, name: str, hashes: Any) -> None:
@@ -264,6 +251,5 @@ def _write_rows(path: Path, rows: Rows, advance: Callable[[int], None]) -> None:
             yield frame
             advance(len(frame))
 
-    register_io_source(parts, schema=schema).sink_parquet(
-        path, compression="zstd", row_group_size=_ROWS_IN_GROUP
-    )
+    frames = register_io_source(parts, schema=schema)
+    frames.sink_parquet(path, compression="zstd", row_group_size=_ROWS_IN_GROUP)

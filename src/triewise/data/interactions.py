@@ -13,9 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from triewise.arrays import Int32, Int64
+from triewise.arrays import Bool, Int32, Int64
 from triewise.errors import UserError
 
 
@@ -39,25 +38,15 @@ class Events:
 
 
 @dataclass(frozen=True, eq=False)
-class Interactions:
-    """Who met what when; R interactions of U users with I items.
+class Interactions(Events):
+    """Events without duplicates, by user and within a user by (timestamp, raw item id); U users, I items.
 
     Attributes:
-        user: User index, int32 (R,), ascending.
-        item: Item index, int32 (R,); within a user by (timestamp, raw item id).
-        timestamp: Unix seconds, int64 (R,).
-        user_id: Raw id of each user, U strings.
-        item_id: Raw id of each item, I strings.
         title: Title of each item, I strings.
         repairs: What was left out or put right, and how often.
         notes: What a reader of the numbers should know.
     """
 
-    user: Int32 = field(repr=False)
-    item: Int32 = field(repr=False)
-    timestamp: Int64 = field(repr=False)
-    user_id: tuple[str, ...] = field(repr=False)
-    item_id: tuple[str, ...] = field(repr=False)
     title: tuple[str, ...] = field(repr=False)
     repairs: dict[str, int]
     notes: tuple[str, ...] = ()
@@ -66,10 +55,7 @@ class Interactions:
     def from_frame(cls, events: pl.DataFrame, title: Mapping[str, str], k_core: int = 0) -> Interactions:
         """Number users and items, then :meth:`from_events`.
 
-        Args:
-            events: Columns ``user`` and ``item`` (strings) and ``timestamp`` (Unix seconds), in any order.
-            title: Title of each raw item id.
-            k_core: See :meth:`from_events`.
+        ``events`` has the columns ``user`` and ``item`` (strings) and ``timestamp`` (Unix seconds), in any order.
         """
         ids = [ordered_ids(events[name].unique().to_list()) for name in ("user", "item")]
         user, item = (
@@ -96,7 +82,6 @@ class Interactions:
             UserError: If the k-core is empty, or one of its items has no title or an empty one.
         """
         repairs = {"rows_out_of_time_order": _out_of_order(events)}
-        unused = len(title) - sum(item in title for item in events.item_id)
         columns = {"user": events.user, "item": events.item, "timestamp": events.timestamp}
         rows = pl.DataFrame(columns).sort("user", "timestamp", "item")
         user, item, timestamp = (rows[name].to_numpy() for name in columns)
@@ -110,7 +95,7 @@ class Interactions:
         notes: tuple[str, ...] = ()
         if k_core > 1:
             keep, notes = _core_with_note(user, item, keep, k_core)
-        repairs["titles_without_interactions"] = unused
+        repairs["titles_without_interactions"] = len(title) - sum(item in title for item in events.item_id)
         user, user_id = _renumbered(user[keep], events.user_id)
         item, item_id = _renumbered(item[keep], events.item_id)
         return cls(
@@ -155,19 +140,11 @@ def ordered_ids(ids: Iterable[str]) -> list[str]:
     return sorted(known)
 
 
-def core(user: Int32, item: Int32, k: int) -> NDArray[np.bool_]:
-    """Which interactions are in the k-core: each user and each item among them has at least ``k`` of them.
+def core(user: Int32, item: Int32, k: int) -> Bool:
+    """Which interactions (R,) are in the k-core: each user and each item among them has at least ``k`` of them.
 
     Users and items below ``k`` are left out, which may bring others below, until none is; the largest such set
     does not depend on the order in which they go. A repeated purchase counts each time.
-
-    Args:
-        user: User index, (R,).
-        item: Item index, (R,).
-        k: How many interactions a user or an item needs.
-
-    Returns:
-        bool (R,).
 
     >>> core(np.array([0, 0, 1, 1, 2]), np.array([0, 1, 0, 1, 0]), 2)
     array([ True,  True,  True,  True, False])
@@ -183,9 +160,7 @@ def core(user: Int32, item: Int32, k: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _core_with_note(
-    user: Int32, item: Int32, keep: NDArray[np.bool_], k: int
-) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+def _core_with_note(user: Int32, item: Int32, keep: Bool, k: int) -> tuple[Bool, tuple[str, ...]]:
     """The k-core of the interactions that are kept, and a line that says what it left."""
     kept = np.flatnonzero(keep)
     kept = kept[core(user[kept], item[kept], k)]

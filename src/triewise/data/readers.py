@@ -21,6 +21,7 @@ from triewise.data.movielens_files import INTERACTIONS, TITLES, film_titles, mov
 from triewise.data.tables import (
     ROW,
     Table,
+    counted,
     entries,
     find_file,
     names,
@@ -141,18 +142,14 @@ def recbole(folder: Path) -> Raw:
     Raises:
         UserError: Missing or ambiguous file or column, or a broken row.
     """
-    found = [path for path in entries(folder) if path.name.removesuffix(".gz").endswith(".inter")]
-    if len(found) != 1:
+    inters = [path for path in entries(folder) if path.name.removesuffix(".gz").endswith(".inter")]
+    if len(inters) != 1:
         raise UserError(
-            f"wanted one file NAME.inter in {folder}, found {names(found)}; keep one data set in a folder"
+            f"wanted one file NAME.inter in {folder}, found {names(inters)}; keep one data set in a folder"
         )
-    inter = found[0]
+    inter = inters[0]
     item = find_file(folder, inter.name.removesuffix(".gz").removesuffix(".inter") + ".item")
-    events, titles = _atomic(inter), _atomic(item)
-    repairs: dict[str, int] = {}
-    title = read_titles(titles, titles.one(ITEM, "item"), titles.one(TITLE, "title"), repairs)
-    columns = events.one(USER, "user"), events.one(ITEM, "item"), events.one(TIME, "time")
-    return Raw(read_events(events, *columns, repairs), title, (inter, item), repairs)
+    return _tables(_atomic(inter), _atomic(item))
 
 
 def _atomic(path: Path) -> Table:
@@ -181,16 +178,21 @@ def csv_folder(folder: Path) -> Raw:
     ]
     events = _one_table(folder, [t for t in tables if t.named(USER)], "user, item and timestamp")
     titles = _one_table(folder, [t for t in tables if not t.named(USER) and t.named(TITLE)], "item and title")
+    return _tables(events, titles)
+
+
+def _tables(events: Table, titles: Table) -> Raw:
+    """Two tables whose columns are found by their names."""
     repairs: dict[str, int] = {}
     title = read_titles(titles, titles.one(ITEM, "item"), titles.one(TITLE, "title"), repairs)
     columns = events.one(USER, "user"), events.one(ITEM, "item"), events.one(TIME, "time")
     return Raw(read_events(events, *columns, repairs), title, (events.path, titles.path), repairs)
 
 
-def _one_table(folder: Path, found: list[Table], columns: str) -> Table:
-    if len(found) == 1:
-        return found[0]
-    there = names([table.path for table in found] or entries(folder))
+def _one_table(folder: Path, tables: list[Table], columns: str) -> Table:
+    if len(tables) == 1:
+        return tables[0]
+    there = names([table.path for table in tables] or entries(folder))
     raise UserError(
         f"wanted one table (.csv, .csv.gz, .tsv, .tsv.gz or .parquet) with the columns {columns} in {folder}, "
         f"found {there}; keep one of each in a folder"
@@ -222,8 +224,8 @@ def read_events(table: Table, user: str, item: str, time: str, repairs: dict[str
     )
     rows = table.collect(*coded, table.seconds(time).alias("time")).with_row_index(ROW, offset=1)
     blank = rows["user"].is_null() & rows["item"].is_null() & rows["time"].is_null()
-    if blank.any():
-        repairs["blank_rows"] = repairs.get("blank_rows", 0) + int(blank.sum())
+    if blank.any():  # a table may be large
+        counted(repairs, "blank_rows", blank.sum())
         rows = rows.filter(~blank)
     for name, column in (("user", user), ("item", item)):
         refuse_empty(rows, rows[name].is_null(), column, table.path)
@@ -248,8 +250,8 @@ def _whole_seconds(
             f"{table.path}, row {row}: wanted {wanted} in column {column}, got "
             + ("an empty cell; fill it in" if got in (None, "") else f"{shown(got)}; repair the cell")
         )
-    counts = {"milliseconds": large.sum(), "fractions_of_a_second": fractions.sum()}
-    repairs.update({name: int(count) for name, count in counts.items() if count})
+    counted(repairs, "milliseconds", large.sum())
+    counted(repairs, "fractions_of_a_second", fractions.sum())
     return time.astype(np.int64)
 
 
@@ -271,9 +273,8 @@ def read_titles(table: Table, item: str, title: str, repairs: dict[str, int]) ->
     rows = rows.with_row_index(ROW, offset=1)
     untitled = rows["title"].is_null() | (rows["title"].str.strip_chars() == "")
     blank = untitled & rows["item"].is_null()
-    for name, count in (("blank_rows", blank), ("catalogue_rows_without_title", untitled & ~blank)):
-        if count.any():
-            repairs[name] = repairs.get(name, 0) + int(count.sum())
+    counted(repairs, "blank_rows", blank.sum())
+    counted(repairs, "catalogue_rows_without_title", (untitled & ~blank).sum())
     rows = rows.filter(~untitled)
     refuse_empty(rows, rows["item"].is_null(), item, table.path)
     return _one_title_each(zip(rows["item"], rows["title"], strict=True), table.path, repairs)
@@ -292,8 +293,7 @@ def _one_title_each(pairs: Iterable[tuple[str, str]], path: Path, repairs: dict[
                 f"{path}: wanted one title for each item, got {shown(title_of[item])} and {shown(title)} for "
                 f"{item!r}; drop one of the two rows"
             )
-    if repeated:
-        repairs["catalogue_rows_repeated"] = repeated
+    counted(repairs, "catalogue_rows_repeated", repeated)
     if not title_of:
         raise UserError(f"wanted titles in {path}, found none; copy or download it again")
     return title_of

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from triewise.arrays import Ragged
-from triewise.data.catalog import clean_titles
+from triewise.data.catalog import Catalog, clean_titles
 from triewise.data.fetch import CITATION, RELEASES
 from triewise.data.interactions import Interactions
 from triewise.data.published import Published, read_d3, read_msl
 from triewise.data.readers import Raw, csv_folder, movielens, movielens_folder, recbole
-from triewise.data.splits import NAMES, WAYS, Places, Split, places
+from triewise.data.splits import NAMES, WAYS, LazySplit, Split, lazy_splits
 from triewise.errors import UserError
 from triewise.files import sha256_file
 
@@ -27,7 +26,6 @@ _RAW: dict[str, Callable[[Path], Raw]] = {
     "csv": csv_folder,
 }
 _LATER = ("amazon", "steam")
-
 
 # What the items are and what users did with them, by a word in the name of the folder or of a file: the words
 # of the papers ("musics" is D3's).
@@ -55,28 +53,24 @@ class Prepared:
     """What a source becomes before it is written.
 
     Attributes:
-        item_id: Raw id of each item.
-        title: Title of each item, cleaned.
+        catalog: The items, their titles cleaned.
         splits: ``train``, ``valid`` and ``test``.
         interactions: What the rows were made from; None for a published split.
         users: Number of users.
         n_interactions: Number of interactions behind the rows.
-        noun: What the items are, for prompts.
-        verb: What users did with them, for prompts.
+        words: What the items are and what users did with them, for prompts.
         repairs: What was left out or put right, and how often.
         notes: What a reader of the numbers should know.
         citation: Whom to cite, if the source says.
         raw_sha256: Hash of each file that was read.
     """
 
-    item_id: tuple[str, ...]
-    title: tuple[str, ...]
-    splits: Mapping[str, Split | Places]
+    catalog: Catalog
+    splits: Mapping[str, Split | LazySplit]
     interactions: Interactions | None
     users: int
     n_interactions: int
-    noun: str
-    verb: str
+    words: tuple[str, str]
     repairs: dict[str, int]
     notes: tuple[str, ...]
     citation: str | None
@@ -84,14 +78,7 @@ class Prepared:
 
 
 def settings_of(source: str, *, max_history: int, clean: str, k_core: int, split: str) -> dict[str, Any]:
-    """The settings as ``dataset.json`` holds them, checked before anything is read.
-
-    Args:
-        source: A source string.
-        max_history: Histories are cut to the last so many items; at least 1.
-        clean: One of :data:`triewise.data.catalog.CLEAN`.
-        k_core: 0 or 1 for none.
-        split: One of :data:`triewise.data.splits.WAYS`; a published split stays as it is.
+    """The settings as ``dataset.json`` holds them, checked before anything is read; arguments as in `prepare`.
 
     Raises:
         UserError: Unknown source, a setting out of range, or one that a published split cannot follow.
@@ -115,19 +102,13 @@ def settings_of(source: str, *, max_history: int, clean: str, k_core: int, split
 
 
 def read_source(source: str, settings: Mapping[str, Any]) -> Prepared:
-    """Read a source and make titles and rows of it.
-
-    Args:
-        source: A source string.
-        settings: What :func:`settings_of` gave.
+    """Read a source and make titles and rows of it, with the settings that :func:`settings_of` gave.
 
     Raises:
         UserError: Broken files, an empty k-core, an item without a title.
     """
     kind, place = _parsed(source)
-    if kind in _PUBLISHED:
-        return _published(kind, Path(place), settings)
-    return _raw(kind, Path(place), settings)
+    return (_published if kind in _PUBLISHED else _raw)(kind, Path(place), settings)
 
 
 def _parsed(source: str) -> tuple[str, str]:
@@ -155,22 +136,18 @@ def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
             f"wanted a title for each item, clean = {settings['clean']!r} leaves nothing of {len(emptied)}, "
             f"first {emptied[0]!r}; repair them"
         )
-    needed, missed = (
-        (3, "users_without_test_row") if settings["split"] == WAYS[0] else (2, "users_without_row")
-    )
-    short = int((np.bincount(interactions.user) < needed).sum())
+    leaves_one_out = settings["split"] == WAYS[0]
+    short = int((np.bincount(interactions.user) < (3 if leaves_one_out else 2)).sum())
+    missed = "users_without_test_row" if leaves_one_out else "users_without_row"
     films = kind in RELEASES or kind == "movielens"
-    noun, verb = _FILMS if films else _words(_OTHER_WORDS, folder, raw.files)
-    parts = places(interactions, settings["split"], settings["max_history"])
+    parts = lazy_splits(interactions, settings["split"], settings["max_history"])
     return Prepared(
-        item_id=interactions.item_id,
-        title=title,
+        catalog=Catalog.from_titles(interactions.item_id, title),
         splits=dict(zip(NAMES, parts, strict=True)),
         interactions=interactions,
         users=len(interactions.user_id),
         n_interactions=len(interactions.item),
-        noun=noun,
-        verb=verb,
+        words=_FILMS if films else _words(_OTHER_WORDS, folder, raw.files),
         repairs=repairs | ({missed: short} if short else {}),
         notes=("every rating is an interaction, whatever its value",) * films + interactions.notes,
         citation=CITATION if films else None,
@@ -180,17 +157,15 @@ def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
 
 def _published(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
     published = _PUBLISHED[kind](folder)
-    noun, verb = _words(_MSL_WORDS if kind == "msl" else _D3_WORDS, folder, published.files)
     repairs = dict(published.repairs)
+    title = _cleaned(published.titles.title, settings["clean"], repairs)
     return Prepared(
-        item_id=tuple(str(item) for item in published.titles.item_id),
-        title=_cleaned(published.titles.title, settings["clean"], repairs),
+        catalog=Catalog.from_titles([str(item) for item in published.titles.item_id], title),
         splits={name: _cut(published.splits[name], settings["max_history"]) for name in NAMES},
         interactions=None,
         users=published.users,
         n_interactions=published.interactions,
-        noun=noun,
-        verb=verb,
+        words=_words(_MSL_WORDS if kind == "msl" else _D3_WORDS, folder, published.files),
         repairs=repairs,
         notes=published.notes,
         citation=None,
@@ -208,16 +183,15 @@ def _cleaned(titles: tuple[str, ...], clean: str, repairs: dict[str, int]) -> tu
 
 
 def _cut(split: Split, max_history: int) -> Split:
-    history: Ragged = split.history.last(max_history)
-    return Split(split.user_id, history, split.target, split.timestamp, split.seen)
+    return replace(split, history=split.history.last(max_history))
 
 
 def _words(words: Mapping[str, tuple[str, str]], folder: Path, files: tuple[Path, ...]) -> tuple[str, str]:
     """Noun and verb for prompts, by the name of the folder or else of its files."""
     for name in (folder.resolve().name.lower(), *(file.name.lower() for file in files)):
-        for word, found in words.items():
+        for word, noun_and_verb in words.items():
             if word in name:
-                return found
+                return noun_and_verb
     return _UNKNOWN_WORDS
 
 

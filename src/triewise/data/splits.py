@@ -1,11 +1,12 @@
 """Histories and targets: leave-one-out, sliding windows and growing histories of interactions.
 
-A split of many rows is first only the places of its targets among the interactions (:class:`Places`); histories
+A split of many rows is first only the places of its targets among the interactions (:class:`LazySplit`); histories
 are spelled out a part at a time. Shape suffixes: R rows, I items, U users.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,13 +61,7 @@ class Split:
 
     def part(self, start: int, stop: int) -> Split:
         """The rows from ``start`` to before ``stop``; views."""
-        return Split(
-            user_id=self.user_id[start:stop],
-            history=self.history.part(start, stop),
-            target=self.target[start:stop],
-            timestamp=self.timestamp[start:stop],
-            seen=None if self.seen is None else self.seen.part(start, stop),
-        )
+        return self._picked(slice(start, stop), lambda rows: rows.part(start, stop))
 
     def frame(self, start: int, stop: int) -> pl.DataFrame:
         """The rows from ``start`` to before ``stop``, as :meth:`to_frame` gives them."""
@@ -74,13 +69,11 @@ class Split:
 
     def take(self, rows: Int64) -> Split:
         """The rows with these numbers, in this order."""
-        return Split(
-            user_id=self.user_id[rows],
-            history=self.history.take(rows),
-            target=self.target[rows],
-            timestamp=self.timestamp[rows],
-            seen=None if self.seen is None else self.seen.take(rows),
-        )
+        return self._picked(rows, lambda ragged: ragged.take(rows))
+
+    def _picked(self, rows: slice | Int64, pick: Callable[[Ragged], Ragged]) -> Split:
+        seen = None if self.seen is None else pick(self.seen)
+        return Split(self.user_id[rows], pick(self.history), self.target[rows], self.timestamp[rows], seen)
 
     def then(self, other: Split) -> Split:
         """These rows and after them those of ``other``; without ``seen``, which training does not need."""
@@ -112,7 +105,7 @@ def _shared(column: pl.Series) -> NDArray[Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Places:
+class LazySplit:
     """A split whose rows are not spelled out yet.
 
     Attributes:
@@ -170,72 +163,30 @@ class Places:
         return self.part(0, self.n_rows)
 
 
-Splits = tuple[Split, Split, Split]
+def lazy_splits(
+    interactions: Interactions, way: str, max_history: int = 20
+) -> tuple[LazySplit, LazySplit, LazySplit]:
+    """Train, validation and test rows, by the places of their targets.
 
-
-def leave_one_out(interactions: Interactions, max_history: int = 20) -> Splits:
-    """Train, validation and test rows: a user's last item is for the test, the one before it for validation.
-
-    Users are walked in (timestamp, raw item id) order. Training rows have every item from the second to the
-    third last as target. A user with fewer than three interactions has training rows only.
-
-    Args:
-        interactions: Who met what when.
-        max_history: A history is the last so many items before the target.
-
-    Returns:
-        Three splits. Those of validation and test also have ``seen``, all earlier items of the user.
-    """
-    return _spelled_out(places(interactions, "leave-one-out", max_history))
-
-
-def time_windows(interactions: Interactions, max_history: int = 20) -> Splits:
-    """Sliding windows, split 8:1:1 by the time of the target over all users.
-
-    A user with n interactions (numbered from 0) gives a row for each target i = min(H, n - 1) .. n - 1, whose
-    history is the H items before it: n - H full windows, or one row with everything before the last item where
-    n <= H; a user with one interaction gives none. Rows are sorted by the target's time; rows of the same time
-    keep the order (user, time, item). The first floor(0.8 R) are for training, those up to floor(0.9 R) for
-    validation, the rest for the test.
+    * ``leave-one-out``: a user's last item is for the test, the one before it for validation, the items from the
+      second to the third last are the targets of training rows. A user with fewer than three interactions has
+      training rows only. Rows of validation and test also have ``seen``, all earlier items of the user.
+    * ``time-windows``: a user with n interactions (numbered from 0) gives a row for each target
+      i = min(H, n - 1) .. n - 1, whose history is the H items before it: n - H full windows, or one row with
+      everything before the last item where n <= H; a user with one interaction gives none. Rows are sorted by the
+      target's time over all users; rows of the same time keep the order (user, time, item). The first floor(0.8 R) are
+      for training, those up to floor(0.9 R) for validation, the rest for the test. There is no ``seen``: over all rows
+      it would grow with the square of what a user did.
+    * ``time-growing``: the same, but every item of a user from the second on is the target of a row, and its history
+      the last H items before it: n - 1 rows for n interactions.
 
     Args:
-        interactions: Who met what when.
-        max_history: H, the length of a window without its target (papers: 10).
+        interactions: Who met what when; walked in (timestamp, raw item id) order.
+        way: One of :data:`WAYS`.
+        max_history: H; a history is the last so many items before the target (papers: 10).
 
-    Returns:
-        Three splits, without ``seen``: over all rows it would grow with the square of what a user did.
-
-    Source: the data of BIGRec and MSL (arXiv:2504.04178). *Differs from the authors' code*: items of a user
-    with equal times are ordered by raw id, not by their place in the file.
-    """
-    return _spelled_out(places(interactions, "time-windows", max_history))
-
-
-def time_growing(interactions: Interactions, max_history: int = 20) -> Splits:
-    """Growing histories, split 8:1:1 by the time of the target over all users.
-
-    Like :func:`time_windows`, but every item of a user from the second on is the target of a row, and its
-    history the last ``max_history`` items before it: n - 1 rows for n interactions.
-
-    Args:
-        interactions: Who met what when.
-        max_history: Longest history (papers: 10).
-
-    Returns:
-        Three splits, without ``seen``.
-
-    Source: the data of D3 and IGD.
-    """
-    return _spelled_out(places(interactions, "time-growing", max_history))
-
-
-def places(interactions: Interactions, way: str, max_history: int = 20) -> tuple[Places, Places, Places]:
-    """Train, validation and test rows by the places of their targets.
-
-    Args:
-        interactions: Who met what when.
-        way: One of :data:`WAYS`; see the function of that name.
-        max_history: A history is the last so many items before the target.
+    Source: windows are the data of BIGRec and MSL (arXiv:2504.04178), growing histories those of D3 and IGD. *Differs
+    from the authors' code*: items of a user with equal times are ordered by raw id, not by their place in the file.
     """
     interactions = interactions.in_order()
     first, user = interactions.first, interactions.user
@@ -253,14 +204,11 @@ def places(interactions: Interactions, way: str, max_history: int = 20) -> tuple
         parts = np.split(place, [8 * len(place) // 10, 9 * len(place) // 10])
     user_id = np.array(interactions.user_id, dtype=object)
     train, valid, test = (
-        Places(interactions, _narrow(part), max_history, way == WAYS[0] and name != "train", first, user_id)
+        LazySplit(
+            interactions, _narrow(part), max_history, way == WAYS[0] and name != "train", first, user_id
+        )
         for name, part in zip(NAMES, parts, strict=True)
     )
-    return train, valid, test
-
-
-def _spelled_out(parts: tuple[Places, Places, Places]) -> Splits:
-    train, valid, test = (part.whole() for part in parts)
     return train, valid, test
 
 

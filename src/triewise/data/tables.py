@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, SupportsInt
 
 import numpy as np
 import polars as pl
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from triewise.errors import UserError
 
-Int64 = NDArray[np.int64]
 ROW = "row number"  # column with the number of a data row: the first row after the header is 1
 _INTEGER = r"^\s*-?[0-9]+(?:\.0*)?\s*$"
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
@@ -92,6 +91,12 @@ def check_text(path: Path) -> None:
         raise UserError(f"wanted rows in {path}, which is empty; copy or download it again")
 
 
+def counted(repairs: dict[str, int], name: str, count: SupportsInt) -> None:
+    """Add to how often something was put right; what never was is not named."""
+    if int(count):
+        repairs[name] = repairs.get(name, 0) + int(count)
+
+
 def shown(value: object) -> str:
     """A cell for a message: quoted, and cut where it is long."""
     text = repr(value)
@@ -159,7 +164,7 @@ def read_rows(
         rows = pl.read_csv(source, columns=wanted, infer_schema=False, row_index_name=ROW, row_index_offset=1)
     blank = rows.select(pl.all_horizontal(pl.col(wanted).is_null())).to_series()
     if blank.any():
-        repairs["blank_rows"] = repairs.get("blank_rows", 0) + int(blank.sum())
+        counted(repairs, "blank_rows", blank.sum())
         rows = rows.filter(~blank)
     if rows.is_empty():
         raise UserError(f"wanted rows in {path}, found only a header; copy or download it again")
@@ -168,12 +173,11 @@ def read_rows(
     return rows
 
 
-def integers(rows: pl.DataFrame, column: str, path: Path) -> Int64:
+def integers(rows: pl.DataFrame, column: str, path: Path) -> NDArray[np.int64]:
     """A column of whole numbers, int64 (R,)."""
     text = pl.col(column).str.strip_chars().str.replace(r"\.0*$", "")
-    values = rows.select(
-        pl.when(pl.col(column).str.contains(_INTEGER)).then(text).cast(pl.Int64, strict=False)
-    ).to_series()
+    whole = pl.when(pl.col(column).str.contains(_INTEGER)).then(text)
+    values = rows.select(whole.cast(pl.Int64, strict=False)).to_series()
     refuse(rows, values.is_null(), column, path, "a whole number")
     return values.to_numpy(writable=True)
 
@@ -181,10 +185,9 @@ def integers(rows: pl.DataFrame, column: str, path: Path) -> Int64:
 def refuse(rows: pl.DataFrame, bad: pl.Series, column: str, path: Path, wanted: str) -> None:
     """Raise one line for the first row in which ``bad`` is true; ``rows`` has :data:`ROW` and ``column``."""
     if bad.any():
-        first = int(bad.arg_true()[0])
+        first = rows.row(int(bad.arg_true()[0]), named=True)
         raise UserError(
-            f"{path}, row {rows[ROW][first]}: wanted {wanted} in column {column}, "
-            f"got {shown(rows[column][first])}; repair the cell"
+            f"{path}, row {first[ROW]}: wanted {wanted} in column {column}, got {shown(first[column])}; repair the cell"
         )
 
 
@@ -245,12 +248,12 @@ class Table:
         Raises:
             UserError: If there is none, or more than one.
         """
-        found = self.named(known)
-        if len(found) == 1:
-            return found[0]
-        if found:
+        columns = self.named(known)
+        if len(columns) == 1:
+            return columns[0]
+        if columns:
             raise UserError(
-                f"wanted one column for the {what} in {self.path}, found {', '.join(found)}; "
+                f"wanted one column for the {what} in {self.path}, found {', '.join(columns)}; "
                 "rename those that are not meant"
             )
         raise UserError(

@@ -6,25 +6,25 @@ Dimension key: B users, W beams.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from triewise.decoding.filters import TitleFilter
-from triewise.decoding.growth import Edges, children
+from triewise.arrays import Bool, Int64, among_best
 from triewise.decoding.scoring import (
     Discards,
     Hypotheses,
     Rule,
-    among_best,
     best_of_each,
     divided,
     is_permitted,
     place_among,
 )
-from triewise.tokens import Trie
 
-Ints = NDArray[np.int64]
+if TYPE_CHECKING:
+    from triewise.decoding.filters import TitleFilter
+    from triewise.decoding.growth import Edges
+    from triewise.tokens import Trie
 
 
 class Beams:
@@ -46,15 +46,15 @@ class Beams:
         self.results: list[Hypotheses] = []
         self.discards = Discards(trie, length_penalty, filters)
 
-    def start(self, user: Ints) -> None:
+    def start(self, user: Int64) -> None:
         """Begin with some users: those who may get nothing are done after one round."""
         self.live = self.live.then(Hypotheses.roots(user))
 
-    def request(self) -> tuple[Ints, Ints]:
+    def request(self) -> tuple[Int64, Int64]:
         """The live prefixes."""
         return self.live.user, self.live.node
 
-    def foreseen(self) -> tuple[Ints, Ints]:
+    def foreseen(self) -> tuple[Int64, Int64]:
         """What lies below the live prefixes, level by level, as far down as nothing has to be dropped."""
         trie, n_users, user, node = self.trie, len(self.filters), self.live.user, self.live.node
         users, nodes = [user[:0]], [node[:0]]
@@ -64,7 +64,7 @@ class Beams:
             size = trie.n_children[node]
             # Where many edges lead on, only a filter may leave few.
             few = (np.bincount(user, size, n_users)[user] <= self.beams) | filtered[user]
-            row, node = children(trie, node[few])
+            node, row = trie.below(node[few])
             user = user[few][row]
             permitted = is_permitted(self.filters, user, node)
             user, node = user[permitted], node[permitted]
@@ -77,28 +77,25 @@ class Beams:
             nodes.append(node)
         return np.concatenate(users), np.concatenate(nodes)
 
-    def update(self, edges: Edges) -> Ints:
+    def update(self, edges: Edges) -> Int64:
         """One token for every user."""
         trie, before = self.trie, np.unique(self.live.user)
-        found = self.live.continued(edges, self.rule, self.filters)
-        near = among_best(found.user, found.total, 2 * self.beams)
-        self.discards.add(found.take(~near))
-        found = found.take(near)
-        order, rank = best_of_each(found.user, found.total, trie.item_lo[found.node])
-        found, leaf = found.take(order), trie.is_leaf[found.node[order]]
+        longer = self.live.continued(edges, self.rule, self.filters)
+        longer, far = longer.parted(among_best(longer.user, longer.total, 2 * self.beams))
+        self.discards.add(far)
+        order, rank = best_of_each(longer.user, longer.total, trie.item_lo[longer.node])
+        longer, leaf = longer.take(order), trie.is_leaf[longer.node[order]]
         top = rank < 2 * self.beams
         ends = leaf & (rank < self.beams)
-        goes_on = top & ~leaf & (place_among(found.user, top & ~leaf) < self.beams)
-        self.discards.add(found.take(~(ends | goes_on)))
-        self._finish(found.take(ends))
-        self.live = found.take(goes_on)
-        stopped = self._stopped()[self.live.user]
-        self.discards.add(self.live.take(stopped))
-        self.live = self.live.take(~stopped)
+        goes_on = top & ~leaf & (place_among(longer.user, top & ~leaf) < self.beams)
+        self.discards.add(longer.take(~(ends | goes_on)))
+        self._finish(longer.take(ends))
+        self.live = longer.take(goes_on)
+        stopped, self.live = self.live.parted(self._stopped()[self.live.user])
+        self.discards.add(stopped)
         through = np.setdiff1d(before, self.live.user)
-        ours = np.isin(self.done.user, through)
-        self.results.append(self.done.take(ours))
-        self.done = self.done.take(~ours)
+        result, self.done = self.done.parted(np.isin(self.done.user, through))
+        self.results.append(result)
         return through
 
     def _finish(self, ended: Hypotheses) -> None:
@@ -106,12 +103,10 @@ class Beams:
         if len(ended.node):
             together = self.done.then(divided(ended, self.trie, self.penalty))
             order, rank = best_of_each(together.user, together.total, self.trie.item_lo[together.node])
-            together = together.take(order)
-            dropped = together.take(rank >= self.beams)
+            self.done, dropped = together.take(order).parted(rank < self.beams)
             self.discards.add_scores(dropped.user, dropped.total)
-            self.done = together.take(rank < self.beams)
 
-    def _stopped(self) -> NDArray[np.bool_]:
+    def _stopped(self) -> Bool:
         """(B,) whether a user's beams can improve nothing any more, as ``early_stopping=False`` judges it."""
         n_users = len(self.filters)
         best = np.full(n_users, -np.inf, dtype=np.float32)
@@ -119,5 +114,5 @@ class Beams:
         worst = np.full(n_users, np.inf, dtype=np.float32)
         np.minimum.at(worst, self.done.user, self.done.total)
         full = np.bincount(self.done.user, minlength=n_users) >= self.beams
-        stopped: NDArray[np.bool_] = full & (best <= worst)
+        stopped: Bool = full & (best <= worst)
         return stopped

@@ -7,26 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.decoding.beams import Beams
-from triewise.decoding.filters import TitleFilter
 from triewise.decoding.growth import Edges, Growth, forced_runs
-from triewise.decoding.scoring import (
-    Hypotheses,
-    Rule,
-    best_of_each,
-    bounds,
-    divided,
-    kth_score,
-    place_among,
-)
+from triewise.decoding.scoring import Hypotheses, Rule, best_of_each, bounds, divided, kth_score, place_among
+
+if TYPE_CHECKING:
+    from triewise.decoding.beams import Beams
+    from triewise.decoding.filters import TitleFilter
+
+Int64 = NDArray[np.int64]
+
 
 # Times k: prefixes of a user in one round. No expansion was wasted up to 3, and a round less costs more.
 WIDTH = 2
-Ints = NDArray[np.int64]
 
 
 class BestFirst:
@@ -47,7 +44,7 @@ class BestFirst:
         k: int,
         length_penalty: float,
         max_expansions: int | None,
-        first: Beams | None,
+        first: Beams,
     ) -> None:
         self.growth, self.trie, self.rule, self.filters = growth, growth.trie, rule, filters
         self.k, self.penalty, self.limit, self.first = k, length_penalty, max_expansions, first
@@ -59,14 +56,14 @@ class BestFirst:
         self.beams = Hypotheses.none()  # titles that the beam search of users who go on had found
         self._asked = Hypotheses.none()
 
-    def start(self, user: Ints) -> None:
+    def start(self, user: Int64) -> None:
         """Begin with some users, in vocabulary support with a beam search."""
-        if self.first is None:
-            self.open = self.open.then(Hypotheses.roots(user))
-        else:
+        if self.growth.engine.support == "vocabulary":
             self.first.start(user)
+        else:
+            self.open = self.open.then(Hypotheses.roots(user))
 
-    def request(self) -> tuple[Ints, Ints]:
+    def request(self) -> tuple[Int64, Int64]:
         """The open prefixes whose bounds are among the best 2 k of open prefixes and finished titles; at least one."""
         bound = bounds(self.open.total, self.open.node, self.trie, self.penalty)
         everything = np.concatenate([bound, self.done.total])
@@ -80,34 +77,30 @@ class BestFirst:
         chosen = is_open & ((rank < width) | (place_among(user[order], is_open) == 0))
         asked = np.zeros(len(bound), dtype=bool)
         asked[order[chosen]] = True
-        place = np.argsort(self.open.user[asked], kind="stable")
-        self._asked, self.open = self.open.take(asked).take(place), self.open.take(~asked)
-        if self.first is None:
-            return self._asked.user, self._asked.node
+        mine, self.open = self.open.parted(asked)
+        self._asked = mine.take(np.argsort(mine.user, kind="stable"))
         user, node = self.first.request()
         return np.concatenate([user, self._asked.user]), np.concatenate([node, self._asked.node])
 
-    def foreseen(self) -> tuple[Ints, Ints]:
+    def foreseen(self) -> tuple[Int64, Int64]:
         """What the beam search that comes first foresees, and forced tokens below what is asked for."""
-        if self.first is None:
-            return self._asked.user[:0], self._asked.node[:0]
         below = forced_runs(self.trie, self._asked.user, self._asked.node)
         user, node = (np.concatenate(pair) for pair in zip(self.first.foreseen(), below, strict=True))
         return user, node
 
-    def update(self, edges: Edges) -> Ints:
+    def update(self, edges: Edges) -> Int64:
         """One round: expand, follow forced tokens, drop what cannot matter."""
-        n_first = 0 if self.first is None else len(self.first.request()[0])
+        n_first = len(self.first.request()[0])
         mine = edges.row >= n_first
         asked = self._asked
         self.expanded += np.bincount(asked.user, minlength=len(self.filters))
         touched = np.unique(asked.user)
         self._take_in(asked.continued(edges.take(mine, n_first), self.rule, self.filters))
-        if self.first is not None and n_first:
+        if n_first:
             through = self.first.update(edges.take(~mine, 0))
-            found = self.first.results.pop()
-            self.threshold[through] = kth_score(found, self.k, len(self.filters))[through]
-            self.beams = self.beams.then(found)
+            titles = self.first.results.pop()
+            self.threshold[through] = kth_score(titles, self.k, len(self.filters))[through]
+            self.beams = self.beams.then(titles)
             self.open = self.open.then(Hypotheses.roots(through))
             touched = np.union1d(touched, through)
         kth = np.maximum(kth_score(self.done, self.k, len(self.filters)), self.threshold)
@@ -124,24 +117,22 @@ class BestFirst:
             self.done = both.take(np.unique(key, return_index=True)[1])
         through = np.setdiff1d(touched, self.open.user)
         self.beams = self.beams.take(~np.isin(self.beams.user, through))
-        ours = np.isin(self.done.user, through)
-        self.results.append(self.done.take(ours))
-        self.done = self.done.take(~ours)
+        result, self.done = self.done.parted(np.isin(self.done.user, through))
+        self.results.append(result)
         return through
 
-    def _take_in(self, found: Hypotheses) -> None:
+    def _take_in(self, longer: Hypotheses) -> None:
         """Sort new prefixes into finished titles and open ones; those whose edges are known go on at once."""
-        while len(found.node):
+        while len(longer.node):
             if self.growth.engine.support == "trie":  # forced tokens cost nothing and score nothing
-                found = replace(found, node=self.trie.next_decision[found.node].astype(np.int64))
-            leaf = self.trie.is_leaf[found.node]
-            together = self.done.then(divided(found.take(leaf), self.trie, self.penalty))
+                longer = replace(longer, node=self.trie.next_decision[longer.node].astype(np.int64))
+            titles, longer = longer.parted(self.trie.is_leaf[longer.node])
+            together = self.done.then(divided(titles, self.trie, self.penalty))
             # Ties at the last place stay in: which of them is returned is decided by item index, at the end.
             kth = kth_score(together, self.k, len(self.filters))
             self.done = together.take(together.total >= kth[together.user])
-            found = found.take(~leaf)
-            known = self.trie.n_children[found.node] == 1
-            known[known] = self.growth.known(found.user[known], found.node[known])
-            self.open = self.open.then(found.take(~known))
-            found = found.take(known)
-            found = found.continued(self.growth.expand(found.user, found.node), self.rule, self.filters)
+            known = self.trie.n_children[longer.node] == 1
+            known[known] = self.growth.known(longer.user[known], longer.node[known])
+            longer, open_ones = longer.parted(known)
+            self.open = self.open.then(open_ones)
+            longer = longer.continued(self.growth.expand(longer.user, longer.node), self.rule, self.filters)

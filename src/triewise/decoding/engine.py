@@ -11,6 +11,7 @@ head, E edges scored in a chunk, U distinct tokens on them, V vocabulary, D widt
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,21 +25,17 @@ from torch import Tensor
 
 from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, common_length, pad
 from triewise.errors import UserError
-from triewise.models import (
-    hand_head_matches,
-    head_bias,
-    head_weight,
-    is_recurrent,
-    shortest_window,
-    takes_masks,
-)
+from triewise.models import Measured, hand_head_matches, head_bias, head_weight, refusal, relative
 from triewise.tokens import Trie
+
+Int64 = NDArray[np.int64]
+
 
 Support = Literal["trie", "vocabulary"]
 AT_ONCE = 16
 SHARED_AT_LEAST = 8  # tokens of a common beginning that are worth a forward of their own
 CHUNK = 256  # nodes of one forward: large enough for good matrix products, small enough for the cache
-LOGITS_AT_ONCE = 1 << 24  # elements of a vocabulary-sized logit block
+LOGIT_BLOCK = 1 << 24  # logits of the whole vocabulary that are held at one time
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,15 @@ class Children:
         column: int64 (E,), index into ``token``.
     """
 
-    node: NDArray[np.int64]
-    row: NDArray[np.int64]
-    token: NDArray[np.int64]
-    column: NDArray[np.int64]
+    node: Int64
+    row: Int64
+    token: Int64
+    column: Int64
 
     @classmethod
-    def below(cls, trie: Trie, node: NDArray[np.int64]) -> Children:
+    def below(cls, trie: Trie, node: Int64) -> Children:
         """The edges below nodes (R,)."""
-        first = trie.child_ptr[node].astype(np.int64)
-        size = trie.n_children[node]
-        row = np.repeat(np.arange(len(node)), size)
-        child = np.arange(len(row)) + np.repeat(first - (np.cumsum(size) - size), size)
+        child, row = trie.below(node)
         edge_token = trie.token[child]
         # A table of tokens, because sorting the edges of many users' roots takes longer.
         known = np.zeros(int(edge_token.max(initial=-1)) + 1, dtype=bool)
@@ -71,21 +65,32 @@ class Children:
         column = np.cumsum(known)[edge_token] - 1
         return cls(child, row, np.flatnonzero(known), column)
 
+    def to(self, device: torch.device) -> Iterator[Tensor]:
+        """Tokens (U,), rows (E,) and columns (E,) as tensors on a device."""
+        return (torch.from_numpy(array).to(device) for array in (self.token, self.row, self.column))
+
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One forward of the sweep; the same for all users."""
+    """One forward of the sweep; the same for all users.
 
-    node: NDArray[np.int64]  # (C,) in depth-first order
-    keep: NDArray[
-        np.int64
-    ]  # (S,) where the path above the first node lies in [path of the last chunk | its nodes]
-    head_row: NDArray[np.int64]  # (R,) positions in the chunk whose children are scored
-    children: Children  # of these
+    Attributes:
+        node: int64 (C,), in depth-first order.
+        keep: int64 (S,), where the path above the first node lies in [path of the last chunk | its nodes].
+        head_row: int64 (R,), positions in the chunk whose children are scored.
+        children: Of these.
+    """
+
+    node: Int64
+    keep: Int64
+    head_row: Int64
+    children: Children
 
 
 class TrieEngine:
-    """Scores the edges of one trie with one causal LM.
+    """Scores the edges of one trie with one causal LM; may be used by several threads at once.
+
+    Everywhere ``prompts`` are token ids of each user, at least one each, and ``counters`` receive the work done.
 
     Args:
         model: A causal LM (or an adapter around one) in evaluation mode.
@@ -113,9 +118,11 @@ class TrieEngine:
             )
         self.model, self.trie, self.support = model, trie, support
         self.chunk, self.at_once = chunk, at_once
-        # With the version of the weights that made it, and the last prompt that was asked for.
-        self._prefix: tuple[tuple[int, ...], Prefix] | None = None
+        # What calls leave for later ones: each is read once in a call and replaced as a whole, so threads may share it.
+        # The last prompt that was asked for, and the prefix with the version of the weights that made it.
         self._recent: list[int] = []
+        self._prefix: tuple[tuple[int, ...], Prefix] | None = None
+        self._warned, self._lock = False, threading.Lock()
 
     @property
     def device(self) -> torch.device:
@@ -134,73 +141,52 @@ class TrieEngine:
         Probed once, on a small trie with the same code; one warning when it fails, and the plain path is
         used.
         """
-        if not takes_masks(self.model):
-            return self._warn("its attention implementation takes no mask of our own")
         if not hand_head_matches(self.model):
-            return self._warn("its logits are not the product of the last hidden state and the head")
-        if is_recurrent(self.model):
-            return self._warn("it has layers that are not attention")
-        a, b, c, d, end, *rest = self._probe_tokens(6 + SHARED_AT_LEAST)
+            return self._accepts("its logits are not the product of the last hidden state and the head")
+        what = "log-probabilities through the tree mask"
+        return self._accepts(refusal(self.model, measure=self._measured, what=what))
+
+    def _measured(self) -> Measured:
+        """A small trie of three titles behind two prompts, by plain forwards and through the tree mask."""
+        # Tokens of titles first: a model says little about tokens it was never trained on.
+        n, distinct = 6 + SHARED_AT_LEAST, np.unique(self.trie.token[1:])
+        spread = distinct[np.linspace(0, len(distinct) - 1, min(n, len(distinct))).astype(int)]
+        others = np.setdiff1d(np.arange(min(2 * n, head_weight(self.model).shape[0])), spread)
+        a, b, c, d, end, *rest = np.resize(np.concatenate([spread, others]), n).tolist()
         probe = Trie.from_sequences([[a, b, c, end], [a, d, c, end], [d, c, end]])
         prompts = [[*rest, b, d], [*rest, c]]
         engine, nobody = TrieEngine(self.model, probe, "vocabulary", chunk=2), Counters()
-        plain = _gather(engine._plain_sweep(prompts, nobody), 2, probe.n_nodes)  # this path has to work
-        try:
-            prefix = engine.shared_prefix(prompts, nobody)
-            tree = _gather(engine._tree_sweep(prompts, nobody, prefix), 2, probe.n_nodes)
-            leak = engine._leak(prompts)
-        except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-            return self._warn(f"it does not take our cache or mask ({type(error).__name__})")
-        if leak > 1e-4:
-            return self._warn(
-                f"a branch of the tree changes another one by {leak:.2g}: its mask is not respected"
-            )
-        # Relative to the size of the numbers: a sound 135M model in float32 is off by 4e-3 at -30 nats on either path,
-        # against float64, and in bfloat16 by more than a tenth of a nat. Wrong positions or windows: about 1.
-        loose = 1e-3 if head_weight(self.model).dtype == torch.float32 else 0.1
-        gap = float((plain - tree).abs().max())
-        return gap <= loose * max(1.0, float(plain.abs().max())) or self._warn(
-            f"log-probabilities through the tree mask are off by {gap:.2g}"
-        )
-
-    def _probe_tokens(self, n: int) -> list[int]:
-        """Distinct tokens, those of titles first: a model says little about tokens it was never trained on."""
-        distinct = np.unique(self.trie.token[1:])
-        spread = distinct[np.linspace(0, len(distinct) - 1, min(n, len(distinct))).astype(int)]
-        others = np.setdiff1d(np.arange(min(2 * n, head_weight(self.model).shape[0])), spread)
-        return [int(t) for t in np.resize(np.concatenate([spread, others]), n)]
+        plain = _gather(engine._plain_sweep(prompts, nobody), 2, probe.n_nodes)
+        prefix = engine.shared_prefix(prompts, nobody)
+        tree = _gather(engine._tree_sweep(prompts, nobody, prefix), 2, probe.n_nodes)
+        return Measured(plain, tree, engine._leak(prompts))
 
     @torch.inference_mode()
     def _leak(self, prompts: TokenLists) -> float:
         """How much a node's hidden state depends on a sibling of its parent, relative; 0 in any precision."""
         first, second, *_ = range(int(self.trie.child_ptr[0]), int(self.trie.child_ptr[1]))
         below = int(self.trie.child_ptr[first])
-        found = []
+        hidden = []
         for beside in (second, below + 1):  # another branch, or the other child
             cache = TreeCache(self.model, self.trie, prompts, Counters())
             cache.append(np.array([[first, beside]]))
-            found.append(cache.append(np.array([[below]]))[:, 0].float())
-        return float((found[0] - found[1]).abs().max() / found[0].abs().max().clamp(min=1e-9))
+            hidden.append(cache.append(np.array([[below]]))[:, 0].float())
+        return relative(hidden[1], hidden[0])
 
     def sweep(
         self, prompts: TokenLists, counters: Counters, prefix: Prefix | None = None
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    ) -> Iterator[tuple[Int64, Tensor]]:
         """Score every edge that can matter: below branching nodes (trie support) or all of them (vocabulary).
 
-        Args:
-            prompts: Token ids of each user, at least one each.
-            counters: Receives the work done.
-            prefix: What `shared_prefix` gave for these prompts among others.
+        ``prefix`` is what `shared_prefix` gave for these prompts among others.
 
         Yields:
             Child nodes (E,) and the log-probabilities (B, E) float32 of the edges into them, <= 0; parents
             before children. Edges of trie support that are not yielded are forced: log-probability 0.
         """
-        return (
-            self._tree_sweep(prompts, counters, prefix)
-            if self.fits_tree(prompts)
-            else self._plain_sweep(prompts, counters)
-        )
+        if self.fits_tree(prompts):
+            return self._tree_sweep(prompts, counters, prefix)
+        return self._plain_sweep(prompts, counters)
 
     def fits_tree(self, prompts: TokenLists) -> bool:
         """Whether these prompts and the titles behind them may go through the tree cache.
@@ -220,25 +206,22 @@ class TrieEngine:
                 "encode prompts with this model's tokenizer"
             )
         longest = max((len(prompt) for prompt in prompts), default=0) + self.longest_path
-        return self.tree_cache_works and not self._window_too_short(longest)
+        return self.tree_cache_works and self._accepts(refusal(self.model, longest))
 
     @torch.inference_mode()
     def shared_prefix(self, prompts: TokenLists, counters: Counters) -> Prefix | None:
         """The instruction that prompts start with, run once; None where they share too little.
 
         It is kept for later calls where no weight can be trained.
-
-        Args:
-            prompts: Token ids of every user of a call.
-            counters: Receives the work done.
         """
         version = _weights_version(self.model)
         # Users who come one at a time share what this one shares with the one before.
-        others = [*prompts, self._recent] if version and self._recent else prompts
+        recent, kept = self._recent, self._prefix
+        others = [*prompts, recent] if version and recent else prompts
         n_common = common_length(others) if len(others) > 1 else 0
         self._recent = list(prompts[-1])
-        if self._prefix is not None and version and self._prefix[0] == version:
-            known = self._prefix[1]
+        if kept is not None and version and kept[0] == version:
+            known = kept[1]
             n = common_length([[*known.tokens, NOTHING], *prompts])
             if n >= max(SHARED_AT_LEAST, n_common // 2):
                 return known.first(n)
@@ -252,7 +235,7 @@ class TrieEngine:
     @torch.inference_mode()
     def _tree_sweep(
         self, prompts: TokenLists, counters: Counters, prefix: Prefix | None = None
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    ) -> Iterator[tuple[Int64, Tensor]]:
         cache = TreeCache(self.model, self.trie, prompts, counters, prefix)
         root, *chunks = self._plan
         yield root.children.node, self.edges(root.children, cache.root_hidden[:, None], counters)
@@ -264,9 +247,7 @@ class TrieEngine:
                 yield chunk.children.node, self.edges(chunk.children, hidden_BCD[:, rows], counters)
 
     @torch.inference_mode()
-    def _plain_sweep(
-        self, prompts: TokenLists, counters: Counters
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    def _plain_sweep(self, prompts: TokenLists, counters: Counters) -> Iterator[tuple[Int64, Tensor]]:
         """The slow, correct path for any causal LM: whole sequences, the model's own forward, no cache, no mask."""
         trie, device = self.trie, self.device
         run = np.concatenate([chunk.node for chunk in self._plan])[1:]
@@ -279,51 +260,44 @@ class TrieEngine:
             path = trie.path_to(int(end))
             fresh = [n for n in (0, *path) if needed[n] and not scored[n]]
             scored[fresh] = True
-            tokens = trie.token[path].tolist()
-            ids, length_B = pad([[*prompt, *tokens] for prompt in prompts], device)
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            counters.prompt_tokens += int(length_B.sum()) - len(path) * len(prompts)
-            counters.tree_tokens += len(path) * len(prompts)
-            counters.rounds += 1
+            logits, length_B = self.plain_logits(
+                prompts, [trie.token[path].tolist()] * len(prompts), counters
+            )
             for node in fresh:
                 at = length_B - len(path) + int(trie.depth[node]) - 1
                 row_BV = logits[torch.arange(len(prompts), device=device), at].float()
                 children = Children.below(trie, np.full(len(prompts), node, dtype=np.int64))
-                counters.expansions += len(prompts)
-                counters.head_rows += len(prompts)
+                counters.add_scored(len(prompts))
                 log_p = self.log_softmax(children, row_BV).view(len(prompts), -1)
                 yield children.node[: log_p.shape[1]], log_p
 
     def edges(self, children: Children, hidden_BRD: Tensor, counters: Counters) -> Tensor:
-        """Log-probabilities of edges from the hidden states of the nodes above them.
-
-        Args:
-            children: The edges; rows are those of ``hidden_BRD``.
-            hidden_BRD: (B, R, D).
-            counters: Receives the work done.
-
-        Returns:
-            (B, E) float32 on the CPU, <= 0.
-        """
+        """Log-probabilities (B, E) float32 of edges, <= 0, on the CPU, from hidden states above them (B, R, D)."""
         device, weight, bias = self.device, head_weight(self.model), head_bias(self.model)
-        token, row, column = (
-            torch.from_numpy(array).to(device) for array in (children.token, children.row, children.column)
-        )
+        token, row, column = children.to(device)
         z_BRU = torch.nn.functional.linear(hidden_BRD, weight[token], None if bias is None else bias[token])
         # On the CPU, where sums have an order: atomic ones of a GPU differ in their last bits from run to run.
         z_BE, row = z_BRU[:, row, column].float().cpu(), row.cpu()
         n_users, n_rows = hidden_BRD.shape[:2]
-        counters.expansions += n_users * n_rows
-        counters.head_rows += n_users * n_rows
+        counters.add_scored(n_users * n_rows)
         total_BR = _log_sum_exp(hidden_BRD, weight, bias).cpu() if self.support == "vocabulary" else None
         return _normalised(z_BE, row, n_rows, total_BR)
 
+    def plain_logits(
+        self, prompts: TokenLists, paths: TokenLists, counters: Counters
+    ) -> tuple[Tensor, Tensor]:
+        """The model's own logits (B, L, V) of prompts with tokens behind them, without cache and mask; lengths (B,)."""
+        texts = [[*prompt, *path] for prompt, path in zip(prompts, paths, strict=True)]
+        ids, length_B = pad(texts, self.device)
+        n_path = sum(map(len, paths))
+        counters.tree_tokens += n_path
+        counters.prompt_tokens += sum(map(len, texts)) - n_path
+        counters.rounds += 1
+        return self.model(input_ids=ids, use_cache=False).logits, length_B
+
     def log_softmax(self, children: Children, logits_RV: Tensor) -> Tensor:
         """The same from logits (R, V) float32 that the model made itself; float32 (E,), <= 0."""
-        token, row, column = (
-            torch.from_numpy(array).to(logits_RV.device)
-            for array in (children.token, children.row, children.column)
-        )
+        token, row, column = children.to(logits_RV.device)
         z_E, row = logits_RV[row, token[column]].cpu(), row.cpu()
         total_BR = logits_RV.logsumexp(1)[None].cpu() if self.support == "vocabulary" else None
         return _normalised(z_E[None], row, len(logits_RV), total_BR)[0]
@@ -354,7 +328,7 @@ class TrieEngine:
             held = np.concatenate([path, node])
         return plan
 
-    def _chunk(self, node: NDArray[np.int64], path: NDArray[np.int64], held: NDArray[np.int64]) -> _Chunk:
+    def _chunk(self, node: Int64, path: Int64, held: Int64) -> _Chunk:
         where = {int(n): i for i, n in enumerate(held)}
         head_row = np.flatnonzero(self.needed[node])
         return _Chunk(
@@ -364,25 +338,16 @@ class TrieEngine:
             children=Children.below(self.trie, node[head_row]),
         )
 
-    def _window_too_short(self, longest: int) -> bool:
-        window = shortest_window(self.model)
-        if window is None or window >= longest:
-            return False
-        self._warn(f"its attention window of {window} tokens is shorter than the longest path of {longest}")
-        return True
-
-    def _warn(self, reason: str) -> bool:
-        if not self._warned:
-            self._warned.append(reason)
+    def _accepts(self, reason: str | None) -> bool:
+        """Whether nothing speaks against the tree cache; of an engine's first reason against it one warning tells."""
+        with self._lock:
+            first, self._warned = bool(reason) and not self._warned, self._warned or bool(reason)
+        if first:
             warnings.warn(f"this model is decoded on the plain, slower path: {reason}", stacklevel=2)
-        return False
-
-    @cached_property
-    def _warned(self) -> list[str]:
-        return []
+        return not reason
 
 
-def _gather(sweep: Iterator[tuple[NDArray[np.int64], Tensor]], n_users: int, n_nodes: int) -> Tensor:
+def _gather(sweep: Iterator[tuple[Int64, Tensor]], n_users: int, n_nodes: int) -> Tensor:
     """(B, N) float32 log-probability of the edge into each node; 0 at the root and on forced edges."""
     edges = torch.zeros(n_users, n_nodes)
     for node, log_p in sweep:
@@ -394,9 +359,8 @@ def edge_log_probabilities(
     engine: TrieEngine, prompts: TokenLists, counters: Counters, prefix: Prefix | None = None
 ) -> NDArray[np.float32]:
     """(B, N) float32 log-probability of the edge into each node, <= 0; 0 at the root and on forced edges."""
-    edges: NDArray[np.float32] = _gather(
-        engine.sweep(prompts, counters, prefix), len(prompts), engine.trie.n_nodes
-    ).numpy()
+    sweep = engine.sweep(prompts, counters, prefix)
+    edges: NDArray[np.float32] = _gather(sweep, len(prompts), engine.trie.n_nodes).numpy()
     return edges
 
 
@@ -414,7 +378,7 @@ def _normalised(z_BE: Tensor, row: Tensor, n_rows: int, total_BR: Tensor | None)
 def _log_sum_exp(hidden_BRD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, R) float32 log of the sum over the vocabulary, in blocks of rows."""
     flat = hidden_BRD.reshape(-1, hidden_BRD.shape[-1])
-    rows = max(1, LOGITS_AT_ONCE // weight.shape[0])
+    rows = max(1, LOGIT_BLOCK // weight.shape[0])
     parts = (flat[start : start + rows] for start in range(0, len(flat), rows))
     blocks = [torch.nn.functional.linear(part, weight, bias).float().logsumexp(1) for part in parts]
     return torch.cat(blocks).view(hidden_BRD.shape[:2])

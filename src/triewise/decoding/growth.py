@@ -15,15 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from triewise.decoding.engine import LOGITS_AT_ONCE, Children, TrieEngine
-from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, pad
+from triewise.arrays import Bool, Float32, Int64, place_in_run
+from triewise.decoding.engine import LOGIT_BLOCK, Children, TrieEngine
+from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache
 from triewise.models import head_weight
 from triewise.tokens import Trie
 
-Ints = NDArray[np.int64]
-Foreseen = Callable[[], tuple[Ints, Ints]]
+Foreseen = Callable[[], tuple[Int64, Int64]]
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class Edges:
         log_p: float32 (E,), <= 0, nats; 0 for a forced edge in trie support.
     """
 
-    row: Ints
-    node: Ints
-    log_p: NDArray[np.float32]
+    row: Int64
+    node: Int64
+    log_p: Float32
 
-    def take(self, chosen: NDArray[np.bool_], first: int) -> Edges:
+    def take(self, chosen: Bool, first: int) -> Edges:
         """Some edges, their rows counted from ``first``."""
         return Edges(self.row[chosen] - first, self.node[chosen], self.log_p[chosen])
 
@@ -67,12 +66,11 @@ class Growth:
             self._prefix = engine.shared_prefix(prompts, counters)
         self._cache: TreeCache | None = None
         self._row = np.full(len(prompts), NOTHING, dtype=np.int64)  # of each user in the cache
-        self._scored: dict[
-            int, dict[int, NDArray[np.float32]]
-        ] = {}  # user -> node -> log-probabilities of its edges
+        # user -> node -> log-probabilities of its edges
+        self._scored: dict[int, dict[int, Float32]] = {}
 
     @torch.inference_mode()
-    def admit(self) -> Ints:
+    def admit(self) -> Int64:
         """Let users in: as many as the engine takes at once, when a quarter of the places are free; int64 (n,)."""
         places = self.engine.at_once - len(self._scored)
         if not self._waiting or (self._scored and places < max(1, self.engine.at_once // 4)):
@@ -93,7 +91,7 @@ class Growth:
             self._row[fresh] = len(staying) + np.arange(len(fresh))
         return fresh
 
-    def release(self, user: Ints) -> None:
+    def release(self, user: Int64) -> None:
         """Let users go; what was known of them is forgotten."""
         for b in user.tolist():
             del self._scored[b]
@@ -105,17 +103,16 @@ class Growth:
                 self._cache.select(self._row[staying])
             self._row[staying] = np.arange(len(staying))
 
-    def known(self, user: Ints, node: Ints) -> NDArray[np.bool_]:
+    def known(self, user: Int64, node: Int64) -> Bool:
         """(R,) whether expanding a node costs nothing: its edges are forced, or were scored with others before it."""
-        known: NDArray[np.bool_] = ~self.engine.needed[node]
+        known: Bool = ~self.engine.needed[node]
         ask = np.flatnonzero(~known)
-        known[ask] = [
-            n in self._scored[b] for b, n in zip(user[ask].tolist(), node[ask].tolist(), strict=True)
-        ]
+        asked = zip(user[ask].tolist(), node[ask].tolist(), strict=True)
+        known[ask] = [n in self._scored[b] for b, n in asked]
         return known
 
     @torch.inference_mode()
-    def expand(self, user: Ints, node: Ints, foreseen: Foreseen | None = None) -> Edges:
+    def expand(self, user: Int64, node: Int64, foreseen: Foreseen | None = None) -> Edges:
         """Score the edges below some nodes; nodes that were asked for before cost nothing.
 
         Args:
@@ -132,12 +129,12 @@ class Growth:
                 unknown = ~self.known(users, nodes) & np.isin(users, user[fresh])
                 first = np.union1d(first, users[unknown] * self.trie.n_nodes + nodes[unknown])
             self._score(first // self.trie.n_nodes, first % self.trie.n_nodes)
-        row, child = children(self.trie, node)
-        forced = np.zeros(1, dtype=np.float32)
-        found = [self._scored[b].get(n, forced) for b, n in zip(user.tolist(), node.tolist(), strict=True)]
-        return Edges(row, child, np.concatenate(found) if found else np.zeros(0, np.float32))
+        child, row = self.trie.below(node)
+        nothing, forced = np.zeros(0, dtype=np.float32), np.zeros(1, dtype=np.float32)
+        log_p = [self._scored[b].get(n, forced) for b, n in zip(user.tolist(), node.tolist(), strict=True)]
+        return Edges(row, child, np.concatenate([nothing, *log_p]))
 
-    def _score(self, user: Ints, node: Ints) -> None:
+    def _score(self, user: Int64, node: Int64) -> None:
         if self._cache is None:
             return self._score_plainly(user, node)
         root = node == 0
@@ -149,10 +146,10 @@ class Growth:
             self._grow(*(_led_to(self.trie, user, node) if self.engine.support == "trie" else (user, node)))
         return None
 
-    def _grow(self, user: Ints, node: Ints) -> None:
+    def _grow(self, user: Int64, node: Int64) -> None:
         """Run nodes (sorted by user, ancestors first), and score those of them that are needed."""
         assert self._cache is not None
-        place = np.arange(len(user)) - np.searchsorted(user, user)
+        place = place_in_run(user)
         for start in range(0, int(place.max()) + 1, self.engine.chunk):
             chosen = (place >= start) & (place < start + self.engine.chunk)
             row, column = self._row[user[chosen]], place[chosen] - start
@@ -163,53 +160,40 @@ class Growth:
             hidden_RD = hidden_BCD[self._tensor(row[scored]), self._tensor(column[scored])]
             self._remember(user[chosen][scored], node[chosen][scored], hidden_RD)
 
-    def _tensor(self, index: Ints) -> torch.Tensor:
+    def _tensor(self, index: Int64) -> torch.Tensor:
         return torch.from_numpy(index).to(self.engine.device)
 
-    def _remember(self, user: Ints, node: Ints, hidden_RD: torch.Tensor) -> None:
+    def _remember(self, user: Int64, node: Int64, hidden_RD: torch.Tensor) -> None:
         if len(node):
             children = Children.below(self.trie, node)
             log_p = self.engine.edges(children, hidden_RD[None], self.counters)[0].cpu().numpy()
             self._keep(user, node, log_p)
 
-    def _keep(self, user: Ints, node: Ints, log_p: NDArray[np.float32]) -> None:
+    def _keep(self, user: Int64, node: Int64, log_p: Float32) -> None:
         end = np.cumsum(self.trie.n_children[node])[:-1]
         for b, n, edges in zip(user.tolist(), node.tolist(), np.split(log_p, end), strict=True):
             self._scored[b][n] = edges
 
-    def _score_plainly(self, user: Ints, node: Ints) -> None:
+    def _score_plainly(self, user: Int64, node: Int64) -> None:
         """The slow, correct path for any causal LM: prompt and path from the beginning, the model's own forward."""
-        model, trie, device = self.engine.model, self.trie, self.engine.device
-        paths = [trie.token[trie.path_to(int(n))].tolist() for n in node]
-        texts = [[*self.prompts[int(u)], *path] for u, path in zip(user, paths, strict=True)]
-        logits_of_one = max(map(len, texts)) * head_weight(model).shape[0]
-        at_once = max(1, LOGITS_AT_ONCE // logits_of_one)
-        for start in range(0, len(texts), at_once):
+        engine, trie, counters = self.engine, self.trie, self.counters
+        prompts = [self.prompts[b] for b in user.tolist()]
+        paths = [trie.token[trie.path_to(n)].tolist() for n in node.tolist()]
+        longest = max(len(prompt) + len(path) for prompt, path in zip(prompts, paths, strict=True))
+        at_once = max(1, LOGIT_BLOCK // (longest * head_weight(engine.model).shape[0]))
+        for start in range(0, len(paths), at_once):
             block = slice(start, start + at_once)
-            ids, length = pad(texts[block], device)
-            logits = model(input_ids=ids, use_cache=False).logits
-            row_RV = logits[torch.arange(len(ids), device=device), length - 1].float()
-            n_path = sum(map(len, paths[block]))
-            self.counters.tree_tokens += n_path
-            self.counters.prompt_tokens += int(length.sum()) - n_path
-            self.counters.rounds += 1
-            self.counters.expansions += len(ids)
-            self.counters.head_rows += len(ids)
-            children = Children.below(trie, node[block])
-            self._keep(user[block], node[block], self.engine.log_softmax(children, row_RV).cpu().numpy())
+            logits, length = engine.plain_logits(prompts[block], paths[block], counters)
+            row_RV = logits[torch.arange(len(logits), device=engine.device), length - 1].float()
+            counters.add_scored(len(row_RV))
+            log_p = engine.log_softmax(Children.below(trie, node[block]), row_RV)
+            self._keep(user[block], node[block], log_p.cpu().numpy())
 
 
 def edges_on_paths(
-    engine: TrieEngine, prompts: TokenLists, user: Ints, leaf: Ints, counters: Counters
-) -> tuple[Ints, NDArray[np.float32]]:
-    """Log-probabilities of the edges along the paths to some leaves; a user's paths go through the model together.
-
-    Args:
-        engine: Model, trie and support.
-        prompts: Token ids of each user.
-        user: int64 (R,).
-        leaf: int64 (R,).
-        counters: Receives the work done.
+    engine: TrieEngine, prompts: TokenLists, user: Int64, leaf: Int64, counters: Counters
+) -> tuple[Int64, Float32]:
+    """Log-probabilities of the edges along the paths to leaves (R,) of users (R,); a user's paths run together.
 
     Returns:
         ``user * n_nodes + node`` of the edges into nodes, int64 (E,), ascending; and their log-probabilities,
@@ -235,14 +219,7 @@ def edges_on_paths(
     return keys_of_edges[order], np.concatenate(log_p)[order]
 
 
-def children(trie: Trie, node: Ints) -> tuple[Ints, Ints]:
-    """Of the edges below nodes (R,): which of them each leaves, and the child it leads to; int64 (E,) each."""
-    size = trie.n_children[node]
-    row = np.repeat(np.arange(len(node)), size)
-    return row, np.arange(len(row)) + np.repeat(trie.child_ptr[node] - (np.cumsum(size) - size), size)
-
-
-def _led_to(trie: Trie, user: Ints, node: Ints) -> tuple[Ints, Ints]:
+def _led_to(trie: Trie, user: Int64, node: Int64) -> tuple[Int64, Int64]:
     """Trie support: requested nodes and the forced tokens that lead to them, by user and depth, each once."""
     users, nodes = [user], [node]
     while len(node):
@@ -256,7 +233,7 @@ def _led_to(trie: Trie, user: Ints, node: Ints) -> tuple[Ints, Ints]:
     return user, node  # node ids ascend with depth: ancestors come first
 
 
-def forced_runs(trie: Trie, user: Ints, node: Ints) -> tuple[Ints, Ints]:
+def forced_runs(trie: Trie, user: Int64, node: Int64) -> tuple[Int64, Int64]:
     """Forced tokens below some nodes, as far down as their run has come already: 1, 2, 4, ... tokens.
 
     Up to the next decision or the last token before the leaf; for searches that cannot foresee whether they follow it.

@@ -15,19 +15,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.decoding.filters import TitleFilter
-from triewise.decoding.growth import Edges
+from triewise.arrays import Bool, Float32, Float64, Int64, place_in_run, runs
 from triewise.errors import UserError
 from triewise.ranking import check_numbers
 from triewise.tokens import Trie, decoding_weights, scale_within
 
-Gain = NDArray[np.float64]
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
+if TYPE_CHECKING:
+    from triewise.decoding.filters import TitleFilter
+    from triewise.decoding.growth import Edges
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,19 @@ class Rule:
 
     Attributes:
         trie: The catalogue.
-        weight: (N,) weight of the edge into each node, or None for 1.
-        alpha: Strength of the gain scaled per step; 0 where it is scaled per node, in ``weight``.
+        edge_weight: (N,) weight of the edge into each node, or None for 1.
+        alpha: Strength of the gain scaled per step; 0 where it is scaled per node, in ``edge_weight``.
         gain: (N,) information gain, for the scaling per step.
         share: (B, N) log of the share of the parent's mass under each node, or None without assistant.
-        a: Weight of the language model.
+        weight: Of the language model beside the assistant.
     """
 
     trie: Trie
-    weight: NDArray[np.float32] | None
+    edge_weight: Float32 | None
     alpha: float
-    gain: Gain | None
-    share: NDArray[np.float32] | None
-    a: float
+    gain: Float64 | None
+    share: Float32 | None
+    weight: float
 
     @classmethod
     def of(
@@ -57,52 +57,54 @@ class Rule:
         n_users: int,
         alpha: float,
         scope: str,
-        gain: Gain | None,
+        gain: Float64 | None,
         assistant: NDArray[np.floating] | None,
-        a: float,
+        weight: float,
     ) -> Rule:
         """Check and precompute."""
         if scope not in ("node", "step"):
             raise UserError(f"wanted scope 'node' or 'step', got {scope!r}")
         if not 0 <= alpha <= 1:
             raise UserError(f"wanted alpha in [0, 1], got {alpha}")
-        if not 0 <= a <= 1:
-            raise UserError(f"wanted assistant_weight in [0, 1], got {a}")
+        if not 0 <= weight <= 1:
+            raise UserError(f"wanted assistant_weight in [0, 1], got {weight}")
         if alpha and gain is None:
             raise UserError("alpha > 0 needs gain: give information_gain(trie, counts)")
-        if a < 1 and assistant is None:
+        if weight < 1 and assistant is None:
             raise UserError("assistant_weight < 1 needs assistant: give log-probabilities (users, items)")
-        weight = None
+        edge_weight = share = None
         if alpha and gain is not None:  # also checks the gain for scope "step"
-            weight = decoding_weights(trie, gain, alpha).astype(np.float32)
-        share = None
-        if assistant is not None and a < 1:
+            edge_weight = decoding_weights(trie, gain, alpha).astype(np.float32)
+        if assistant is not None and weight < 1:
             share = _mass_shares(trie, np.asarray(assistant), n_users)
         by_step = alpha if scope == "step" else 0.0
-        return cls(trie, None if by_step else weight, by_step, gain, share, a)
+        return cls(trie, None if by_step else edge_weight, by_step, gain, share, weight)
 
-    def whole(self, edges: Floats, user: Ints) -> Floats:
+    def on_all_edges(self, log_p: Float32, user: Int64) -> Float32:
         """(n, N) edge scores from the log-probabilities of all edges; ``user`` (n,) is whose they are."""
-        if self.weight is not None:
-            edges = edges * self.weight
-        if self.share is not None:
-            edges = np.float32(self.a) * edges + np.float32(1 - self.a) * self.share[user]
-        return edges
+        if self.edge_weight is not None:
+            log_p = log_p * self.edge_weight
+        return self._assisted(log_p, user)
 
-    def some(self, user: Ints, edges: Edges) -> Floats:
+    def on_edges(self, user: Int64, edges: Edges) -> Float32:
         """(E,) edge scores of one step; ``user`` (E,) is whose edge it is."""
-        step = edges.log_p
-        if self.weight is not None:
-            step = step * self.weight[edges.node]
+        log_p = edges.log_p
+        if self.edge_weight is not None:
+            log_p = log_p * self.edge_weight[edges.node]
         elif self.alpha and self.gain is not None:
-            start = np.flatnonzero(np.diff(user, prepend=-1))
-            step = step * (1 - self.alpha * scale_within(self.gain[edges.node], start)).astype(np.float32)
-        if self.share is not None:
-            step = np.float32(self.a) * step + np.float32(1 - self.a) * self.share[user, edges.node]
-        return step
+            scaled = scale_within(self.gain[edges.node], runs(user)[:-1])
+            log_p = log_p * (1 - self.alpha * scaled).astype(np.float32)
+        return self._assisted(log_p, (user, edges.node))
+
+    def _assisted(self, log_p: Float32, place: Any) -> Float32:
+        """Scores mixed with the assistant's, which stand at a place of ``share``."""
+        if self.share is None:
+            return log_p
+        mixed: Float32 = np.float32(self.weight) * log_p + np.float32(1 - self.weight) * self.share[place]
+        return mixed
 
 
-def path_sums(trie: Trie, edges: Floats) -> Floats:
+def path_sums(trie: Trie, edges: Float32) -> Float32:
     """(B, N) sums of edge scores from the root to each node, level by level."""
     total = edges.copy()
     for depth in range(1, len(trie.level_ptr) - 1):
@@ -111,7 +113,7 @@ def path_sums(trie: Trie, edges: Floats) -> Floats:
     return total
 
 
-def _mass_shares(trie: Trie, assistant: NDArray[np.floating], n_users: int) -> Floats:
+def _mass_shares(trie: Trie, assistant: NDArray[np.floating], n_users: int) -> Float32:
     """(B, N) log of mass under a node over mass under its parent, <= 0; -inf where the node has none."""
     if assistant.shape != (n_users, trie.n_items):
         raise UserError(
@@ -141,9 +143,9 @@ class Hypotheses:
         total: float32 (H,); sum of edge scores, or final score of finished titles.
     """
 
-    user: Ints
-    node: Ints
-    total: Floats
+    user: Int64
+    node: Int64
+    total: Float32
 
     @classmethod
     def none(cls) -> Hypotheses:
@@ -151,13 +153,17 @@ class Hypotheses:
         return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
 
     @classmethod
-    def roots(cls, user: Ints) -> Hypotheses:
+    def roots(cls, user: Int64) -> Hypotheses:
         """The root for each of some users."""
         return cls(user, np.zeros(len(user), np.int64), np.zeros(len(user), np.float32))
 
-    def take(self, chosen: NDArray[np.bool_] | Ints) -> Hypotheses:
+    def take(self, chosen: Bool | Int64) -> Hypotheses:
         """Those of a mask or an index."""
         return Hypotheses(self.user[chosen], self.node[chosen], self.total[chosen])
+
+    def parted(self, chosen: Bool) -> tuple[Hypotheses, Hypotheses]:
+        """Those of a mask, and the others."""
+        return self.take(chosen), self.take(~chosen)
 
     @classmethod
     def joined(cls, parts: Sequence[Hypotheses]) -> Hypotheses:
@@ -172,7 +178,7 @@ class Hypotheses:
     def continued(self, edges: Edges, rule: Rule, filters: Sequence[TitleFilter | None]) -> Hypotheses:
         """All continuations that lead to a permitted title."""
         user = self.user[edges.row]
-        total = self.total[edges.row] + rule.some(user, edges)
+        total = self.total[edges.row] + rule.on_edges(user, edges)
         check_numbers(total)
         return Hypotheses(user, edges.node, total).take(is_permitted(filters, user, edges.node))
 
@@ -198,7 +204,7 @@ class Discards:
             bound = self._refined(dropped, bound)
         self.add_scores(dropped.user, bound)
 
-    def _refined(self, dropped: Hypotheses, bound: Floats) -> Floats:
+    def _refined(self, dropped: Hypotheses, bound: Float32) -> Float32:
         """Bounds by the longest permitted title; those that a refined one of their user covers become -inf."""
         bound = bound.copy()
         best = self.bound.copy()
@@ -214,18 +220,18 @@ class Discards:
                 best[b] = max(best[b], bound[i])
         return bound
 
-    def add_scores(self, user: Ints, score: NDArray[np.floating]) -> None:
+    def add_scores(self, user: Int64, score: NDArray[np.floating]) -> None:
         """Titles with their final scores."""
         np.maximum.at(self.bound, user, score)
         self.any[user] = True
 
-    def certify(self, last: Floats) -> NDArray[np.bool_]:
+    def certify(self, last: Float32) -> Bool:
         """(B,) whether everything dropped is strictly below the K-th returned score, or nothing was dropped."""
-        below: NDArray[np.bool_] = self.bound < last
+        below: Bool = self.bound < last
         return below | ~self.any
 
 
-def bounds(total: Floats, node: Ints, trie: Trie, length_penalty: float) -> Floats:
+def bounds(total: Float32, node: Int64, trie: Trie, length_penalty: float) -> Float32:
     """The best score that any title under prefixes can have."""
     if not length_penalty:
         return total
@@ -233,7 +239,7 @@ def bounds(total: Floats, node: Ints, trie: Trie, length_penalty: float) -> Floa
     return total / length ** np.float32(length_penalty)
 
 
-def kth_score(done: Hypotheses, k: int, n_users: int) -> Floats:
+def kth_score(done: Hypotheses, k: int, n_users: int) -> Float32:
     """(B,) the K-th best score of each user, -inf where there are fewer."""
     order, rank = best_of_each(done.user, done.total, done.node)
     last = order[rank == k - 1]
@@ -242,42 +248,30 @@ def kth_score(done: Hypotheses, k: int, n_users: int) -> Floats:
     return kth
 
 
-def divided(found: Hypotheses, trie: Trie, length_penalty: float) -> Hypotheses:
+def divided(sums: Hypotheses, trie: Trie, length_penalty: float) -> Hypotheses:
     """Sums divided by the number of tokens to the power of the penalty."""
     if not length_penalty:
-        return found
-    length = trie.depth[found.node].astype(np.float32)
-    return Hypotheses(found.user, found.node, found.total / length ** np.float32(length_penalty))
+        return sums
+    length = trie.depth[sums.node].astype(np.float32)
+    return Hypotheses(sums.user, sums.node, sums.total / length ** np.float32(length_penalty))
 
 
-def best_of_each(user: Ints, total: NDArray[np.floating], tie: NDArray[np.integer]) -> tuple[Ints, Ints]:
+def best_of_each(user: Int64, total: NDArray[np.floating], tie: NDArray[np.integer]) -> tuple[Int64, Int64]:
     """An order by user and falling score, ties by ``tie``; and the rank within the user, in that order."""
     order = np.lexsort((tie, -total, user))
-    ordered = user[order]
-    return order, np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return order, place_in_run(user[order])
 
 
-def among_best(user: Ints, total: Floats, n: int) -> NDArray[np.bool_]:
-    """Which entries (those of a user together) are not below the n-th best of their user: cheaper than an order."""
-    near = np.ones(len(user), dtype=bool)
-    bound = np.flatnonzero(np.diff(user, prepend=-1, append=-1))
-    for low, high in pairwise(bound.tolist()):
-        if high - low > n:
-            near[low:high] = total[low:high] >= np.partition(total[low:high], high - low - n)[high - low - n]
-    return near
-
-
-def place_among(user: Ints, chosen: NDArray[np.bool_]) -> Ints:
+def place_among(user: Int64, chosen: Bool) -> Int64:
     """For each entry (sorted by user) how many chosen ones of its user come before it."""
-    before: Ints = np.cumsum(chosen) - chosen
+    before: Int64 = np.cumsum(chosen) - chosen
     return before - before[np.searchsorted(user, user)]
 
 
-def is_permitted(filters: Sequence[TitleFilter | None], user: Ints, node: Ints) -> NDArray[np.bool_]:
+def is_permitted(filters: Sequence[TitleFilter | None], user: Int64, node: Int64) -> Bool:
     """(E,) whether a permitted title lies under each node; entries of a user lie together."""
     permitted = np.ones(len(user), dtype=bool)
-    bound = np.flatnonzero(np.diff(user, prepend=-1, append=-1))
-    for low, high in pairwise(bound.tolist()):
+    for low, high in pairwise(runs(user).tolist()):
         own = filters[int(user[low])]
         if own is not None:
             permitted[low:high] = own.count(node[low:high]) > 0

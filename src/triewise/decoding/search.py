@@ -13,17 +13,13 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from triewise.arrays import Float32, Float64, Int32, Int64, blank_lists, within
 from triewise.decoding.beams import Beams
 from triewise.decoding.best_first import BestFirst
 from triewise.decoding.engine import TrieEngine, edge_log_probabilities
 from triewise.decoding.filters import TitleFilter
 from triewise.decoding.growth import Edges, Growth, edges_on_paths
-from triewise.decoding.scoring import (
-    Hypotheses,
-    Rule,
-    best_of_each,
-    path_sums,
-)
+from triewise.decoding.scoring import Hypotheses, Rule, best_of_each, path_sums
 from triewise.decoding.treecache import Counters, TokenLists
 from triewise.errors import UserError
 from triewise.ranking import (
@@ -41,9 +37,6 @@ from triewise.tokens import Trie
 MAX_EXPANSIONS = 2000  # prefixes of a user, in vocabulary support
 Scope = Literal["node", "step"]
 Filters = Sequence[Items | None] | None
-Gain = NDArray[np.float64]
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
 
 
 def rank_catalogue(
@@ -52,12 +45,12 @@ def rank_catalogue(
     k: int | None = None,
     length_penalty: float = 0.0,
     alpha: float = 0.0,
-    gain: Gain | None = None,
+    gain: Float64 | None = None,
     exclude: Filters = None,
     allow: Filters = None,
     assistant: NDArray[np.floating] | None = None,
     assistant_weight: float = 1.0,
-    counts: NDArray[np.int64] | None = None,
+    counts: Int64 | None = None,
 ) -> Ranking:
     """Score every title of the catalogue and order them: exact, whatever the model.
 
@@ -87,21 +80,18 @@ def rank_catalogue(
     Source: the full ranking by the product of P_valid is what MSL's Lemma 1 speaks of; the weights are IGD-decoding
     with the gain scaled per node, as in its authors' code. Differs from both: the authors look at ten beams only.
     """
-    check_k(k)
-    check_lists(len(prompts), exclude=exclude, allow=allow)
-    _check_penalty(length_penalty)
-    rule = Rule.of(engine.trie, len(prompts), alpha, "node", gain, assistant, assistant_weight)
+    _check(prompts, k, length_penalty, exclude, allow)
     trie, counters, n_users = engine.trie, Counters(), len(prompts)
+    rule = Rule.of(trie, n_users, alpha, "node", gain, assistant, assistant_weight)
     groups, leaves = Groups.from_labels(trie.leaf, counts), np.unique(trie.leaf)
-    width = k or groups.n_groups
-    items, best = np.full((n_users, width), -1, np.int32), np.full((n_users, width), -np.inf, np.float32)
+    items, best = blank_lists(n_users, k or groups.n_groups)
     prefix = engine.shared_prefix(prompts, counters) if n_users and engine.fits_tree(prompts) else None
     # Users of similar prompt length share a forward, so little is padded.
     order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
     for start in range(0, n_users, engine.at_once):
         users = order[start : start + engine.at_once]
         edges = edge_log_probabilities(engine, [prompts[b] for b in users], counters, prefix)
-        scores = path_sums(trie, rule.whole(edges, users))[:, leaves]
+        scores = path_sums(trie, rule.on_all_edges(edges, users))[:, leaves]
         if length_penalty:
             scores = scores / trie.depth[leaves].astype(np.float32) ** length_penalty
         own = [None if given is None else [given[b] for b in users] for given in (exclude, allow)]
@@ -117,12 +107,12 @@ def beam_search(
     length_penalty: float = 0.0,
     alpha: float = 0.0,
     scope: Scope = "node",
-    gain: Gain | None = None,
+    gain: Float64 | None = None,
     exclude: Filters = None,
     allow: Filters = None,
     assistant: NDArray[np.floating] | None = None,
     assistant_weight: float = 1.0,
-    counts: NDArray[np.int64] | None = None,
+    counts: Int64 | None = None,
 ) -> Ranking:
     """The token-synchronous beam search of ``transformers.generate`` along the trie.
 
@@ -131,21 +121,11 @@ def beam_search(
     terminator. A user is done when no beam is left, or when ``beams`` titles are finished and the best beam, divided
     by its length to the power of the penalty, is not above the worst of them (``early_stopping=False``).
 
-    Args:
-        engine: Model, trie and support.
-        prompts: Token ids of each user.
-        k: Number of groups to return.
-        beams: Beams W, at least ``k``.
-        length_penalty: As in `rank_catalogue`.
-        alpha: As in `rank_catalogue`.
-        scope: What the gain is scaled over: the children of a ``node`` (IGD's code), or all continuations of a user's
-            beams at a ``step``, before any is dropped (IGD's text).
-        gain: As in `rank_catalogue`.
-        exclude: As in `rank_catalogue`; a prefix without a permitted title is no continuation.
-        allow: As ``exclude``.
-        assistant: As in `rank_catalogue`.
-        assistant_weight: As in `rank_catalogue`.
-        counts: As in `rank_catalogue`.
+    Arguments are those of `rank_catalogue`, where a prefix without a permitted title is no continuation, and:
+
+    * ``beams``: Beams W, at least ``k``.
+    * ``scope``: What the gain is scaled over: the children of a ``node`` (IGD's code), or all continuations of a
+      user's beams at a ``step``, before any is dropped (IGD's text).
 
     Returns:
         A `Ranking`; ``certified`` where no dropped prefix or title can belong to the best
@@ -158,14 +138,11 @@ def beam_search(
     trie support with ``renormalize_logits=True`` as well. Differs from it: never returns a title that does not exist
     or the same one twice, which ``generate`` does where there are fewer titles than beams.
     """
-    check_k(k)
+    _check(prompts, k, length_penalty, exclude, allow)
     if beams < k:
         raise UserError(f"wanted beams >= k, got {beams} beams for k = {k}; raise beams or lower k")
-    check_lists(len(prompts), exclude=exclude, allow=allow)
-    _check_penalty(length_penalty)
     rule = Rule.of(engine.trie, len(prompts), alpha, scope, gain, assistant, assistant_weight)
-    filters = _filters(engine.trie, len(prompts), exclude, allow)
-    counters = Counters()
+    filters, counters = _filters(engine.trie, len(prompts), exclude, allow), Counters()
     search = Beams(engine.trie, rule, filters, beams, length_penalty)
     _drive(Growth(engine, prompts, counters), search)
     items, scores = _returned(engine.trie, search.results, k, filters, counts)
@@ -181,14 +158,14 @@ def exact_search(
     k: int = 10,
     length_penalty: float = 0.0,
     alpha: float = 0.0,
-    gain: Gain | None = None,
+    gain: Float64 | None = None,
     exclude: Filters = None,
     allow: Filters = None,
     assistant: NDArray[np.floating] | None = None,
     assistant_weight: float = 1.0,
     max_expansions: int | None = None,
     scope: Scope = "node",
-    counts: NDArray[np.int64] | None = None,
+    counts: Int64 | None = None,
 ) -> Ranking:
     """The same best ``k`` titles as `rank_catalogue`, by best-first search: it stops with a proof.
 
@@ -197,21 +174,11 @@ def exact_search(
     the K-th finished title is dropped. In vocabulary support, where bounds are looser, a beam search comes first:
     its K-th score is a threshold from the beginning, and what it ran need not be run again.
 
-    Args:
-        engine: Model, trie and support.
-        prompts: Token ids of each user.
-        k: Number of groups to return.
-        length_penalty: As in `rank_catalogue`.
-        alpha: As in `rank_catalogue`.
-        gain: As in `rank_catalogue`.
-        exclude: As in `rank_catalogue`.
-        allow: As in `rank_catalogue`.
-        assistant: As in `rank_catalogue`.
-        assistant_weight: As in `rank_catalogue`.
-        max_expansions: Prefixes of a user that may be expanded; None: no limit in trie support, 2,000 in vocabulary
-            support. Users who use them up may get fewer than ``k`` titles.
-        scope: Only ``node``: with gains scaled per step a title's score depends on the other beams.
-        counts: As in `rank_catalogue`.
+    Arguments are those of `rank_catalogue`, and:
+
+    * ``max_expansions``: Prefixes of a user that may be expanded; None: no limit in trie support, 2,000 in vocabulary
+      support. Users who use them up may get fewer than ``k`` titles.
+    * ``scope``: Only ``node``: with gains scaled per step a title's score depends on the other beams.
 
     Returns:
         A `Ranking`; ``certified`` is false for users who used up ``max_expansions``.
@@ -221,30 +188,26 @@ def exact_search(
 
     Source: best-first search with an admissible bound (Meister et al. 2020 for decoding); neither paper has it.
     """
-    check_k(k)
+    _check(prompts, k, length_penalty, exclude, allow)
     if scope != "node":
         raise UserError(
             f"exact_search wants scope = 'node', got {scope!r}: a step depends on beams, which it has not"
         )
     if max_expansions is not None and max_expansions < 1:
         raise UserError(f"wanted max_expansions of at least 1 or None, got {max_expansions}")
-    check_lists(len(prompts), exclude=exclude, allow=allow)
-    _check_penalty(length_penalty)
-    trie, n_users, counters = engine.trie, len(prompts), Counters()
-    rule = Rule.of(trie, n_users, alpha, scope, gain, assistant, assistant_weight)
-    filters = _filters(trie, n_users, exclude, allow)
-    growth = Growth(engine, prompts, counters)
-    first = None
+    trie, counters = engine.trie, Counters()
+    rule = Rule.of(trie, len(prompts), alpha, scope, gain, assistant, assistant_weight)
+    filters = _filters(trie, len(prompts), exclude, allow)
+    growth, first = Growth(engine, prompts, counters), Beams(trie, rule, filters, k, length_penalty)
     if engine.support == "vocabulary":
         max_expansions = max_expansions or MAX_EXPANSIONS
-        first = Beams(trie, rule, filters, k, length_penalty)
     search = BestFirst(growth, rule, filters, k, length_penalty, max_expansions, first)
     _drive(growth, search)
     items, scores = _returned(trie, search.results, k, filters, counts)
     return Ranking(items, scores, search.proven, counters.as_dict())
 
 
-def score(engine: TrieEngine, prompts: TokenLists, candidates: ItemLists) -> Floats:
+def score(engine: TrieEngine, prompts: TokenLists, candidates: ItemLists) -> Float32:
     """Log-probabilities of given items: the tree of a user's candidates goes through the model in one forward.
 
     Args:
@@ -273,27 +236,27 @@ def score(engine: TrieEngine, prompts: TokenLists, candidates: ItemLists) -> Flo
         on_path = node > 0
         total[on_path] += log_p[np.searchsorted(key, (user * trie.n_nodes + node)[on_path])]
         node = np.where(on_path, trie.parent[node], 0).astype(np.int64)
-    result[user, np.arange(len(user)) - np.repeat(np.cumsum(size) - size, size)] = total
+    result[user, within(size)] = total
     return result
 
 
-class Search(Protocol):
+class Strategy(Protocol):
     """A way to search the trees of several users, round by round."""
 
-    def start(self, user: Ints) -> None:
+    def start(self, user: Int64) -> None:
         """Begin with some users (n,)."""
 
-    def request(self) -> tuple[Ints, Ints]:
+    def request(self) -> tuple[Int64, Int64]:
         """Users and nodes (R,) whose edges the next round needs, users together."""
 
-    def foreseen(self) -> tuple[Ints, Ints]:
+    def foreseen(self) -> tuple[Int64, Int64]:
         """Users and nodes that are asked for in later rounds whatever scores the edges get."""
 
-    def update(self, edges: Edges) -> Ints:
+    def update(self, edges: Edges) -> Int64:
         """Go on with what was asked for; the users (n,) who are done."""
 
 
-def _drive(growth: Growth, search: Search) -> None:
+def _drive(growth: Growth, search: Strategy) -> None:
     """Let users in, grow their trees as the search asks, and let them go when they are done."""
     while True:
         fresh = growth.admit()
@@ -310,42 +273,43 @@ def _returned(
     results: Sequence[Hypotheses],
     k: int,
     filters: Sequence[TitleFilter | None],
-    counts: NDArray[np.int64] | None,
-) -> tuple[NDArray[np.int32], Floats]:
+    counts: Int64 | None,
+) -> tuple[Int32, Float32]:
     """Items (B, K) and scores (B, K): each leaf's representative, best first, ties by item index."""
     done = Hypotheses.joined([Hypotheses.none(), *results])
-    items = np.full((len(filters), k), -1, dtype=np.int32)
-    scores = np.full((len(filters), k), -np.inf, dtype=np.float32)
-    item = np.array(
-        [_representative(trie, filters[u], n, counts) for u, n in zip(done.user, done.node, strict=True)],
-        dtype=np.int32,
-    )
+    items, scores = blank_lists(len(filters), k)
+    leaves = zip(done.user, done.node, strict=True)
+    item = np.array([_representative(trie, filters[u], n, counts) for u, n in leaves], dtype=np.int32)
     order, rank = best_of_each(done.user, done.total, item)
     order, rank = order[rank < k], rank[rank < k]
     items[done.user[order], rank], scores[done.user[order], rank] = item[order], done.total[order]
     return items, scores
 
 
-def _representative(trie: Trie, own: TitleFilter | None, leaf: int, counts: NDArray[np.int64] | None) -> int:
+def _representative(trie: Trie, own: TitleFilter | None, leaf: int, counts: Int64 | None) -> int:
     """The permitted item of a leaf with most training targets, ties by lower index."""
-    members = (
-        trie.item_order[trie.item_lo[leaf] : trie.item_hi[leaf]] if own is None else own.items(int(leaf))
-    )
-    members = np.sort(members)
+    every = trie.item_order[trie.item_lo[leaf] : trie.item_hi[leaf]]
+    members = np.sort(every if own is None else own.items(int(leaf)))
     return int(members[0] if counts is None else members[np.argmax(counts[members])])
 
 
-def _check_penalty(length_penalty: float) -> None:
+def _check(
+    prompts: TokenLists, k: int | None, length_penalty: float, exclude: Filters, allow: Filters
+) -> None:
+    """UserError for what no search takes."""
+    check_k(k)
+    check_lists(len(prompts), exclude=exclude, allow=allow)
     if not np.isfinite(length_penalty):
         raise UserError(f"wanted a finite length_penalty, got {length_penalty}; 0 switches it off")
 
 
 def _filters(trie: Trie, n_users: int, exclude: Filters, allow: Filters) -> list[TitleFilter | None]:
     nothing: list[Items | None] = [None] * n_users
-    without = nothing if exclude is None else exclude
-    only = nothing if allow is None else allow
     known: dict[tuple[int, int], TitleFilter | None] = {}  # a list that is given for many users is read once
-    pairs = list(zip(without, only, strict=True))  # kept, so that no id is used twice
+    # Kept, so that no id is used twice.
+    pairs = list(
+        zip(nothing if exclude is None else exclude, nothing if allow is None else allow, strict=True)
+    )
     for a, b in pairs:
         if (id(a), id(b)) not in known:
             known[id(a), id(b)] = TitleFilter.of(trie, a, b)

@@ -17,8 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.models import body, head_weight, own_mask
+from triewise.models import body, cache_of, head_weight, own_mask
 from triewise.tokens import Trie
+
+Int64 = NDArray[np.int64]
+
 
 TokenLists = Sequence[Sequence[int]]
 NOTHING = -1  # a place of the cache that holds no node
@@ -47,6 +50,11 @@ class Counters:
     head_rows: int = 0
     cache_bytes_peak: int = 0
 
+    def add_scored(self, n: int) -> None:
+        """Some nodes more whose children are scored, each from a row of the head."""
+        self.expansions += n
+        self.head_rows += n
+
     @property
     def token_forwards(self) -> int:
         """Prompt and tree positions together."""
@@ -72,12 +80,10 @@ class Prefix:
     @classmethod
     def run(cls, model: Any, tokens: Sequence[int], counters: Counters) -> Prefix:
         """Push the tokens through the body, once."""
-        from transformers import DynamicCache
-
         ids = torch.tensor([list(tokens)], device=head_weight(model).device)
-        cache = body(model)(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        cache = body(model)(input_ids=ids, past_key_values=cache_of(), use_cache=True).past_key_values
         counters.prompt_tokens += len(tokens)
-        return cls(tuple(tokens), tuple((layer.keys, layer.values) for layer in cache.layers))
+        return cls(tuple(tokens), tuple(_layers(cache)))
 
     def first(self, n: int) -> Prefix:
         """The first ``n`` tokens: what comes later changes nothing before it."""
@@ -102,23 +108,20 @@ class TreeCache:
     def __init__(
         self, model: Any, trie: Trie, prompts: TokenLists, counters: Counters, prefix: Prefix | None = None
     ) -> None:
-        from transformers import DynamicCache
-
         self.model, self.trie, self.counters = model, trie, counters
         self.device = head_weight(model).device
         n_shared = 0 if prefix is None else len(prefix.tokens)
         ids_BP, rest_B = pad([prompt[n_shared:] for prompt in prompts], self.device)
-        cache = DynamicCache()
-        if prefix is not None:
-            shape = (len(prompts), -1, -1, -1)
-            cache = DynamicCache([(k.expand(shape), v.expand(shape)) for k, v in prefix.layers])
+        shape = (len(prompts), -1, -1, -1)
+        layers = () if prefix is None else prefix.layers
+        cache = cache_of((k.expand(shape), v.expand(shape)) for k, v in layers)
         # Right padding under a causal mask: padding comes after every token that matters.
         output = body(model)(input_ids=ids_BP, past_key_values=cache, use_cache=True)
         self.layers = _layers(output.past_key_values)
         self.length_B = rest_B + n_shared
         row = torch.arange(len(prompts), device=self.device)
         self.root_hidden: Tensor = output.last_hidden_state[row, rest_B - 1]
-        self.node: NDArray[np.int64] = np.zeros((1, 0), dtype=np.int64)
+        self.node: Int64 = np.zeros((1, 0), dtype=np.int64)
         self._set_prompt(n_shared + ids_BP.shape[1])
         counters.prompt_tokens += int(rest_B.sum())
         counters.shared_prompt_tokens += n_shared * len(prompts)
@@ -132,7 +135,7 @@ class TreeCache:
         """Number of users B."""
         return len(self.length_B)
 
-    def append(self, node: NDArray[np.int64]) -> Tensor:
+    def append(self, node: Int64) -> Tensor:
         """Run nodes behind what the cache holds.
 
         Args:
@@ -142,8 +145,6 @@ class TreeCache:
         Returns:
             Hidden states (B, C, D).
         """
-        from transformers import DynamicCache
-
         trie, n_users = self.trie, self.n_users
         held = np.broadcast_to(self.node, (max(len(self.node), len(node)), self.node.shape[1]))
         node = np.broadcast_to(node, (len(held), node.shape[1]))
@@ -157,7 +158,7 @@ class TreeCache:
             input_ids=token.expand(n_users, -1),
             attention_mask=own_mask(self.model, torch.cat([prompt, tree], dim=2)[:, None]),
             position_ids=self.length_B[:, None] + (depth - 1).clamp(min=0),
-            past_key_values=DynamicCache(self.layers),
+            past_key_values=cache_of(self.layers),
             use_cache=True,
         )
         self.layers, self.node = _layers(output.past_key_values), keys
@@ -168,14 +169,14 @@ class TreeCache:
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def keep(self, place: NDArray[np.int64]) -> None:
+    def keep(self, place: Int64) -> None:
         """Forget all nodes but those at these places, (T',), of a cache that is the same for all users."""
         prompt = torch.arange(self.n_prompt, device=self.device)
         kept = torch.cat([prompt, torch.from_numpy(place).to(self.device) + self.n_prompt])
         self.layers = [(k[:, :, kept], v[:, :, kept]) for k, v in self.layers]
         self.node = self.node[:, place]
 
-    def select(self, row: NDArray[np.int64]) -> None:
+    def select(self, row: Int64) -> None:
         """Keep some users (B',), in this order; empty places are closed up."""
         node = np.broadcast_to(self.node, (self.n_users, self.node.shape[1]))[row]
         rows = torch.from_numpy(row).to(self.device)
@@ -200,17 +201,16 @@ class TreeCache:
         n_prompt = max(self.n_prompt, other.n_prompt)
         node = [np.broadcast_to(c.node, (c.n_users, c.node.shape[1])) for c in (self, other)]
         width = max(n.shape[1] for n in node)
+        missing = [((0, 0), (0, width - n.shape[1])) for n in node]
         self.node = np.concatenate(
-            [np.pad(n, ((0, 0), (0, width - n.shape[1])), constant_values=NOTHING) for n in node]
+            [np.pad(n, m, constant_values=NOTHING) for n, m in zip(node, missing, strict=True)]
         )
 
         def widened(values: Tensor, cache: TreeCache) -> Tensor:
-            shape = (*values.shape[:2], n_prompt + width, values.shape[3])
-            wide = values.new_zeros(shape)
+            wide = values.new_zeros((*values.shape[:2], n_prompt + width, values.shape[3]))
+            tree = values[:, :, cache.n_prompt :]
             wide[:, :, : cache.n_prompt] = values[:, :, : cache.n_prompt]
-            wide[:, :, n_prompt : n_prompt + values.shape[2] - cache.n_prompt] = values[
-                :, :, cache.n_prompt :
-            ]
+            wide[:, :, n_prompt : n_prompt + tree.shape[2]] = tree
             return wide
 
         self.layers = [
@@ -239,13 +239,11 @@ def pad(prompts: TokenLists, device: torch.device) -> tuple[Tensor, Tensor]:
     """(B, P) ids padded on the right with 0, and (B,) lengths."""
     length = np.array([len(prompt) for prompt in prompts])
     ids = np.zeros((len(prompts), int(length.max())), dtype=np.int64)
-    ids[np.arange(ids.shape[1]) < length[:, None]] = np.concatenate(
-        [np.asarray(p, dtype=np.int64) for p in prompts]
-    )
+    ids[np.arange(ids.shape[1]) < length[:, None]] = [token for prompt in prompts for token in prompt]
     return torch.from_numpy(ids).to(device), torch.from_numpy(length).to(device)
 
 
-def _sees(trie: Trie, node: NDArray[np.int64], key: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _sees(trie: Trie, node: Int64, key: Int64) -> NDArray[np.bool_]:
     """(B, C, S) whether a key (B, S) is an ancestor of a node (B, C) or the node itself."""
     a, q = np.maximum(key, 0), np.maximum(node, 0)
     # An ancestor's item range holds the node's, and it is not deeper.

@@ -1,23 +1,26 @@
 from .adapters import unfreeze_lora as unfreeze_lora
 from .anatomy import (
     body as body,
+    cache_of as cache_of,
     causal_lm as causal_lm,
     compute_again as compute_again,
     computes_again as computes_again,
-    hand_head_matches as hand_head_matches,
     head_bias as head_bias,
     head_rows as head_rows,
     head_weight as head_weight,
-    is_recurrent as is_recurrent,
     own_mask as own_mask,
     resolve_device as resolve_device,
-    shortest_window as shortest_window,
-    takes_masks as takes_masks,
 )
 from .backbones import load_backbone as load_backbone, load_tokenizer as load_tokenizer
-from .encoders import PAD as PAD, EncoderConfig as EncoderConfig, SequentialModel as SequentialModel
+from .encoders import PAD as PAD, SequentialModel as SequentialModel
 from .hub import download as download, upload as upload
 from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
+from .probe import (
+    Measured as Measured,
+    hand_head_matches as hand_head_matches,
+    refusal as refusal,
+    relative as relative,
+)
 from .weights import load_trained as load_trained, save_trained as save_trained
 
 __all__ = [

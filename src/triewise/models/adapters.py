@@ -205,12 +205,12 @@ def _unpack(model: Any, delta: dict[str, Tensor]) -> None:
 def _targets(model: Any, wanted: str | tuple[str, ...]) -> list[str]:
     """Ends of the names of linear layers; each given one must match a layer of the body."""
     head = model.get_output_embeddings()
-    found = [name for name, m in model.named_modules() if m is not head and _linear(m)]
-    ends = sorted({name.rpartition(".")[2] for name in found})
+    layers = [name for name, m in model.named_modules() if m is not head and _linear(m)]
+    ends = sorted({name.rpartition(".")[2] for name in layers})
     if wanted == "all-linear":
         return ends
     for target in wanted:
-        if not any(name == target or name.endswith(f".{target}") for name in found):
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(
                 f"wanted ends of names of the body's linear layers ({', '.join(ends)}) in backbone.lora.targets, "
                 f"got {target!r}; correct it or use 'all-linear'"

@@ -6,6 +6,7 @@ Shape key: V vocabulary, D width, C some tokens, B rows, Q queries, K keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,14 @@ def own_mask(model: Any, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill(~mask, torch.finfo(kind).min)
 
 
+def cache_of(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Any:
+    """A cache of transformers that holds keys and values (B, H, S, D) of each layer."""
+    from transformers import DynamicCache
+
+    held = list(layers)
+    return DynamicCache(held) if held else DynamicCache()
+
+
 def is_recurrent(model: Any) -> bool:
     """Whether some layers are not attention."""
     kinds = getattr(_text_config(model), "layer_types", None) or []
@@ -118,32 +127,6 @@ def shortest_window(model: Any) -> int | None:
 
 def _text_config(model: Any) -> Any:
     return causal_lm(model).config.get_text_config(decoder=True)
-
-
-@torch.no_grad()
-def hand_head_matches(model: Any, tolerance: float = 1e-3) -> bool:
-    """Whether body and head put together by hand give the model's own logits.
-
-    Soft-capping, logit scaling and heads on another hidden state make it false: then only the model's own
-    forward may be used. Tested on three tokens; relative to the largest logit, and only in float32 and
-    float64 is the tolerance as tight as given (a bfloat16 model may be off by 3e-2).
-    """
-    training = model.training
-    model.eval()
-    try:
-        weight = head_weight(model)
-        ids = torch.tensor([[0, 1, 2]], device=weight.device) % weight.shape[0]
-        own = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
-        ours = nn.functional.linear(hidden, weight, head_bias(model)).float()
-    except (AttributeError, TypeError):
-        return False
-    finally:
-        model.train(training)
-    loose = 1.0 if weight.dtype in (torch.float32, torch.float64) else 30.0
-    return ours.shape == own.shape and bool(
-        (ours - own).abs().max() <= tolerance * loose * own.abs().max().clamp(min=1)
-    )
 
 
 def head_rows(weight: Tensor, tokens: Tensor) -> Tensor:

@@ -12,29 +12,10 @@ from typing import Any
 
 from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.models.adapters import (
-    add_lora,
-    load_lora,
-)
-from triewise.models.anatomy import (
-    resolve_device,
-    resolve_dtype,
-)
-from triewise.models.loading import (
-    BASE,
-    BASE_FACTS,
-    Backbone,
-    How,
-    from_pretrained,
-    quantised,
-    tokenizer_of,
-)
-from triewise.models.smollm2 import (
-    SMOLLM2,
-    converted_smollm2,
-    explain_stand_in,
-    smollm2,
-)
+from triewise.models.adapters import add_lora, load_lora
+from triewise.models.anatomy import resolve_device, resolve_dtype
+from triewise.models.loading import BASE, BASE_FACTS, Backbone, How, from_pretrained, quantised, tokenizer_of
+from triewise.models.smollm2 import SMOLLM2, converted_smollm2, explain_stand_in, smollm2
 from triewise.models.tiny import build_tiny, train_tokenizer
 from triewise.recipe import LoraSettings, TinyModel
 
@@ -145,13 +126,13 @@ def _load_adapted(folder: Path, base: str | Path | None, how: How) -> Backbone:
     return Backbone(load_lora(inner.model, folder), tokenizer_of(str(folder)), origin["name"], origin)
 
 
-def _check_base(found: dict[str, Any], wanted: dict[str, Any], folder: Path, given: bool) -> None:
+def _check_base(origin: dict[str, Any], wanted: dict[str, Any], folder: Path, given: bool) -> None:
     """Refuse a base with other weights; a folder given for a hub id has no hash that could be compared."""
     for key in ("sha256_source", "sha256", *(() if given else ("revision",))):
-        if found.get(key) and wanted.get(key):
-            if found[key] == wanted[key]:
+        if origin.get(key) and wanted.get(key):
+            if origin[key] == wanted[key]:
                 return
             raise UserError(
-                f"the base model of the adapter in {folder} is not the one it was trained on ({found['repository']} "
+                f"the base model of the adapter in {folder} is not the one it was trained on ({origin['repository']} "
                 f"has another {key.partition('_')[0]}); give that one's folder as base, or train again"
             )

@@ -11,86 +11,60 @@ Shape key: B rows, L places, D width, H state of a recurrence, I items, M target
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triewise.errors import UserError
+from triewise.recipe import EncoderSettings
 
-Kind = Literal["gru4rec", "sasrec", "bert4rec", "lrurec"]
 PAD = 0
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """Shape of a model.
-
-    Attributes:
-        kind: Which encoder.
-        n_items: Items I.
-        max_length: Items of a history that are read, the last ones.
-        width: D, of item embeddings and states.
-        blocks: Layers.
-        heads: Attention heads (SASRec, BERT4Rec).
-        dropout: Of embeddings, attention and layers, in training.
-        head: ``tied`` scores with the item embeddings, ``linear`` with weights of its own; both have a bias.
-    """
-
-    kind: Kind
-    n_items: int
-    max_length: int
-    width: int = 64
-    blocks: int = 2
-    heads: int = 2
-    dropout: float = 0.2
-    head: Literal["tied", "linear"] = "tied"
-
-    @property
-    def mask(self) -> int:
-        """Number of the mask inside a row."""
-        return self.n_items + 1
 
 
 class SequentialModel(nn.Module):
     """An encoder with item embeddings and a head.
 
     Args:
-        config: Its shape.
+        settings: Its shape: which encoder, D and so on.
+        n_items: Items I.
+        max_length: Items of a history that are read, the last ones.
         seed: Of the initial weights.
-
-    Raises:
-        UserError: An unknown encoder, or a width that the heads do not divide.
     """
 
-    def __init__(self, config: EncoderConfig, seed: int = 0) -> None:
+    def __init__(self, settings: EncoderSettings, n_items: int, max_length: int, seed: int = 0) -> None:
         super().__init__()
-        if config.kind not in BODIES:
-            raise UserError(f"wanted an encoder among {', '.join(BODIES)}, got {config.kind!r}")
-        if config.kind in WITH_HEADS and config.width % config.heads:
-            raise UserError(
-                f"wanted a width that is a multiple of heads, got {config.width} and {config.heads}"
-            )
-        self.config = config
+        self.settings, self.n_items, self.max_length = settings, n_items, max_length
+        self.mask = n_items + 1
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.items = nn.Embedding(config.n_items + 2, config.width, padding_idx=PAD)
-            self.body = BODIES[config.kind](config)
-            self.bias = nn.Parameter(torch.zeros(config.n_items))
-            self.head = (
-                nn.Linear(config.width, config.n_items, bias=False) if config.head == "linear" else None
-            )
+            self.items = nn.Embedding(n_items + 2, settings.width, padding_idx=PAD)
+            self.body = BODIES[settings.encoder](settings, max_length)
+            self.bias = nn.Parameter(torch.zeros(n_items))
+            self.head = nn.Linear(settings.width, n_items, bias=False) if settings.head == "linear" else None
             nn.init.normal_(self.items.weight, std=0.02)
             with torch.no_grad():
                 self.items.weight[PAD] = 0
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What ``model/config.json`` says: kind, n_items, max_length, width, blocks, heads, dropout, head."""
+        shape = self.settings.model_dump(include=set(EncoderSettings.model_fields))
+        kind = shape.pop("encoder")
+        return {"kind": kind, "n_items": self.n_items, "max_length": self.max_length, **shape}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> SequentialModel:
+        """A model of the shape that `config` says."""
+        shape = {name: value for name, value in config.items() if name in EncoderSettings.model_fields}
+        settings = EncoderSettings(encoder=config["kind"], **shape)
+        return cls(settings, config["n_items"], config["max_length"])
+
+    @property
     def bidirectional(self) -> bool:
         """Whether a state sees what comes after it; such a model reads its prediction at a mask."""
-        return self.config.kind == "bert4rec"
+        return self.settings.encoder == "bert4rec"
 
     @property
     def weight(self) -> Tensor:
@@ -120,7 +94,7 @@ class SequentialModel(nn.Module):
         rows = torch.arange(len(ids), device=ids.device)
         if self.bidirectional:
             ids = F.pad(ids, (0, 1))
-            ids[rows, length] = self.config.mask
+            ids[rows, length] = self.mask
             return self.scores(self(ids)[rows, length])
         states = self(ids)[rows, (length - 1).clamp(min=0)]
         return self.scores(states * (length > 0)[:, None])
@@ -129,11 +103,11 @@ class SequentialModel(nn.Module):
 class _GRU(nn.Module):
     """GRU4Rec as recommenders of this field compare with it: an embedding, a GRU, a head (no session batches)."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, settings: EncoderSettings, max_length: int) -> None:
         super().__init__()
-        drop = config.dropout if config.blocks > 1 else 0.0
-        self.dropout = nn.Dropout(config.dropout)
-        self.gru = nn.GRU(config.width, config.width, config.blocks, batch_first=True, dropout=drop)
+        drop = settings.dropout if settings.blocks > 1 else 0.0
+        self.dropout = nn.Dropout(settings.dropout)
+        self.gru = nn.GRU(settings.width, settings.width, settings.blocks, batch_first=True, dropout=drop)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         states: Tensor = self.gru(self.dropout(x))[0]
@@ -144,10 +118,10 @@ class _GRU(nn.Module):
 class _Attention(nn.Module):
     """Multi-head attention; queries may be another tensor than keys and values."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.heads, self.p = config.heads, config.dropout
-        self.q, self.k, self.v, self.out = (nn.Linear(config.width, config.width) for _ in range(4))
+        self.heads, self.p = settings.heads, settings.dropout
+        self.q, self.k, self.v, self.out = (nn.Linear(settings.width, settings.width) for _ in range(4))
 
     def forward(self, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """``mask`` (B, L): the keys that may be looked at; None: those up to the query's place."""
@@ -165,10 +139,10 @@ class _Attention(nn.Module):
 class _Positions(nn.Module):
     """Adds a learned vector to each place, then dropout."""
 
-    def __init__(self, config: EncoderConfig, places: int, scale: float = 1.0) -> None:
+    def __init__(self, settings: EncoderSettings, places: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.position, self.scale = nn.Embedding(places, config.width), scale
-        self.dropout = nn.Dropout(config.dropout)
+        self.position, self.scale = nn.Embedding(places, settings.width), scale
+        self.dropout = nn.Dropout(settings.dropout)
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -179,15 +153,15 @@ class _Positions(nn.Module):
 class _SASRec(nn.Module):
     """Causal attention as in the authors' code: queries are normalised, keys and values are not."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, settings: EncoderSettings, max_length: int) -> None:
         super().__init__()
-        d, n = config.width, config.blocks
-        self.positions = _Positions(config, config.max_length)
-        self.attention = nn.ModuleList(_Attention(config) for _ in range(n))
+        d, n = settings.width, settings.blocks
+        self.positions = _Positions(settings, max_length)
+        self.attention = nn.ModuleList(_Attention(settings) for _ in range(n))
         self.query_norm, self.norm = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
-        self.feed_forward = nn.ModuleList(_feed_forward(d, d, nn.ReLU, config.dropout) for _ in range(n))
+        self.feed_forward = nn.ModuleList(_feed_forward(d, d, nn.ReLU, settings.dropout) for _ in range(n))
         self.last_norm = nn.LayerNorm(d)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         x = self.positions(x)
@@ -204,15 +178,17 @@ class _SASRec(nn.Module):
 class _BERT4Rec(nn.Module):
     """Attention to every place that is no padding; one place more than a history, for the mask."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, settings: EncoderSettings, max_length: int) -> None:
         super().__init__()
-        d, n = config.width, config.blocks
-        self.positions = _Positions(config, config.max_length + 1)
-        self.attention = nn.ModuleList(_Attention(config) for _ in range(n))
+        d, n = settings.width, settings.blocks
+        self.positions = _Positions(settings, max_length + 1)
+        self.attention = nn.ModuleList(_Attention(settings) for _ in range(n))
         self.before, self.between = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
-        self.feed_forward = nn.ModuleList(_feed_forward(d, 4 * d, nn.GELU, config.dropout) for _ in range(n))
+        self.feed_forward = nn.ModuleList(
+            _feed_forward(d, 4 * d, nn.GELU, settings.dropout) for _ in range(n)
+        )
         self.last_norm = nn.LayerNorm(d)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         x = self.positions(x)
@@ -229,14 +205,16 @@ class _BERT4Rec(nn.Module):
 class _LRURec(nn.Module):
     """Blocks of a linear recurrent unit and a feed-forward layer, each followed by its norm."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, settings: EncoderSettings, max_length: int) -> None:
         super().__init__()
-        d, n = config.width, config.blocks
+        d, n = settings.width, settings.blocks
         self.first_norm = nn.LayerNorm(d)
         self.unit = nn.ModuleList(_LinearRecurrence(d) for _ in range(n))
         self.norm, self.last_norm = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
-        self.feed_forward = nn.ModuleList(_feed_forward(d, 4 * d, nn.GELU, config.dropout) for _ in range(n))
-        self.dropout = nn.Dropout(config.dropout)
+        self.feed_forward = nn.ModuleList(
+            _feed_forward(d, 4 * d, nn.GELU, settings.dropout) for _ in range(n)
+        )
+        self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         x = self.first_norm(self.dropout(x))
@@ -285,8 +263,7 @@ def _feed_forward(width: int, inner: int, activation: Callable[[], nn.Module], d
     )
 
 
-WITH_HEADS = ("sasrec", "bert4rec")
-BODIES: dict[str, Callable[[EncoderConfig], nn.Module]] = {
+BODIES: dict[str, Callable[[EncoderSettings, int], nn.Module]] = {
     "gru4rec": _GRU,
     "sasrec": _SASRec,
     "bert4rec": _BERT4Rec,

@@ -6,16 +6,15 @@ within ten seconds and becomes one line; ``HF_HUB_OFFLINE=1`` and ``TRIEWISE_OFF
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
-import threading
 import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from triewise.cache import offline
+from triewise.cache import connect, offline
 from triewise.errors import UserError
 
 HUB_SECONDS = "10"
@@ -64,23 +63,13 @@ def hub_answers() -> bool:
     """Whether the hub answers at all within ten seconds, whatever it says; False where the user works offline."""
     if offline() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         return False
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(
-                os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=float(HUB_SECONDS)
-            )
-            answers.append(True)
-        except urllib.error.HTTPError:
-            answers.append(True)
-        except OSError:
-            answers.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(float(HUB_SECONDS))
-    return answers == [True]
+    try:
+        connect(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), float(HUB_SECONDS)).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
 
 
 def download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -98,7 +87,7 @@ def download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
 
     silence()
     try:
-        found = snapshot_download(
+        folder = snapshot_download(
             repo_id, revision=revision, allow_patterns=patterns, local_files_only=not hub_answers()
         )
     except (OSError, ValueError) as error:
@@ -106,7 +95,7 @@ def download(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
             f"wanted the recommender {repo_id!r} (a folder or a hub id), got: {first_line(error)}; check the name and "
             "the network"
         ) from error
-    return Path(found)
+    return Path(folder)
 
 
 def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | None, message: str) -> str:

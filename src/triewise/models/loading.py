@@ -90,9 +90,8 @@ class Backbone:
         if "place" not in self.origin:
             return self
         name = Path(self.origin["place"] or self.name).name
-        return replace(
-            self, name=name, origin=self.origin | {"name": name, "repository": name, "place": None}
-        )
+        named = {"name": name, "repository": name, "place": None}
+        return replace(self, name=name, origin=self.origin | named)
 
 
 @dataclass(frozen=True)
@@ -124,11 +123,8 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
     model = from_hub(AutoModelForCausalLM.from_pretrained, name, revision, **options)
     if is_quantised(model):
         freeze(model)
-    origin: dict[str, Any] = {
-        "name": shown,
-        "repository": name,
-        "revision": revision or getattr(model.config, "_commit_hash", None),
-    }
+    commit = revision or getattr(model.config, "_commit_hash", None)
+    origin: dict[str, Any] = {"name": shown, "repository": name, "revision": commit}
     origin["sha256"] = weight_hashes(Path(name))
     if Path(name, "origin.json").is_file():
         origin |= read_json(Path(name, "origin.json"))

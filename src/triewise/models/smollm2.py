@@ -15,11 +15,7 @@ from triewise.cache import cache_folder, download_wheel, offline
 from triewise.errors import UserError
 from triewise.files import atomic_folder, sha256_file, write_json
 from triewise.models.hub import first_line
-from triewise.models.loading import (
-    Backbone,
-    How,
-    from_pretrained,
-)
+from triewise.models.loading import Backbone, How, from_pretrained
 from triewise.progress import note
 
 SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac")

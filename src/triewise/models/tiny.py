@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from triewise.errors import UserError
-from triewise.models.loading import (
-    Backbone,
-)
+from triewise.models.loading import Backbone
 from triewise.recipe import TinyModel
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
@@ -40,9 +38,8 @@ def build_tiny(titles: Sequence[str], settings: TinyModel, seed: int) -> Backbon
     )
     set_seed(seed)
     model = Qwen2ForCausalLM(config)
-    return Backbone(
-        model, tokenizer, "tiny", {"name": "tiny", "seed": seed, "settings": settings.model_dump()}
-    )
+    origin = {"name": "tiny", "seed": seed, "settings": settings.model_dump()}
+    return Backbone(model, tokenizer, "tiny", origin)
 
 
 def train_tokenizer(titles: Sequence[str], vocabulary: int) -> Any:
@@ -72,8 +69,7 @@ def train_tokenizer(titles: Sequence[str], vocabulary: int) -> Any:
     backend.train_from_iterator(titles, trainer)
     model = json.loads(backend.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
-    tokenizer = Qwen2Tokenizer(
-        vocab=model["vocab"], merges=merges, unk_token=END, bos_token=START, eos_token=END, pad_token=PAD
-    )
+    special = {"unk_token": END, "bos_token": START, "eos_token": END, "pad_token": PAD}
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, **special)
     tokenizer.add_tokens([AddedToken(number, single_word=True, normalized=False) for number in frequent])
     return tokenizer

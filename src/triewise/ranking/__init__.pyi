@@ -3,6 +3,7 @@ from .evaluation import (
     SHOWN as SHOWN,
     Evaluation as Evaluation,
     evaluate as evaluate,
+    excluded_items as excluded_items,
     interval as interval,
     load_evaluation as load_evaluation,
     paired_interval as paired_interval,

@@ -10,24 +10,30 @@ Dimension key: B users, I items, N neighbours, P different pairs of items, those
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
-from triewise.arrays import Int32, Int64, Ragged
+from triewise.arrays import Float32, Float64, Int32, Int64, Ragged, among_best, offsets_of, place_in_run
 from triewise.data import Split
-from triewise.ranking.ranking import (
-    Groups,
-    ItemLists,
-    Ranking,
-    check_histories,
-    rank_items,
-)
+from triewise.ranking.ranking import Groups, ItemLists, ItemScorer, Ranking, check_histories, rank_items
+
+
+class _ByScores:
+    """What baselines recommend: the allowed groups with the highest scores; a group counts as its best member."""
+
+    def recommend(
+        self: ItemScorer,
+        histories: ItemLists,
+        k: int | None = 10,
+        exclude: ItemLists | str | None = None,
+        allow: ItemLists | None = None,
+    ) -> Ranking:
+        """See `Recommender`."""
+        return rank_items(self, histories, k, exclude, allow)
 
 
 @dataclass(frozen=True)
-class MostPopular:
+class MostPopular(_ByScores):
     """Everybody gets the items with most training interactions; the row every method has to beat.
 
     Attributes:
@@ -36,22 +42,12 @@ class MostPopular:
     """
 
     groups: Groups
-    counts: NDArray[np.int64]
+    counts: Int64
 
-    def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
+    def item_scores(self, histories: ItemLists) -> Float32:
         """(B, I) the counts, for everybody alike; a view that takes no memory."""
         check_histories(histories, self.groups)
         return np.broadcast_to(self.counts.astype(np.float32), (len(histories), len(self.counts)))
-
-    def recommend(
-        self,
-        histories: ItemLists,
-        k: int | None = 10,
-        exclude: ItemLists | str | None = None,
-        allow: ItemLists | None = None,
-    ) -> Ranking:
-        """The most popular allowed groups; a group counts as its best member."""
-        return rank_items(self, histories, k, exclude, allow)
 
 
 PAIRS_AT_ONCE = 1 << 22  # co-occurrences looked at together
@@ -59,7 +55,7 @@ TINY = 1e-12  # popularity orders what no neighbour speaks for, and nothing else
 
 
 @dataclass(frozen=True)
-class ItemKNN:
+class ItemKNN(_ByScores):
     """A recommender of neighbours; deterministic, nothing is drawn.
 
     Attributes:
@@ -72,7 +68,7 @@ class ItemKNN:
 
     groups: Groups
     neighbour: Int32
-    cosine: NDArray[np.float32]
+    cosine: Float32
     counts: Int64
     decay: float = 0.6
 
@@ -93,8 +89,8 @@ class ItemKNN:
         by_item = np.argsort(items_of.values, kind="stable")
         user = np.repeat(np.arange(len(items_of)), items_of.lengths)[by_item]
         counts = np.bincount(items_of.values, minlength=n_items)
-        first = np.concatenate([[0], np.cumsum(counts)])  # of an item's users in ``user``
-        before = np.concatenate([[0], np.cumsum(items_of.lengths[user])])[first]  # co-occurrences, by item
+        first = offsets_of(counts)  # of an item's users in ``user``
+        before = offsets_of(items_of.lengths[user])[first]  # co-occurrences, by item
         width = min(neighbours, max(n_items - 1, 1))
         nearest = np.zeros((n_items, width), dtype=np.int32)
         cosine = np.zeros((n_items, width), dtype=np.float32)
@@ -113,7 +109,7 @@ class ItemKNN:
             low = high
         return cls(groups, nearest, cosine, counts, decay)
 
-    def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
+    def item_scores(self, histories: ItemLists) -> Float32:
         """(B, I) float32, >= 0: weighted sum of the cosines to the items of each history."""
         check_histories(histories, self.groups)
         scores = np.tile((TINY * self.counts).astype(np.float32), (len(histories), 1))
@@ -122,16 +118,6 @@ class ItemKNN:
             weight = (self.decay ** np.arange(len(item))[::-1]).astype(np.float32)
             np.add.at(row, self.neighbour[item], self.cosine[item] * weight[:, None])
         return scores
-
-    def recommend(
-        self,
-        histories: ItemLists,
-        k: int | None = 10,
-        exclude: ItemLists | str | None = None,
-        allow: ItemLists | None = None,
-    ) -> Ranking:
-        """The allowed groups nearest to the histories; a group counts as its best member."""
-        return rank_items(self, histories, k, exclude, allow)
 
 
 def _items_of_users(train: Split, n_items: int) -> Ragged:
@@ -148,25 +134,19 @@ def _items_of_users(train: Split, n_items: int) -> Ragged:
 def _counted(key: Int64, size: int) -> tuple[Int64, Int64]:
     """Different keys below ``size``, ascending, and how often each occurs."""
     if size > 4 * PAIRS_AT_ONCE:
-        found, n = np.unique(key, return_counts=True)
-        return found, n
-    every = np.bincount(key, minlength=size)
-    found = np.flatnonzero(every)
-    return found, every[found]
+        different, count = np.unique(key, return_counts=True)
+        return different, count
+    count = np.bincount(key, minlength=size)
+    different = np.flatnonzero(count)
+    return different, count[different]
 
 
-def _nearest(
-    row: Int64, item: Int64, near: NDArray[np.float64], width: int
-) -> tuple[Int64, Int64, NDArray[np.float64], Int64]:
+def _nearest(row: Int64, item: Int64, near: Float64, width: int) -> tuple[Int64, Int64, Float64, Int64]:
     """Of pairs (P,), row by row, the ``width`` nearest of each row: row, item, cosine and place, nearest first."""
-    start = np.append(np.flatnonzero(np.diff(row, prepend=-1)), len(row)).tolist()
-    near_enough = np.ones(len(row), dtype=bool)
-    for a, b in pairwise(start):
-        if b - a > 2 * width:  # far more than are kept: no need to sort them all
-            near_enough[a:b] = near[a:b] >= np.partition(near[a:b], b - a - width)[b - a - width]
-    row, item, near = row[near_enough], item[near_enough], near[near_enough]
+    kept = among_best(row, near, width)  # no need to sort them all
+    row, item, near = row[kept], item[kept], near[kept]
     # Stable: of equally near items the lower index comes first.
     order = np.lexsort((-near, row))
-    place = np.arange(len(row)) - np.searchsorted(row, row)  # the rows stay where they are
-    kept = order[place < width]
-    return row[kept], item[kept], near[kept], place[place < width]
+    place = place_in_run(row)  # the rows stay where they are
+    order, place = order[place < width], place[place < width]
+    return row[order], item[order], near[order], place

@@ -10,7 +10,7 @@ Dimension key: B users (rows of a split), K items kept, G groups.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from triewise.arrays import Ragged
+from triewise.arrays import Bool, Float32, Float64, Int32, Int64, Ragged
 from triewise.data import Split
 from triewise.errors import UserError
 from triewise.files import atomic_path, read_json, write_json
 from triewise.progress import progress
-from triewise.ranking.metrics import metrics_from_rank
+from triewise.ranking.metrics import metrics_from_rank, rank_in_list
 from triewise.ranking.ranking import (
     SCORES_AT_ONCE,
     Groups,
@@ -60,14 +60,14 @@ class Evaluation:
 
     name: str
     metrics: dict[str, Any]
-    rank: NDArray[np.int32]
-    items: NDArray[np.int32]
-    scores: NDArray[np.float32]
-    certified: NDArray[np.bool_]
-    target: NDArray[np.int32]
+    rank: Int32
+    items: Int32
+    scores: Float32
+    certified: Bool
+    target: Int32
     user_id: NDArray[np.object_]
 
-    def per_user(self, metric: str) -> NDArray[np.float64]:
+    def per_user(self, metric: str) -> Float64:
         """(B,) values of a metric such as ``NDCG@10``."""
         return metrics_from_rank(self.rank, [int(metric.partition("@")[2])])[metric]
 
@@ -101,8 +101,8 @@ def evaluate(
     exclude: str = "none",
     allow: Items | None = None,
     facts: dict[str, Any] | None = None,
-    train_targets: NDArray[np.int64] | None = None,
-    train_interactions: NDArray[np.int64] | None = None,
+    train_targets: Int64 | None = None,
+    train_interactions: Int64 | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """Rank the whole catalogue for every row of a split.
@@ -129,62 +129,98 @@ def evaluate(
     Returns:
         The evaluation; its metrics lie in [0, 1].
     """
-    excluded = _excluded(split, exclude)
-    width = max(k, COVERED)
     started = time.perf_counter()
-    with progress(f"ranking {name}", split.n_rows, "users") as advance:
-        if depth is None and isinstance(recommender, ItemScorer):
-            places = count_places(
-                recommender, split.history, split.target, width, excluded, allow, advance=advance
-            )
-            certified, counters = np.ones(split.n_rows, dtype=bool), dict[str, int]()
-        else:
-            places, certified, counters = _by_ranking(
-                recommender, split, width, depth, excluded, allow, advance
-            )
+    places, certified, counters = _ranked(recommender, split, name, max(k, COVERED), depth, exclude, allow)
     seconds = time.perf_counter() - started
-    groups, rank = recommender.groups, places.rank
+    totals = [n if n is None else recommender.groups.total(n) for n in (train_targets, train_interactions)]
+    metrics: dict[str, Any] = {"name": name, "split": split_name, "n_users": split.n_rows}
+    metrics |= _judged(places.rank, depth, {"exclude": exclude}, facts or {}, seed)
+    metrics["by_id"] = _shown(np.where(places.itself, places.rank, -1))
+    metrics[f"coverage@{COVERED}"] = _coverage(places.items[:, :COVERED], recommender.groups, allow)
+    metrics |= _parts(places.rank, *(n if n is None else n[split.target] for n in totals))
+    # ``certified_at``: so many of the best titles; None: all of them.
+    metrics |= {"certified": int(certified.sum()), "certified_at": depth, "counters": counters}
+    speed = round(split.n_rows / max(seconds, 1e-9), 2)
+    metrics["timing"] = {"seconds": round(seconds, 3), "users_per_second": speed}
+    lists = places.items[:, :k], places.scores[:, :k]
+    return Evaluation(name, metrics, places.rank, *lists, certified, split.target, split.user_id)
+
+
+def _ranked(
+    recommender: Recommender,
+    split: Split,
+    name: str,
+    k: int,
+    depth: int | None,
+    exclude: str,
+    allow: Items | None,
+) -> tuple[Places, Bool, dict[str, int]]:
+    """Where the targets stand and who stands first, what is certified, and the work done."""
+    excluded, n_rows, of_item = excluded_items(split, exclude), split.n_rows, recommender.groups.of_item
+    certified, counters = np.ones(n_rows, dtype=bool), dict[str, int]()
+    with progress(f"ranking {name}", n_rows, "users") as advance:
+        if depth is None and isinstance(recommender, ItemScorer):
+            history, target = split.history, split.target
+            places = count_places(recommender, history, target, k, excluded, allow, advance=advance)
+            return places, certified, counters
+        places = Places.blank(n_rows, k)
+        block = int(np.clip(SCORES_AT_ONCE // (depth or recommender.groups.n_groups), 1, 256))
+        for start in range(0, n_rows, block):
+            rows = slice(start, min(start + block, n_rows))
+            n = rows.stop - start
+            ranking = recommender.recommend(
+                list(split.history.part(start, rows.stop)),
+                depth,
+                None if excluded is None else list(excluded.part(start, rows.stop)),
+                None if allow is None else [allow] * n,
+            )
+            places.rank[rows], places.itself[rows] = _target_rank(ranking, of_item, split.target[rows])
+            width = min(k, ranking.items.shape[1])
+            places.items[rows, :width] = ranking.items[:, :width]
+            places.scores[rows, :width] = ranking.scores[:, :width]
+            certified[rows] = ranking.certified
+            add_counters(counters, ranking.counters)
+            advance(n)
+    return places, certified, counters
+
+
+def _judged(
+    rank: Int32, depth: int | None, asked: dict[str, Any], facts: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """Metrics of all rows, what was asked, and intervals."""
     # Metrics at 10 are part of every result; a list that ends before 20 says nothing about 20.
     cuts = [cut for cut in CUTS if depth is None or cut <= max(depth, 10)]
-    metrics: dict[str, Any] = {"name": name, "split": split_name, "n_users": split.n_rows}
-    metrics |= summary(rank, cuts)
-    metrics |= {"exclude": exclude, "n_not_ranked": int((rank < 0).sum()), **(facts or {})}
-    metrics["intervals"] = {
-        metric: list(interval(values, seed=seed)) for metric, values in metrics_from_rank(rank, cuts).items()
-    }
-    metrics["by_id"] = {m: v for m, v in summary(np.where(places.itself, rank, -1)).items() if m in SHOWN}
-    metrics[f"coverage@{COVERED}"] = _coverage(places.items[:, :COVERED], groups, allow)
-    if train_targets is not None:
-        n = groups.total(train_targets)[split.target]
-        metrics |= {"warm": _shown(rank[n > 0]), "cold": _shown(rank[n == 0])}
-    if train_interactions is not None:
-        n = groups.total(train_interactions)[split.target]
-        metrics["by_popularity"] = {
-            f"{low}+" if high is None else f"{low}-{high}" if high > low else str(low): _shown(
-                rank[(n >= low) & (n <= (n if high is None else high))]
+    spread = {m: list(interval(values, seed=seed)) for m, values in metrics_from_rank(rank, cuts).items()}
+    asked = asked | {"n_not_ranked": int((rank < 0).sum())} | facts
+    return {**summary(rank, cuts), **asked, "intervals": spread}
+
+
+def _parts(rank: Int32, targets: Float64 | None, interactions: Float64 | None) -> dict[str, Any]:
+    """Metrics of rows whose target was trained or not, and by how often it occurs in training."""
+
+    def of(rows: Bool) -> dict[str, Any]:
+        return {"n_users": int(rows.sum()), **_shown(rank[rows])}
+
+    parts: dict[str, Any] = {}
+    if targets is not None:
+        parts = {"warm": of(targets > 0), "cold": of(targets == 0)}
+    if interactions is not None:
+        parts["by_popularity"] = {
+            f"{low}+" if high is None else f"{low}-{high}" if high > low else str(low): of(
+                (interactions >= low) & (interactions <= (np.inf if high is None else high))
             )
             for low, high in BUCKETS
         }
-    metrics["certified"] = int(certified.sum())
-    metrics["certified_at"] = depth  # so many of the best titles; None: all of them
-    metrics["counters"] = counters
-    metrics["timing"] = {
-        "seconds": round(seconds, 3),
-        "users_per_second": round(split.n_rows / max(seconds, 1e-9), 2),
-    }
-    items, scores = places.items[:, :k], places.scores[:, :k]
-    return Evaluation(name, metrics, rank, items, scores, certified, split.target, split.user_id)
+    return parts
 
 
-def summary(rank: NDArray[np.int32], cuts: Sequence[int] = CUTS) -> dict[str, float]:
+def summary(rank: Int32, cuts: Sequence[int] = CUTS) -> dict[str, float]:
     """Means over users of HR, NDCG and MRR at the usual cuts."""
-    return {
-        name: float(values.mean()) if len(values) else 0.0
-        for name, values in metrics_from_rank(rank, cuts).items()
-    }
+    values = metrics_from_rank(rank, cuts)
+    return {name: float(value.mean()) if len(rank) else 0.0 for name, value in values.items()}
 
 
-def interval(values: NDArray[np.float64], *, seed: int = 0, n: int = RESAMPLES) -> tuple[float, float]:
+def interval(values: Float64, *, seed: int = 0, n: int = RESAMPLES) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over users.
 
     Args:
@@ -202,16 +238,12 @@ def interval(values: NDArray[np.float64], *, seed: int = 0, n: int = RESAMPLES) 
     return float(low), float(high)
 
 
-def paired_interval(
-    a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0, n: int = RESAMPLES
-) -> tuple[float, float]:
+def paired_interval(a: Float64, b: Float64, *, seed: int = 0, n: int = RESAMPLES) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of ``a - b`` over the same users."""
-    if a.shape != b.shape:
-        raise ValueError(f"wanted values of the same users, got {a.shape} and {b.shape}")
-    return interval(a - b, seed=seed, n=n)
+    return interval(_difference(a, b), seed=seed, n=n)
 
 
-def paired_p(a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0, n: int = 10_000) -> float:
+def paired_p(a: Float64, b: Float64, *, seed: int = 0, n: int = 10_000) -> float:
     """Two-sided p of the paired randomisation test: how often as large a difference comes from swapping a and b.
 
     Fisher's test with random signs (Smucker et al., CIKM 2007); the smallest value is ``1 / (n + 1)``.
@@ -222,17 +254,23 @@ def paired_p(a: NDArray[np.float64], b: NDArray[np.float64], *, seed: int = 0, n
         seed: Seed of the signs.
         n: Number of random assignments.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"wanted values of the same users, got {a.shape} and {b.shape}")
-    size, count = np.unique(np.abs(a - b), return_counts=True)
+    difference = _difference(a, b)
+    size, count = np.unique(np.abs(difference), return_counts=True)
     rng = np.random.default_rng(seed)
     # Users with equally large differences need only how many of them keep their sign.
     signed = (2 * rng.binomial(count, 0.5, size=(n, len(count))) - count) @ size
-    as_large = np.abs(signed) >= abs((a - b).sum()) - 1e-9
+    as_large = np.abs(signed) >= abs(difference.sum()) - 1e-9
     return float((1 + as_large.sum()) / (1 + n))
 
 
-def _excluded(split: Split, exclude: str) -> Ragged | None:
+def _difference(a: Float64, b: Float64) -> Float64:
+    if a.shape != b.shape:
+        raise ValueError(f"wanted values of the same users, got {a.shape} and {b.shape}")
+    return a - b
+
+
+def excluded_items(split: Split, exclude: str) -> Ragged | None:
+    """What each row may not get: ``none``, its ``history``, or everything ``seen``; UserError where that is unknown."""
     if exclude == "none":
         return None
     if exclude == "seen" and split.seen is None:
@@ -242,59 +280,23 @@ def _excluded(split: Split, exclude: str) -> Ragged | None:
     return split.seen if exclude == "seen" else split.history
 
 
-def _by_ranking(
-    recommender: Recommender,
-    split: Split,
-    k: int,
-    depth: int | None,
-    excluded: Ragged | None,
-    allow: Items | None,
-    advance: Callable[[int], None],
-) -> tuple[Places, NDArray[np.bool_], dict[str, int]]:
-    """Ranks in the lists that a recommender returns, what is certified, and the work done."""
-    of_item, n_rows = recommender.groups.of_item, split.n_rows
-    rank, itself = np.full(n_rows, -1, dtype=np.int32), np.zeros(n_rows, dtype=bool)
-    items, scores = np.full((n_rows, k), -1, np.int32), np.full((n_rows, k), -np.inf, np.float32)
-    certified, counters = np.ones(n_rows, dtype=bool), dict[str, int]()
-    block = int(np.clip(SCORES_AT_ONCE // (depth or recommender.groups.n_groups), 1, 256))
-    for start in range(0, n_rows, block):
-        rows = slice(start, min(start + block, n_rows))
-        n = rows.stop - start
-        ranking = recommender.recommend(
-            list(split.history.part(start, rows.stop)),
-            depth,
-            None if excluded is None else list(excluded.part(start, rows.stop)),
-            None if allow is None else [allow] * n,
-        )
-        rank[rows], itself[rows] = _target_rank(ranking, of_item, split.target[rows])
-        width = min(k, ranking.items.shape[1])
-        items[rows, :width], scores[rows, :width] = ranking.items[:, :width], ranking.scores[:, :width]
-        certified[rows] = ranking.certified
-        add_counters(counters, ranking.counters)
-        advance(n)
-    return Places(rank, itself, items, scores), certified, counters
-
-
-def _target_rank(
-    ranking: Ranking, group_of_item: NDArray[np.int32], target: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+def _target_rank(ranking: Ranking, group_of_item: Int32, target: Int32) -> tuple[Int32, Bool]:
     """Rank of each target's group in a full ranking (-1: absent), and whether the very item stands there."""
     listed = np.where(ranking.items >= 0, group_of_item[ranking.items], -1)
-    match = listed == group_of_item[target][:, None]
-    rank = np.where(match.any(1), match.argmax(1), -1).astype(np.int32)
-    found = ranking.items[np.arange(len(target)), np.maximum(rank, 0)] == target
-    return rank, found & (rank >= 0)
+    rank = rank_in_list(listed, group_of_item[target])
+    itself = ranking.items[np.arange(len(target)), np.maximum(rank, 0)] == target
+    return rank, itself & (rank >= 0)
 
 
-def _coverage(items: NDArray[np.int32], groups: Groups, allow: Items | None) -> float:
+def _coverage(items: Int32, groups: Groups, allow: Items | None) -> float:
     """Share of the groups that may be returned which are in anybody's list."""
     possible = int((groups.permitted(None, allow) >= 0).sum())
     return len(np.unique(groups.of_item[items[items >= 0]])) / max(possible, 1)
 
 
-def _shown(rank: NDArray[np.int32]) -> dict[str, Any]:
-    """Metrics of some of the rows."""
-    return {"n_users": len(rank), **{m: v for m, v in summary(rank).items() if m in SHOWN}}
+def _shown(rank: Int32) -> dict[str, float]:
+    """The metrics that tables show."""
+    return {name: value for name, value in summary(rank).items() if name in SHOWN}
 
 
 def load_evaluation(run: Path) -> Evaluation:

@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from triewise.arrays import nth_largest
 from triewise.errors import UserError
+
+if TYPE_CHECKING:
+    from triewise.data import Catalog
 
 Items = Sequence[int] | NDArray[np.integer[Any]]
 ItemLists = Sequence[Items]
@@ -38,6 +42,10 @@ class Ranking:
     certified: NDArray[np.bool_]
     counters: dict[str, int] = field(default_factory=dict)
 
+    def titles(self, catalog: Catalog) -> list[list[str]]:
+        """The titles of each user's items, best first; only those that are there, so lists may be shorter than K."""
+        return [[catalog.title[i] for i in row if i >= 0] for row in self.items.tolist()]
+
 
 class Recommender(Protocol):
     """Anything that ranks the catalogue for histories."""
@@ -45,7 +53,6 @@ class Recommender(Protocol):
     @property
     def groups(self) -> Groups:
         """The units of ranking."""
-        ...
 
     def recommend(
         self,
@@ -54,15 +61,21 @@ class Recommender(Protocol):
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
     ) -> Ranking:
-        """The best ``k`` groups for each history (all of them for None).
+        """The best ``k`` groups for each history. Every recommender's ``recommend`` is this one.
 
         Args:
-            histories: Item indices, oldest first.
-            k: Number of groups.
+            histories: Item indices, oldest first; empty where the recommender knows what to do with nothing.
+            k: Number of groups; None for all of them.
             exclude: Per user, items that must not be returned; ``"history"`` stands for the user's own items.
             allow: Per user, the only items that may be returned.
+
+        Returns:
+            Certified where nothing that is missing belongs there; what a score is, the recommender's class says.
+
+        Raises:
+            UserError: An item outside the catalogue, ``k < 1``, filters for another number of users, or settings of the
+                recommender that do not go together.
         """
-        ...
 
 
 @runtime_checkable
@@ -71,7 +84,6 @@ class ItemScorer(Recommender, Protocol):
 
     def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
         """Scores (B, I) float32 of all items, higher is better; filters are no business of theirs."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -255,7 +267,7 @@ def rank_groups(
         column = np.flatnonzero(representative >= 0)
         row = scores[b, column]
         if width < len(column):  # a partial sort; ties with the last place stay in
-            keep = row >= np.partition(row, len(row) - width)[len(row) - width]
+            keep = row >= nth_largest(row, width)
             column, row = column[keep], row[keep]
         order = np.lexsort((representative[column], -row))[:width]
         items[b, : len(order)] = representative[column[order]]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.arrays import Ragged
+from triewise.arrays import Bool, Float32, Int32, Int64, Ragged, blank_lists, nth_largest, within
 from triewise.ranking.ranking import (
     SCORES_AT_ONCE,
     Groups,
@@ -47,10 +47,16 @@ class Places:
         scores: (B, K) float32, descending, -inf padded.
     """
 
-    rank: NDArray[np.int32]
-    itself: NDArray[np.bool_]
-    items: NDArray[np.int32]
-    scores: NDArray[np.float32]
+    rank: Int32
+    itself: Bool
+    items: Int32
+    scores: Float32
+
+    @classmethod
+    def blank(cls, n_users: int, k: int) -> Places:
+        """Nothing ranked yet."""
+        rank, itself = np.full(n_users, -1, dtype=np.int32), np.zeros(n_users, dtype=bool)
+        return cls(rank, itself, *blank_lists(n_users, k))
 
 
 def count_places(
@@ -85,38 +91,32 @@ def count_places(
     check_k(k)
     columns, n_users = _Columns(scorer.groups, allow), len(target)
     check_lists(n_users, history=histories, exclude=exclude)
-    found = Places(
-        np.full(n_users, -1, np.int32),
-        np.zeros(n_users, bool),
-        np.full((n_users, k), -1, np.int32),
-        np.full((n_users, k), -np.inf, np.float32),
-    )
+    places = Places.blank(n_users, k)
     block, slab = (max(1, size // scorer.groups.n_items) for size in (at_once, _IN_CACHE))
     for start in range(0, n_users, block):
-        scores = columns.of(
-            scorer.item_scores([histories[b] for b in range(start, min(start + block, n_users))])
-        )
+        users = range(start, min(start + block, n_users))
+        scores = columns.of(scorer.item_scores([histories[b] for b in users]))
         check_numbers(np.atleast_1d(scores.min(initial=0.0)))  # NaN where one is
         for low in range(0, len(scores), slab):
             part = scores[low : low + slab]
             rows = slice(start + low, start + low + len(part))
             changed = columns.without(
-                [] if exclude is None else [exclude[b] for b in range(rows.start, rows.stop)]
+                [] if exclude is None else [exclude[b] for b in users[low : low + slab]]
             )
-            found.rank[rows], stands = columns.rank(part, target[rows], changed)
-            found.itself[rows] = stands == target[rows]
-            found.items[rows], found.scores[rows] = columns.top(part, k, changed)
+            places.rank[rows], stands = columns.rank(part, target[rows], changed)
+            places.itself[rows] = stands == target[rows]
+            places.items[rows], places.scores[rows] = columns.top(part, k, changed)
         advance(len(scores))
-    return found
+    return places
 
 
 @dataclass(frozen=True)
 class _Changed:
     """Columns that a filter changes for some users (E,): ascending by user, then column."""
 
-    user: NDArray[np.int64]
-    column: NDArray[np.int64]
-    item: NDArray[np.int64]  # what represents the column then, -1: nothing
+    user: Int64
+    column: Int64
+    item: Int64  # what represents the column then, -1: nothing
 
 
 class _Columns:
@@ -137,7 +137,7 @@ class _Columns:
         self.members = [member[start[g] : start[g + 1]] for g in group[self.shared]]
         self.place = {int(c): i for i, c in enumerate(self.shared)}
 
-    def of(self, item_scores: NDArray[np.float32]) -> Scores:
+    def of(self, item_scores: Float32) -> Scores:
         """(B, C) scores of the columns from those of all items."""
         if item_scores.shape[1:] != (self.groups.n_items,):
             raise ValueError(
@@ -167,9 +167,7 @@ class _Columns:
             item[i] = left[0] if len(left) else -1
         return _Changed(user, column, item)
 
-    def rank(
-        self, scores: Scores, target: NDArray[np.integer], changed: _Changed
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def rank(self, scores: Scores, target: NDArray[np.integer], changed: _Changed) -> tuple[Int64, Int64]:
         """Ranks (B,) of the targets' groups and the items that stand there; -1 where none may be returned."""
         own = self.of_group[self.groups.of_item[target]]
         if not len(self.item):
@@ -195,11 +193,10 @@ class _Columns:
             rank += np.bincount(user[again], minlength=len(rank))
         return np.where(stands >= 0, rank, -1), stands
 
-    def top(self, scores: Scores, k: int, changed: _Changed) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    def top(self, scores: Scores, k: int, changed: _Changed) -> tuple[Int32, Float32]:
         """The best ``k`` items (B, K) and their scores, padded with -1 and -inf."""
         n_users, n_columns = scores.shape
-        items = np.full((n_users, k), -1, dtype=np.int32)
-        best = np.full((n_users, k), -np.inf, dtype=np.float32)
+        items, best = blank_lists(n_users, k)
         if len(changed.user):
             gone = changed.item < 0
             scores = scores.copy()
@@ -214,7 +211,7 @@ class _Columns:
             user, value, stands = user[left], value[left], stands[left]
         # A table of candidates, one row a user, that numpy sorts row by row.
         count = np.bincount(user, minlength=n_users)
-        place = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
+        place = within(count)
         shape = (n_users, int(count.max(initial=0)))
         who, worse = np.full(shape, -1, dtype=np.int64), np.full(shape, np.inf, dtype=scores.dtype)
         who[user, place], worse[user, place] = stands, -value
@@ -237,6 +234,5 @@ def _at_least(scores: Scores, n: int) -> tuple[NDArray[np.intp], NDArray[np.intp
         # Of disjoint parts, the n-th largest maximum is reached by n scores: no smaller score is among the best n.
         whole = length // parts * parts
         best = scores[:, :whole].reshape(n_users, -1, parts).max(axis=1)
-    bound = np.partition(best, best.shape[1] - n, axis=1)[:, best.shape[1] - n]
-    user, column = np.divmod(np.flatnonzero(scores >= bound[:, None]), length)
+    user, column = np.divmod(np.flatnonzero(scores >= nth_largest(best, n)[:, None]), length)
     return user, column

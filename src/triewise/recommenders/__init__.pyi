@@ -1,8 +1,17 @@
-from .generative import SETTINGS as SETTINGS, GenerativeRecommender as GenerativeRecommender, hashes as hashes
+from .generative import GenerativeRecommender as GenerativeRecommender, hashes as hashes
 from .grounding import GroundedRecommender as GroundedRecommender
-from .saved import CARD as CARD, MANIFEST as MANIFEST, local_folder as local_folder
-from .search_choice import choose_search as choose_search
+from .loader import load as load
+from .saved import (
+    CARD as CARD,
+    MANIFEST as MANIFEST,
+    SavedRecommender as SavedRecommender,
+    card_facts as card_facts,
+    hash_of as hash_of,
+    local_folder as local_folder,
+)
+from .search_choice import choose_search as choose_search, choose_weight as choose_weight
 from .sequential import SequentialRecommender as SequentialRecommender
+from .settings import SETTINGS as SETTINGS
 
 __all__ = [
     "GenerativeRecommender",

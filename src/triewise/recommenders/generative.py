@@ -1,27 +1,19 @@
-"""A language model as a recommender: backbone + prompts + trie + engine + search.
-
-A saved recommender is a folder that stands on its own: ``model/`` (an ordinary Hugging Face checkpoint, or an
-adapter that names its base), ``trie.npz``, ``catalog.parquet`` and ``recommender.json`` (prompt settings and the
-hashes that tie the parts together), with a model card in ``README.md`` once it was evaluated.
-"""
+"""A language model as a recommender: backbone + prompts + trie + engine + search."""
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import polars as pl
 from numpy.typing import NDArray
 
-from triewise.data import Catalog
+from triewise.data import Catalog, Dataset
 from triewise.decoding import (
-    Scope,
-    Support,
     TokenLists,
     TrieEngine,
     beam_search,
@@ -30,33 +22,40 @@ from triewise.decoding import (
     score,
 )
 from triewise.errors import UserError
-from triewise.files import read_json, write_json, write_text
 from triewise.models import Backbone, load_backbone, upload
-from triewise.ranking import Groups, ItemLists, Ranking, check_histories, check_lists, resolve_filters
-from triewise.recommenders.grounding import GroundedRecommender
-from triewise.recommenders.saved import CARD, FILES, FORMAT, MANIFEST, local_folder, save_catalog
-from triewise.reports import CardFacts, addressed, model_card
-from triewise.tokens import Prompts, Trie, build_prompts, information_gain
-
-Search = Literal["beam", "exact", "catalogue", "grounding"]
-SEARCHES: tuple[Search, ...] = ("beam", "exact", "catalogue", "grounding")
-SETTINGS = (
-    "support",
-    "search",
-    "beams",
-    "batch_users",
-    "length_penalty",
-    "alpha",
-    "scope",
-    "text_beams",
-    "text_tokens",
-    "gamma",
+from triewise.ranking import (
+    Groups,
+    ItemLists,
+    Items,
+    Ranking,
+    check_histories,
+    check_lists,
+    resolve_filters,
 )
+from triewise.recipe import EvaluationSettings
+from triewise.recommenders.assistants import (
+    Assisted,
+    Collaborator,
+    Doubles,
+    by_group,
+    log_probabilities,
+    once_a_title,
+    title_log_probabilities,
+)
+from triewise.recommenders.grounding import GroundedRecommender
+from triewise.recommenders.saved import TRIE, Saved, card_facts, hash_of, saving
+from triewise.recommenders.settings import SEARCHES, SETTINGS, SearchSettings
+from triewise.reports import Recommendation, addressed, describe, explain, forced_by_position, model_card
+from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_gain
 
 
 @dataclass(frozen=True)
-class GenerativeRecommender:
+class GenerativeRecommender(SearchSettings, Assisted):
     """Ranks titles by the probability that the language model writes them.
+
+    Scores are natural-log probabilities of titles; with ``grounding`` minus distances, see `GroundedRecommender`. A
+    history may be empty where the template has a start token. How it searches is said by the attributes of
+    `SearchSettings`, and who assists it by those of `Assisted`; all of them are keywords here.
 
     Attributes:
         backbone: The language model and its tokenizer.
@@ -64,18 +63,6 @@ class GenerativeRecommender:
         prompts: How histories become token ids.
         trie: The prefix tree of the titles' tokens.
         counts: (I,) training targets of each item; decide which member represents a group.
-        support: Softmax over valid tokens (``trie``) or over the vocabulary.
-        search: How the trie is searched; ``catalogue`` scores every title, ``exact`` finds the same best ones with
-            less work, ``beam`` is a beam search. ``grounding`` does not search it: the model writes freely, and the
-            titles nearest to that are returned (BIGRec); the settings below it are then the last three.
-        beams: Beams of the beam search; where more titles are asked for, so many.
-        batch_users: Users that share a forward.
-        length_penalty: Exponent of the title's length that divides a score (BIGRec 1).
-        alpha: Strength of IGD-decoding; 0 switches it off.
-        scope: What IGD-decoding scales the gain over, ``node`` or (beam search only) ``step``.
-        text_beams: Grounding: beams of the free generation.
-        text_tokens: Grounding: most tokens of the free text.
-        gamma: Grounding: strength with which popularity is injected; 0 switches it off.
         card: Text of its model card; empty where there is none.
     """
 
@@ -84,17 +71,11 @@ class GenerativeRecommender:
     prompts: Prompts
     trie: Trie
     counts: NDArray[np.int64]
-    support: Support = "trie"
-    search: Search = "catalogue"
-    beams: int = 10
-    batch_users: int = 16
-    length_penalty: float = 0.0
-    alpha: float = 0.0
-    scope: Scope = "node"
-    text_beams: int = 4
-    text_tokens: int = 128
-    gamma: float = 0.0
     card: str = field(default="", repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse an assistant that does not belong here."""
+        self.check_assistant(self.catalog)
 
     @cached_property
     def groups(self) -> Groups:
@@ -103,8 +84,27 @@ class GenerativeRecommender:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """Hex SHA-256 of what training and decoding must have in common; see `hashes`."""
+        """Of what training and decoding must have in common; see `hashes`."""
         return hashes(self.prompts, self.trie, self.counts)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where its model came from, for the card; see `SavedRecommender.origin`."""
+        return {key: value for key, value in self.backbone.anonymous().origin.items() if key != "merged"}
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """`SearchSettings.used`, the assistant, and where there is an adapter, whether it is folded into the base."""
+        adapter = {"adapter": "separate" if self.backbone.adapted else "merged"}
+        used = super().used | (adapter if "lora" in self.backbone.origin else {}) | self.assisted
+        if self.search == "grounding":
+            used.pop("assistant_weight", None)
+        return used
+
+    @property
+    def dropped(self) -> Dropped:
+        """What its prompts had no room for so far."""
+        return self.prompts.dropped
 
     @cached_property
     def engine(self) -> TrieEngine:
@@ -112,9 +112,9 @@ class GenerativeRecommender:
         return TrieEngine(self.backbone.model, self.trie, self.support, at_once=self.batch_users)
 
     @cached_property
-    def gain(self) -> NDArray[np.float64] | None:
-        """(N,) information gain for IGD-decoding, None where it is off."""
-        return information_gain(self.trie, self.counts) if self.alpha else None
+    def gain(self) -> NDArray[np.float64]:
+        """(N,) information gain, for IGD-decoding and explanations."""
+        return information_gain(self.trie, self.counts)
 
     @cached_property
     def grounded(self) -> GroundedRecommender:
@@ -127,16 +127,32 @@ class GenerativeRecommender:
             self.text_tokens,
             self.gamma,
             self.batch_users,
+            None if self.assistant is None else Collaborator(self.assistant),
         )
 
+    @cached_property
+    def alone(self) -> GenerativeRecommender:
+        """The same without assistant, penalty and IGD-decoding, scoring every title."""
+        _ = self.engine  # kept, so that the model is probed once
+        plain = {"length_penalty": 0.0, "alpha": 0.0, "scope": "node"}
+        return self.with_settings(search="catalogue", assistant=None, assistant_weight=1.0, **plain)
+
     def with_settings(self, **changes: Any) -> GenerativeRecommender:
-        """The same model with other settings of its ranking: ``support``, ``search``, ``beams``, ..."""
+        """The same model with other settings of its ranking: ``support``, ``search``, ``assistant``, ..."""
         other = replace(self, **changes)
         if "engine" in self.__dict__ and not {"backbone", "trie", "support", "batch_users"} & changes.keys():
             other.__dict__["engine"] = self.engine  # the model was probed, and the shared instruction run
         if "grounded" in self.__dict__ and not {"backbone", "prompts"} & changes.keys():
             other.__dict__["grounded"] = replace(other.grounded, kept=self.grounded.kept)  # titles embedded
         return other
+
+    def configured(self, settings: EvaluationSettings) -> GenerativeRecommender:
+        """The same model, searching as ``[evaluation]`` of a recipe says."""
+        return self.with_settings(**settings.model_dump(include=set(SETTINGS)))
+
+    def depth(self, k: int) -> int | None:
+        """How many titles an evaluation asks for; see `SavedRecommender.depth`."""
+        return {"exact": max(k, 10), "beam": self.beams}.get(self.search)
 
     def recommend(
         self,
@@ -145,17 +161,7 @@ class GenerativeRecommender:
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
     ) -> Ranking:
-        """The ``k`` most probable titles for each history; see `Recommender.recommend`.
-
-        A history may be empty where the template has a start token.
-
-        Returns:
-            Scores are natural-log probabilities of titles; with ``grounding`` minus distances, see
-            `GroundedRecommender`.
-
-        Raises:
-            UserError: An item outside the catalogue, ``k < 1``, or search settings that do not go together.
-        """
+        """The ``k`` most probable titles for each history; see `Recommender.recommend`."""
         if self.search not in SEARCHES:
             raise UserError(f"wanted search among {', '.join(SEARCHES)}, got {self.search!r}")
         if self.scope == "step" and self.search != "beam":
@@ -166,19 +172,35 @@ class GenerativeRecommender:
             return self.grounded.recommend(histories, k, exclude, allow)
         check_histories(histories, self.groups)
         excluded, allowed = resolve_filters(histories, exclude, allow)
+        helper = self.asked
         return self._search(
             [self.prompts.encode(history) for history in histories],
             k,
             length_penalty=self.length_penalty,
             alpha=self.alpha,
-            gain=self.gain,
+            gain=self.gain if self.alpha else None,
             exclude=excluded,
             allow=allowed,
+            assistant=None if helper is None else log_probabilities(helper, histories),
+            assistant_weight=1.0 if helper is None else self.assistant_weight,
             counts=self.counts,
         )
 
+    def log_probabilities(self, histories: ItemLists) -> Doubles:
+        """(B, I) log-probabilities of titles under this model alone; see `Probabilistic`."""
+        return once_a_title(self.groups, by_group(self.alone.recommend(histories, None), self.groups))
+
+    def parts(self, histories: ItemLists) -> tuple[Doubles, Doubles]:
+        """What the model and what its assistant say; see `SavedRecommender.parts`."""
+        assert self.assistant is not None
+        _ = self.engine
+        own = self.with_settings(search="catalogue", scope="node", assistant=None, assistant_weight=1.0)
+        theirs = title_log_probabilities(self.assistant, histories, self.groups)
+        length = self.trie.depth[np.unique(self.trie.leaf)].astype(np.float64)
+        return by_group(own.recommend(histories, None), self.groups), theirs / length**self.length_penalty
+
     def score(self, histories: ItemLists, candidates: ItemLists) -> NDArray[np.float32]:
-        """Log-probability of given items for each history.
+        """Log-probability of given items for each history, by the model alone.
 
         Args:
             histories: Item indices, oldest first.
@@ -194,6 +216,20 @@ class GenerativeRecommender:
         check_lists(len(histories), candidates=candidates)
         return score(self.engine, [self.prompts.encode(history) for history in histories], candidates)
 
+    def explain(
+        self, history: Items, items: Sequence[int], target: int | None = None
+    ) -> tuple[Recommendation, ...]:
+        """Which tokens decided each of the ``items`` after a history, for the model alone; see `reports.explain`."""
+        prompt, tokenizer = self.prompts.encode(history), self.backbone.tokenizer
+        return explain(self.engine, tokenizer, self.catalog, prompt, items, target, self.gain)
+
+    def title_figures(self, dataset: Dataset) -> dict[str, Any]:
+        """What a `Report` says of the titles as this model's tokenizer reads them."""
+        return {
+            "facts": describe(dataset, self.prompts, self.trie, self.counts),
+            "forced": forced_by_position(self.trie, self.counts),
+        }
+
     def _search(self, prompts: TokenLists, k: int | None, **settings: Any) -> Ranking:
         if self.search == "catalogue":
             return rank_catalogue(self.engine, prompts, k, **settings)
@@ -207,31 +243,22 @@ class GenerativeRecommender:
         return replace(self, backbone=self.backbone.merged())
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent.
+        """Write everything :meth:`from_pretrained` needs into ``folder``.
 
         With an adapter, ``model/`` holds the adapter and says which base it is on (name, revision, hash, quantisation).
         A base that was built here, such as ``tiny``, is saved with it; any other one is loaded from where it was.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        self.backbone.save(folder / "model")
-        self.trie.save(folder / "trie.npz")
-        save_catalog(self.catalog, self.counts, folder / "catalog.parquet")
-        if self.card:
-            write_text(folder / CARD, self.card)
-        prompts = self.prompts
-        write_json(
-            folder / MANIFEST,
-            {
-                "format": FORMAT,
-                "kind": "generative",
-                **{name: getattr(self, name) for name in SETTINGS},
-                "prompt": prompts.settings,
-                "hashes": self.hashes,
-                "origin": self.backbone.origin,
-            },
-        )
+        manifest = {
+            "kind": "generative",
+            **self.search_settings,
+            "prompt": self.prompts.settings,
+            "hashes": self.hashes,
+            "origin": self.backbone.origin,
+            **self.saved_assistant,
+        }
+        with saving(self, folder, manifest) as place:
+            self.backbone.save(place / "model")
+            self.trie.save(place / TRIE)
 
     @classmethod
     def from_pretrained(
@@ -244,46 +271,37 @@ class GenerativeRecommender:
         base: Path | str | None = None,
         trust_remote_code: bool = False,
     ) -> GenerativeRecommender:
-        """Load a recommender from a run folder, a folder of :meth:`save_pretrained`, or the Hugging Face hub.
+        """Load what :meth:`save_pretrained` wrote, whatever a recipe beside it says, and without its assistant.
 
-        Args:
-            folder_or_hub_id: A folder, or ``namespace/name``; a folder of that name comes first.
-            revision: Commit, branch or tag on the hub.
-            device: ``auto`` or a torch device.
-            dtype: ``auto`` or a torch dtype's name.
-            base: Folder of the base model under a saved adapter, where it is no longer at its old place.
-            trust_remote_code: Passed to transformers; executes code of the model's repository.
+        Arguments as for `triewise.load`, which goes by the recipe and brings the assistant.
 
         Raises:
             UserError: Something is missing, or the tokenizer, the trie, the catalogue and the base model do not
                 belong together.
         """
-        folder = local_folder(folder_or_hub_id, revision)
-        facts = read_json(folder / MANIFEST)
-        if facts.get("format") != FORMAT:
-            raise UserError(
-                f"wanted {folder}/{MANIFEST} of format {FORMAT}, got {facts.get('format')}; save it again"
-            )
-        for name in FILES:
-            if not (folder / name).exists():
-                raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
-        frame = pl.read_parquet(folder / "catalog.parquet")
+        saved = Saved.open(folder_or_hub_id, revision, "generative")
+        model, manifest = str(saved.folder / "model"), saved.manifest
         backbone = load_backbone(
-            str(folder / "model"), device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code
+            model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code
         )
-        catalog, trie = Catalog.from_frame(frame), Trie.load(folder / "trie.npz")
         backbone.model.requires_grad_(False)  # so the engine may keep what the prompts of all calls share
-        prompts = build_prompts(backbone.tokenizer, catalog, **facts["prompt"])
-        counts = frame["train_targets"].to_numpy().astype(np.int64)
-        _check_parts(folder, facts["hashes"], prompts, trie, counts)
+        trie = Trie.load(saved.folder / TRIE)
+        prompts = build_prompts(backbone.tokenizer, saved.catalog, **manifest["prompt"])
+        saved.check(hashes(prompts, trie, saved.counts))
+        rebuilt = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+        if rebuilt.fingerprint() != trie.fingerprint():
+            raise UserError(
+                f"the tokenizer in {model} does not give the titles of {TRIE}; restore the one it was saved with"
+            )
         return cls(
-            replace(backbone, origin=facts["origin"]),
-            catalog,
+            replace(backbone, origin=manifest["origin"]),
+            saved.catalog,
             prompts,
             trie,
-            counts,
-            **{name: facts[name] for name in SETTINGS if name in facts},
-            card=(folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "",
+            saved.counts,
+            saved.card,
+            folder=saved.folder,
+            **{name: manifest[name] for name in SETTINGS if name in manifest},
         )
 
     def push_to_hub(
@@ -313,16 +331,15 @@ class GenerativeRecommender:
             The address of the repository.
 
         Raises:
-            UserError: The hub cannot be reached, or refuses.
+            UserError: The hub cannot be reached, or refuses; or an assistant, whose folder is on this machine.
         """
-        items = int(np.argmax(self.counts))
-        facts = CardFacts(
-            name=repo_id.rpartition("/")[2],
-            n_items=self.catalog.n_items,
-            example=self.catalog.title[items],
-            origin=self.backbone.anonymous().origin,
-            settings={name: getattr(self, name) for name in SETTINGS},
-        )
+        if self.assistant is not None:
+            raise UserError(
+                "wanted a recommender without assistant to upload, got one whose assistant stays on this machine; "
+                "upload with_settings(assistant=None, assistant_weight=1.0)"
+            )
+        origin = self.backbone.anonymous().origin
+        facts = card_facts(self, repo_id.rpartition("/")[2], origin=origin, settings=self.search_settings)
         card = addressed(self.card or model_card(facts), repo_id, license)
         with tempfile.TemporaryDirectory() as scratch:
             shared = replace(self, backbone=self.backbone.anonymous(), card=card)
@@ -334,23 +351,4 @@ class GenerativeRecommender:
 
 def hashes(prompts: Prompts, trie: Trie, counts: NDArray[np.int64]) -> dict[str, str]:
     """Hex SHA-256 of the prompts (template, titles, tokenizer, limits), the trie and the training targets."""
-    of_counts = hashlib.sha256(counts.astype("<i8").tobytes()).hexdigest()
-    return {"prompt": prompts.hash, "trie": trie.fingerprint(), "counts": of_counts}
-
-
-def _check_parts(
-    folder: Path, saved: dict[str, str], prompts: Prompts, trie: Trie, counts: NDArray[np.int64]
-) -> None:
-    """Refuse a tokenizer, catalogue or trie that is not the one the recommender was saved with."""
-    found = hashes(prompts, trie, counts)
-    for part, wanted in saved.items():
-        if found[part] != wanted:
-            raise UserError(
-                f"the {part} of {folder} is not the one this model was trained with (hash {found[part][:12]}, wanted "
-                f"{wanted[:12]}); restore its tokenizer, catalog.parquet and trie.npz, or train again"
-            )
-    rebuilt = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
-    if rebuilt.fingerprint() != trie.fingerprint():
-        raise UserError(
-            f"the tokenizer in {folder}/model does not give the titles of trie.npz; restore the one it was saved with"
-        )
+    return {"prompt": prompts.hash, "trie": trie.fingerprint(), "counts": hash_of(counts)}

@@ -84,11 +84,7 @@ class GroundedRecommender:
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
     ) -> Ranking:
-        """The ``k`` titles nearest to what the model writes; see `Recommender.recommend`.
-
-        Raises:
-            UserError: An item outside the catalogue, ``k < 1``, or settings out of range.
-        """
+        """The ``k`` titles nearest to what the model writes; see `Recommender.recommend`."""
         check_k(k)
         if self.beams < 1 or self.max_tokens < 1 or not 0 <= self.gamma < np.inf:
             raise UserError(

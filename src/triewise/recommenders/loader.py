@@ -3,42 +3,109 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.recommenders.generative import GenerativeRecommender
-from triewise.recommenders.saved import MANIFEST, local_folder
-from triewise.recommenders.sequential import SequentialRecommender
+from triewise.recipe import Recipe, load_recipe
+from triewise.recommenders.saved import MANIFEST, SavedRecommender, local_folder
 
 
 def load(
     run: str | Path,
     *,
     revision: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
     base: str | Path | None = None,
+    merge_adapter: bool | None = None,
+    assistant: bool = True,
     trust_remote_code: bool = False,
-) -> GenerativeRecommender | SequentialRecommender:
+) -> SavedRecommender:
     """Load a recommender from a run folder, a folder of ``save_pretrained``, or the Hugging Face hub.
 
     Args:
         run: A folder, or a hub id such as ``"name/repository"``.
         revision: Commit, branch or tag on the hub.
-        device: ``auto`` or a torch device.
-        dtype: ``auto`` or a torch dtype's name.
+        device: ``auto`` or a torch device; None: what the recipe of the run says, else ``auto``.
+        dtype: ``auto`` or a torch dtype's name; None as for ``device``.
         base: Folder of the base model under a saved adapter, where it is no longer at its old place.
-        trust_remote_code: Execute code that comes with the language model.
+        merge_adapter: Whether an adapter is folded into its base, which decodes faster; None: as the recipe of the run
+            says, by default yes but into a 4bit base. Without a recipe it stays apart.
+        assistant: Whether to bring the assistant that the run's recipe or a saved recommender names; False: alone.
+        trust_remote_code: Execute code that comes with the language model. No recipe's word is taken for it.
 
     Raises:
-        UserError: Not a recommender, or its parts do not belong together.
+        UserError: Not a recommender, its parts do not belong together, or its assistant is not there.
     """
-    run = local_folder(run, revision)
-    if read_json(run / MANIFEST).get("kind") == "sequential":
-        return SequentialRecommender.from_pretrained(run, device=device)
-    return GenerativeRecommender.from_pretrained(
-        run,
-        device=device,
-        dtype=dtype,
+    folder = local_folder(run, revision)
+    manifest = read_json(folder / MANIFEST)
+    recipe = load_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
+    place, weight = _assistant(folder, manifest, recipe) if assistant else (None, 1.0)
+    if place is not None:
+        alone = load(
+            run,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            base=base,
+            merge_adapter=merge_adapter,
+            assistant=False,
+            trust_remote_code=trust_remote_code,
+        )
+        helper = load(place, device=device, assistant=False, trust_remote_code=trust_remote_code)
+        return alone.with_settings(assistant=helper, assistant_weight=weight)
+    if manifest.get("kind") == "sequential":
+        from triewise.recommenders.sequential import SequentialRecommender
+
+        made_on = None if recipe is None or recipe.sequential is None else recipe.sequential.device
+        return SequentialRecommender.from_pretrained(folder, device=device or made_on or "auto")
+    from triewise.recommenders.generative import GenerativeRecommender
+
+    backbone = None if recipe is None else recipe.backbone
+    recommender = GenerativeRecommender.from_pretrained(
+        folder,
+        device=device or (backbone.device if backbone else "auto"),
+        dtype=dtype or (backbone.dtype if backbone else "auto"),
         base=base,
         trust_remote_code=trust_remote_code,
     )
+    merge = _merges(recipe, recommender.backbone.origin) if merge_adapter is None else merge_adapter
+    return recommender.merged() if merge and recommender.backbone.adapted else recommender
+
+
+def _merges(recipe: Recipe | None, origin: dict[str, object]) -> bool:
+    """Whether an adapter is folded into its base where the caller does not say.
+
+    Over a 4bit base it would take the memory that quantisation was to save. So it does over an 8bit one, but there
+    layers round their inputs together, and the scores of a user depend on who shares the batch.
+    """
+    if recipe is None:
+        return False
+    chosen = recipe.evaluation.merge_adapter
+    return origin.get("quantisation") != "4bit" if chosen is None else chosen
+
+
+def _assistant(folder: Path, manifest: dict[str, Any], recipe: Recipe | None) -> tuple[Path | None, float]:
+    """Folder of the assistant and weight of the model: as saved, as the recipe says, or as chosen in an evaluation."""
+    chosen = manifest if "assistant" in manifest else {}
+    if not chosen and recipe is not None and recipe.evaluation.assistant is not None:
+        wanted, weight = str(recipe.evaluation.assistant), recipe.evaluation.assistant_weight
+        chosen = {"assistant": wanted, "assistant_weight": weight}
+        if weight == "choose":
+            metrics = folder / "metrics.json"
+            chosen = read_json(metrics) if metrics.is_file() else {}
+            if chosen.get("assistant") != wanted:
+                raise UserError(
+                    f"the weight of the assistant of {folder} is chosen when it is evaluated; run: triewise evaluate "
+                    f"{folder}"
+                )
+    if not chosen:
+        return None, 1.0
+    place = Path(chosen["assistant"])
+    if not place.is_dir():
+        raise UserError(
+            f"wanted the assistant of {folder} in {place}, which is no folder; bring it back, or load the recommender "
+            "with assistant=False"
+        )
+    return place, float(chosen.get("assistant_weight", 1.0))

@@ -1,37 +1,201 @@
-"""A saved recommender as a folder that stands on its own, and where such folders come from."""
+"""A saved recommender as a folder that stands on its own, and where such folders come from.
+
+In it are ``model/``, ``catalog.parquet``, ``recommender.json`` (kind, settings, and the hashes that tie the parts
+together), ``trie.npz`` where the model writes titles, and a model card in ``README.md`` once it was evaluated.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.data import Catalog
+from triewise.arrays import Int64
+from triewise.data import Catalog, Dataset
 from triewise.errors import UserError
-from triewise.files import atomic_path
+from triewise.files import atomic_path, read_json, write_json, write_text
 from triewise.models import download
+from triewise.ranking import ItemLists, Items, Recommender
+from triewise.recipe import EvaluationSettings
+from triewise.reports import CardFacts, Recommendation
+from triewise.tokens import Dropped
 
 FORMAT = 1
 MANIFEST = "recommender.json"  # written last: where it is, the rest is whole
-FILES = ("catalog.parquet", "trie.npz", "model")
+CATALOG = "catalog.parquet"
+TRIE = "trie.npz"
 CARD = "README.md"
+PARTS = {"generative": (CATALOG, TRIE, "model"), "sequential": (CATALOG, "model")}
 
 
-def save_catalog(catalog: Catalog, counts: NDArray[np.int64], path: Path) -> None:
-    """Write a catalogue with the training targets of each item."""
-    with atomic_path(path) as temporary:
-        catalog.to_frame(counts.astype(np.int32)).write_parquet(temporary)
+class SavedRecommender(Recommender, Protocol):
+    """A recommender that a run trains, a folder holds, and `triewise.load` gives back; it answers for itself."""
+
+    @property
+    def catalog(self) -> Catalog:
+        """The items."""
+
+    @property
+    def counts(self) -> Int64:
+        """(I,) training targets of each item."""
+
+    @property
+    def card(self) -> str:
+        """Text of its model card; empty where there is none."""
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hex SHA-256 of what training and ranking must have in common."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where its model came from, for the card: without paths, and as it was before an adapter was merged."""
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """The settings its rankings depend on, for ``metrics.json``."""
+
+    @property
+    def dropped(self) -> Dropped | None:
+        """What its prompts had no room for so far; None where it has no prompts."""
+
+    def depth(self, k: int) -> int | None:
+        """How many titles an evaluation of the best ``k`` asks for; None: all, where all are scored anyway."""
+
+    def with_settings(self, **changes: Any) -> Self:
+        """The same model with other settings of its ranking."""
+
+    def configured(self, settings: EvaluationSettings) -> Self:
+        """The same model, ranking as ``[evaluation]`` of a recipe says."""
+
+    def log_probabilities(self, histories: ItemLists) -> NDArray[np.float64]:
+        """(B, I) log-probabilities of titles under the model alone; see `assistants.Probabilistic`."""
+
+    def parts(self, histories: ItemLists) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """What the model and what its assistant say of every group of equal titles, both (B, G).
+
+        With weight a of the model the score of a title is a * first + (1 - a) * second, whatever the search.
+        """
+
+    def explain(
+        self, history: Items, items: Sequence[int], target: int | None = None
+    ) -> tuple[Recommendation, ...]:
+        """Which tokens decided each of the ``items``, recommended after a history; see `triewise.reports.explain`."""
+
+    def title_figures(self, dataset: Dataset) -> dict[str, Any]:
+        """What a `Report` says of the titles as this model reads them; empty where it reads none."""
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write what `triewise.load` needs."""
 
 
-def local_folder(name: Path | str, revision: str | None) -> Path:
-    """The folder itself, or the downloaded one of a hub id."""
-    if Path(name).is_dir():
-        return Path(name)
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+@dataclass(frozen=True)
+class Saved:
+    """What every saved recommender has in its folder beside its model.
+
+    Attributes:
+        folder: Where it lies, on this machine.
+        manifest: Content of ``recommender.json``.
+        catalog: The items.
+        counts: (I,) training targets of each item.
+        card: Text of its model card; empty where there is none.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    catalog: Catalog
+    counts: Int64
+    card: str
+
+    @classmethod
+    def open(cls, name: Path | str, revision: str | None, kind: str) -> Saved:
+        """Read a folder, or the downloaded one of a hub id.
+
+        Raises:
+            UserError: No such folder, another kind or format, or a file is missing.
+        """
+        import polars as pl
+
+        folder = local_folder(name, revision)
+        manifest = read_json(folder / MANIFEST)
+        got = manifest.get("format"), manifest.get("kind", "generative")
+        if got != (FORMAT, kind):
+            raise UserError(
+                f"wanted a {kind} recommender of format {FORMAT} in {folder}/{MANIFEST}, got kind {got[1]} of format "
+                f"{got[0]}; load it with triewise.load, or save it again"
+            )
+        for part in PARTS[kind]:
+            if not (folder / part).exists():
+                raise UserError(f"wanted {part} in {folder}, which is missing; restore it or train again")
+        frame = pl.read_parquet(folder / CATALOG)
+        counts = frame["train_targets"].to_numpy().astype(np.int64)
+        card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+        return cls(folder, manifest, Catalog.from_frame(frame), counts, card)
+
+    def check(self, found: Mapping[str, str]) -> None:
+        """Refuse parts that are not those the recommender was saved with, by their hashes."""
+        for part, wanted in self.manifest["hashes"].items():
+            if found[part] != wanted:
+                raise UserError(
+                    f"the {part} of {self.folder} is not the one this model was trained with (hash "
+                    f"{found[part][:12]}, wanted {wanted[:12]}); restore its tokenizer, {CATALOG} and {TRIE}, or "
+                    "train again"
+                )
+
+
+@contextlib.contextmanager
+def saving(recommender: SavedRecommender, folder: Path | str, manifest: Mapping[str, Any]) -> Iterator[Path]:
+    """Write a recommender's folder; the model is written inside the block. Each file is whole or absent.
+
+    Args:
+        recommender: What is saved.
+        folder: Made where it is absent.
+        manifest: Content of ``recommender.json`` beside the format.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    yield folder
+    with atomic_path(folder / CATALOG) as temporary:
+        recommender.catalog.to_frame(recommender.counts.astype(np.int32)).write_parquet(temporary)
+    if recommender.card:
+        write_text(folder / CARD, recommender.card)
+    write_json(folder / MANIFEST, {"format": FORMAT, **manifest})
+
+
+def local_folder(name: Path | str, revision: str | None = None) -> Path:
+    """The folder itself, or the downloaded one of a hub id; a name that looks like a path is no hub id.
+
+    Raises:
+        UserError: No such folder and no hub id, or it cannot be downloaded.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    is_id = isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+    if not is_id or Path(name).parent.exists():
         raise UserError(
             f"wanted a run folder with a trained recommender, but {name} is no folder; train one first"
         )
-    patterns = [MANIFEST, CARD, *(f for f in FILES if f != "model"), "model/*"]
-    return download(name, revision, patterns)
+    files = sorted({MANIFEST, CARD, *PARTS["generative"]} - {"model"})
+    return download(str(name), revision, [*files, "model/*"])
+
+
+def hash_of(counts: Int64) -> str:
+    """Hex SHA-256 of the training targets (I,)."""
+    return hashlib.sha256(counts.astype("<i8").tobytes()).hexdigest()
+
+
+def card_facts(recommender: SavedRecommender, name: str, **more: Any) -> CardFacts:
+    """What a card says of a recommender; ``more`` is what only its training and evaluation know."""
+    catalog = recommender.catalog
+    example = catalog.title[int(np.argmax(recommender.counts))]
+    origin, settings = more.pop("origin", recommender.origin), more.pop("settings", recommender.used)
+    return CardFacts(name, catalog.n_items, example, origin, settings, **more)

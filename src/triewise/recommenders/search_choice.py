@@ -1,4 +1,4 @@
-"""Which search a test row uses, and grounding's gamma: chosen on validation rows and named in the row.
+"""Which search a test row uses, grounding's gamma, an assistant's weight: chosen on validation rows, named in the row.
 
 MSL reports, for every baseline, the better of grounding and constrained beam search.
 
@@ -7,6 +7,7 @@ Dimension key: B rows of a split, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,15 @@ from numpy.typing import NDArray
 from triewise.data import Split
 from triewise.errors import UserError
 from triewise.progress import note, progress
-from triewise.ranking import Items, evaluate, metrics_from_rank, rank_of_target
+from triewise.ranking import (
+    Groups,
+    ItemLists,
+    Items,
+    evaluate,
+    excluded_items,
+    metrics_from_rank,
+    rank_of_target,
+)
 from triewise.recipe import EvaluationSettings
 from triewise.recommenders.generative import GenerativeRecommender
 from triewise.recommenders.grounding import (
@@ -24,13 +33,14 @@ from triewise.recommenders.grounding import (
     GroundedRecommender,
     inject,
 )
+from triewise.recommenders.saved import SavedRecommender
 
 METRIC = "NDCG@10"
 ROWS_AT_ONCE = 256
 
 
 def choose_search(
-    recommender: GenerativeRecommender,
+    recommender: SavedRecommender,
     split: Split,
     settings: EvaluationSettings,
     allow: Items | None = None,
@@ -48,7 +58,7 @@ def choose_search(
         search reached.
 
     Raises:
-        UserError: No validation rows.
+        UserError: No validation rows, ``exclude = "seen"`` where that is unknown, or a model that does not search.
 
     Differs from the authors' code: BIGRec chooses gamma anew for every metric and cut-off; here one gamma serves all.
     """
@@ -56,13 +66,14 @@ def choose_search(
         raise UserError("evaluation.choose needs validation rows, and this data set has none; set search")
     tried: dict[str, dict[str, float]] = {}
     for search in settings.choose:
-        if search == "grounding":
-            gamma, best = choose_gamma(recommender.grounded, split, settings.exclude, allow)
+        asked = recommender.with_settings(search=search)
+        if search == "grounding" and isinstance(asked, GenerativeRecommender):
+            gamma, best = choose_gamma(asked.grounded, split, settings.exclude, allow)
             tried[search] = {"gamma": gamma, METRIC: best}
             continue
         depth = max(settings.beams if search == "beam" else 0, settings.k, 10)
-        found = evaluate(
-            recommender.with_settings(search=search),
+        judged = evaluate(
+            asked,
             split,
             name=f"{search} on validation rows",
             split_name="valid",
@@ -70,15 +81,14 @@ def choose_search(
             exclude=settings.exclude,
             allow=allow,
         )
-        tried[search] = {METRIC: found.metrics[METRIC]}
+        tried[search] = {METRIC: judged.metrics[METRIC]}
     chosen = max(settings.choose, key=lambda search: tried[search][METRIC])
     changes: dict[str, Any] = {"search": chosen}
     if chosen == "grounding":
         changes["gamma"] = tried[chosen]["gamma"]
     said = ", ".join(f"{search} {values[METRIC]:.4f}" for search, values in tried.items())
     note(f"{chosen} is chosen on {split.n_rows} validation rows by {METRIC}: {said}")
-    facts = {"by": METRIC, "rows": split.n_rows, "tried": tried}
-    return settings.model_copy(update=changes), facts
+    return settings.model_copy(update=changes), {"by": METRIC, "rows": split.n_rows, "tried": tried}
 
 
 def choose_gamma(
@@ -96,24 +106,76 @@ def choose_gamma(
     """
     gammas = POPULARITY_GAMMAS if grounded.collaborator is None else (0.0, *COLLABORATIVE_GAMMAS)
     gammas = tuple(sorted(set(gammas)))
-    rank = np.zeros((len(gammas), split.n_rows), dtype=np.int32)
-    without = {"history": split.history, "seen": split.seen}.get(exclude)
-    with progress("choosing gamma", split.n_rows, "users") as advance:
-        for start in range(0, split.n_rows, ROWS_AT_ONCE):
-            rows = range(start, min(start + ROWS_AT_ONCE, split.n_rows))
-            histories = [split.history[r] for r in rows]
-            distance, weight = grounded.distances(histories), grounded.weights(histories)
-            hidden = [
-                grounded.groups.permitted(None if without is None else without[r], allow) < 0 for r in rows
-            ]
-            target = grounded.groups.of_item[split.target[start : rows.stop]]
-            for g, gamma in enumerate(gammas):
-                scores = -inject(distance, weight, gamma)
-                rank[g, start : rows.stop] = _ranks(scores, np.array(hidden), target)
-            advance(len(rows))
-    values = [float(metrics_from_rank(r, (10,))[METRIC].mean()) for r in rank]
+
+    def judged(histories: ItemLists) -> Callable[[float], NDArray[np.float64]]:
+        distance, weight = grounded.distances(histories), grounded.weights(histories)
+        return lambda gamma: -inject(distance, weight, gamma)
+
+    values = _values(judged, gammas, grounded.groups, split, "gamma", exclude, allow)
     best = int(np.argmax(values))
     return gammas[best], values[best]
+
+
+def choose_weight(
+    recommender: SavedRecommender, split: Split, exclude: str = "none", allow: Items | None = None
+) -> tuple[float, dict[str, Any]]:
+    """The weight of the model beside its assistant with the best NDCG@10; of equals the larger.
+
+    Weights 1, .9, ... 0 are tried on full rankings, which exact search and the catalogue have; a beam search is not run
+    for each. Model and assistant are asked once.
+
+    Args:
+        recommender: The model with its assistant; its own weight plays no part.
+        split: Validation rows.
+        exclude: ``none``, ``history`` or ``seen``.
+        allow: The only items that may be returned, or None.
+
+    Returns:
+        The weight, and for ``metrics.json``: the metric, the rows and what each weight reached.
+
+    Raises:
+        UserError: No validation rows, or ``exclude = "seen"`` where that is unknown.
+    """
+    if split.n_rows == 0:
+        raise UserError(
+            "assistant_weight = 'choose' needs validation rows, and this data set has none; set it to a number"
+        )
+    weights = tuple(n / 10 for n in range(10, -1, -1))
+
+    def judged(histories: ItemLists) -> Callable[[float], NDArray[np.float64]]:
+        own, theirs = recommender.parts(histories)
+        return lambda a: own if a == 1 else theirs if a == 0 else a * own + (1 - a) * theirs
+
+    values = _values(judged, weights, recommender.groups, split, "the assistant's weight", exclude, allow)
+    best = int(np.argmax(values))
+    tried = {f"{weight:g}": value for weight, value in zip(weights, values, strict=True)}
+    said = ", ".join(f"{weight} {value:.4f}" for weight, value in tried.items())
+    note(f"weight {weights[best]:g} is chosen on {split.n_rows} validation rows by {METRIC}: {said}")
+    return weights[best], {"by": METRIC, "rows": split.n_rows, "tried": tried}
+
+
+def _values(
+    judged: Callable[[ItemLists], Callable[[float], NDArray[np.float64]]],
+    grid: Sequence[float],
+    groups: Groups,
+    split: Split,
+    what: str,
+    exclude: str,
+    allow: Items | None,
+) -> list[float]:
+    """NDCG@10 at each point of a grid; ``judged`` gives for histories what maps a point to scores (B, G)."""
+    rank = np.zeros((len(grid), split.n_rows), dtype=np.int32)
+    without = excluded_items(split, exclude)
+    with progress(f"choosing {what}", split.n_rows, "users") as advance:
+        for start in range(0, split.n_rows, ROWS_AT_ONCE):
+            rows = range(start, min(start + ROWS_AT_ONCE, split.n_rows))
+            scores = judged([split.history[r] for r in rows])
+            hidden = [groups.permitted(None if without is None else without[r], allow) < 0 for r in rows]
+            target = groups.of_item[split.target[start : rows.stop]]
+            for g, point in enumerate(grid):
+                rank[g, start : rows.stop] = _ranks(scores(point), np.array(hidden), target)
+            advance(len(rows))
+    return [float(metrics_from_rank(r, (10,))[METRIC].mean()) for r in rank]
 
 
 def _ranks(

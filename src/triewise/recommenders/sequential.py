@@ -5,30 +5,35 @@ Shape key: B histories, I items.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from triewise.arrays import Ragged, padded
-from triewise.data import Catalog
+from triewise.data import Catalog, Dataset
 from triewise.errors import UserError
-from triewise.files import atomic_folder, read_json, write_json, write_text
-from triewise.models import EncoderConfig, SequentialModel, load_trained, resolve_device
-from triewise.ranking import Groups, ItemLists, Ranking, check_histories, rank_items
-from triewise.recommenders.saved import CARD, FORMAT, MANIFEST, local_folder, save_catalog
+from triewise.files import atomic_folder, read_json, write_json
+from triewise.models import SequentialModel, load_trained, resolve_device
+from triewise.ranking import Groups, ItemLists, Items, Ranking, check_histories, rank_items
+from triewise.recipe import EvaluationSettings
+from triewise.recommenders.assistants import Assisted, Doubles, once_a_title, title_log_probabilities
+from triewise.recommenders.saved import Saved, hash_of, saving
+from triewise.reports import Recommendation
 
 
 @dataclass(frozen=True)
-class SequentialRecommender:
+class SequentialRecommender(Assisted):
     """Ranks items by the scores of a sequential model; a group of equal titles counts as its best member.
+
+    Scores are on no scale of their own; with an assistant (see `Assisted`, whose attributes are keywords here) they
+    are log-probabilities of titles, of the model and the assistant together.
 
     Attributes:
         model: Encoder and head.
@@ -46,6 +51,10 @@ class SequentialRecommender:
     origin: dict[str, Any] = field(default_factory=dict)
     card: str = field(default="", repr=False)
 
+    def __post_init__(self) -> None:
+        """Refuse an assistant that does not belong here."""
+        self.check_assistant(self.catalog)
+
     @cached_property
     def groups(self) -> Groups:
         """Groups of items with the same title."""
@@ -54,23 +63,82 @@ class SequentialRecommender:
     @property
     def hashes(self) -> dict[str, str]:
         """Hex SHA-256 of what training and ranking must have in common."""
-        return {"counts": hashlib.sha256(self.counts.astype("<i8").tobytes()).hexdigest()}
+        return {"counts": hash_of(self.counts)}
+
+    @property
+    def used(self) -> dict[str, Any]:
+        """The settings its rankings depend on, for ``metrics.json``."""
+        return {"search": "catalogue", "support": "items"} | self.assisted
+
+    @property
+    def dropped(self) -> None:
+        """It has no prompts."""
+
+    def depth(self, k: int) -> None:
+        """Every item is scored anyway."""
 
     def with_settings(self, **changes: Any) -> SequentialRecommender:
-        """The same: a sequential model scores every item and has no settings of its search.
+        """The same with another assistant: it scores every item and has no settings of its search.
 
         Raises:
-            UserError: Any other setting than ``search = "catalogue"``.
+            UserError: Any other setting than those of `Assisted` and ``search = "catalogue"``.
         """
+        changes = {name: value for name, value in changes.items() if (name, value) != ("search", "catalogue")}
         for name, value in changes.items():
-            if (name, value) != ("search", "catalogue"):
+            if name not in ("assistant", "assistant_weight"):
                 raise UserError(
                     f"a sequential model scores every item: wanted no {name}, got {value!r}; leave it out"
                 )
-        return self
+        return replace(self, **changes)
+
+    def configured(self, settings: EvaluationSettings) -> SequentialRecommender:
+        """The same: of ``[evaluation]`` it has no use for what says how titles are searched.
+
+        Raises:
+            UserError: As `with_settings`.
+        """
+        return self.with_settings(search=settings.search)
+
+    def explain(
+        self, history: Items, items: Sequence[int], target: int | None = None
+    ) -> tuple[Recommendation, ...]:
+        """There is nothing to explain.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            "wanted the tokens that decided, got a sequential model, which scores items and writes no titles; leave "
+            "explain out"
+        )
+
+    def title_figures(self, dataset: Dataset) -> dict[str, Any]:
+        """Nothing: it reads no titles."""
+        return {}
 
     def item_scores(self, histories: ItemLists) -> NDArray[np.float32]:
-        """Scores of all items, float32 (B, I), higher is better, on no scale of their own.
+        """Scores of all items, float32 (B, I), higher is better; with an assistant log-probabilities of their titles.
+
+        Arguments and errors as `own_scores`.
+        """
+        if self.asked is None:
+            return self.own_scores(histories)
+        own, theirs = self.parts(histories)
+        titles = self.assistant_weight * own + (1 - self.assistant_weight) * theirs
+        return titles[:, self.groups.of_item].astype(np.float32)
+
+    def log_probabilities(self, histories: ItemLists) -> Doubles:
+        """(B, I) log-probabilities of titles under this model alone; see `Probabilistic`."""
+        return once_a_title(self.groups, self.groups.scores(self.own_scores(histories).astype(np.float64)))
+
+    def parts(self, histories: ItemLists) -> tuple[Doubles, Doubles]:
+        """What the model and what its assistant say; see `SavedRecommender.parts`."""
+        assert self.assistant is not None
+        theirs = title_log_probabilities(self.assistant, histories, self.groups)
+        return self.groups.scores(self.log_probabilities(histories)).astype(np.float64), theirs
+
+    def own_scores(self, histories: ItemLists) -> NDArray[np.float32]:
+        """What the model alone says of all items, float32 (B, I), on no scale of its own.
 
         Args:
             histories: Item indices, oldest first; the last ``max_length`` of each are read. May be empty.
@@ -80,7 +148,7 @@ class SequentialRecommender:
         """
         check_histories(histories, self.groups)
         scores = np.zeros((len(histories), self.catalog.n_items), dtype=np.float32)
-        last = self.model.config.max_length
+        last = self.model.max_length
         was_training, device = self.model.training, self.model.bias.device
         self.model.eval()
         with torch.inference_mode():
@@ -101,26 +169,16 @@ class SequentialRecommender:
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
     ) -> Ranking:
-        """The ``k`` best groups for each history, which may be empty; see `Recommender.recommend`.
-
-        Raises:
-            UserError: An item outside the catalogue, or ``k < 1``.
-        """
+        """The ``k`` best groups for each history, which may be empty; see `Recommender.recommend`."""
         return rank_items(self, histories, k, exclude, allow)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)
-        with atomic_folder(folder / "model") as model:
+        manifest = {"kind": "sequential", "batch_users": self.batch_users, "origin": self.origin}
+        manifest |= self.saved_assistant
+        with saving(self, folder, manifest) as place, atomic_folder(place / "model") as model:
             save_file(self.model.state_dict(), model / "model.safetensors")
-            write_json(model / "config.json", asdict(self.model.config))
-        save_catalog(self.catalog, self.counts, folder / "catalog.parquet")
-        if self.card:
-            write_text(folder / CARD, self.card)
-        facts = {"format": FORMAT, "kind": "sequential", "batch_users": self.batch_users}
-        write_json(folder / MANIFEST, facts | {"origin": self.origin})
+            write_json(model / "config.json", self.model.config)
 
     @classmethod
     def from_pretrained(
@@ -131,27 +189,17 @@ class SequentialRecommender:
         Raises:
             UserError: Something is missing, or it is no sequential recommender.
         """
-        folder = local_folder(folder_or_hub_id, revision)
-        facts = read_json(folder / MANIFEST)
-        if (facts.get("format"), facts.get("kind")) != (FORMAT, "sequential"):
-            got = f"kind {facts.get('kind')} of format {facts.get('format')}"
-            raise UserError(
-                f"wanted a sequential recommender of format {FORMAT} in {folder}/{MANIFEST}, got {got}; load it with "
-                "triewise.load, or save it again"
-            )
-        for name in ("catalog.parquet", "model"):
-            if not (folder / name).exists():
-                raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
-        config = EncoderConfig(**read_json(folder / "model" / "config.json"))
-        model = SequentialModel(config)
-        load_trained(model, folder / "model" / "model.safetensors")
+        saved = Saved.open(folder_or_hub_id, revision, "sequential")
+        place = saved.folder / "model"
+        model = SequentialModel.from_config(read_json(place / "config.json"))
+        load_trained(model, place / "model.safetensors")
         model.requires_grad_(False)
-        frame = pl.read_parquet(folder / "catalog.parquet")
         return cls(
             model.to(resolve_device(device)).eval(),
-            Catalog.from_frame(frame),
-            frame["train_targets"].to_numpy().astype(np.int64),
-            facts["batch_users"],
-            facts["origin"],
-            (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else "",
+            saved.catalog,
+            saved.counts,
+            saved.manifest["batch_users"],
+            saved.manifest["origin"],
+            saved.card,
+            folder=saved.folder,
         )

@@ -1,11 +1,17 @@
 from .card import CardFacts as CardFacts, addressed as addressed, model_card as model_card
 from .description import describe as describe, forced_by_position as forced_by_position
-from .explanation import Example as Example, explain as explain
+from .explanation import (
+    Example as Example,
+    Recommendation as Recommendation,
+    explain as explain,
+    pieces as pieces,
+)
 from .report import Comparison as Comparison, Report as Report, Row as Row, write_report as write_report
 from .terminal import (
     clean as clean,
     print_examples as print_examples,
     print_facts as print_facts,
+    print_recommendations as print_recommendations,
     print_rows as print_rows,
 )
 

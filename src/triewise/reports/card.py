@@ -35,7 +35,11 @@ IGD_BIBTEX = """@misc{lin2025igd,
   primaryClass = {cs.CL},
   note = {NeurIPS 2025}
 }"""
-_LOAD = re.compile(r'triewise\.load\("[^"\n]*"\)')
+# The usage example; cards written before the package got its name have another one.
+_IMPORT, _LOAD = (
+    re.compile(r"^import (?:triewise|trierec)$", re.M),
+    re.compile(r'(?:triewise|trierec)\.load\("[^"\n]*"\)'),
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class CardFacts:
         n_items: Items of the catalogue.
         example: A title of the catalogue, for the usage example.
         origin: `Backbone.origin`, without paths.
-        settings: How the recommender searches: support, search, length penalty, ...
+        settings: How the recommender searches: search, support, length penalty, ...; ``metrics`` has what was used.
         recipe: What was done.
         data: ``dataset.json``.
         run: ``run.json``.
@@ -88,6 +92,7 @@ def model_card(facts: CardFacts, where: str = ".") -> str:
 
 def addressed(card: str, repo_id: str, license: str | None = None) -> str:
     """A card for another place: the usage example loads ``repo_id``, the header names the licence."""
+    card = _IMPORT.sub("import triewise", card, count=1)
     card = _LOAD.sub(lambda _: f'triewise.load("{repo_id}")', card, count=1)
     if license and card.startswith("---\n"):
         card = f"---\nlicense: {json.dumps(license)}\n" + card.removeprefix("---\n")
@@ -169,7 +174,7 @@ def _usage(facts: CardFacts, where: str) -> str:
 recommender = triewise.load({json.dumps(where, ensure_ascii=False)})
 item = recommender.catalog.index({json.dumps(facts.example, ensure_ascii=False)})
 ranking = recommender.recommend([[item]], k=3, exclude="history")
-print([recommender.catalog.title[i] for i in ranking.items[0] if i >= 0])"""
+print(ranking.titles(recommender.catalog)[0])"""
     package = "triewise[quant]" if facts.origin.get("quantisation", "none") != "none" else "triewise"
     lines = [
         "## Use",
@@ -227,7 +232,8 @@ def _model(facts: CardFacts) -> str:
         lines.append(f"- {training['steps']} steps, ended by: {training['stopped']}")
         hashes = ", ".join(f"{name} {value[:16]}" for name, value in facts.run["hashes"].items())
         lines.append(f"- hashes (sha256): {hashes}")
-        versions = (f"{name} {facts.run['versions'][name]}" for name in ("triewise", "torch", "transformers"))
+        wanted = ("triewise", "trierec", "torch", "transformers")  # trierec: in runs made before the rename
+        versions = (f"{name} {v}" for name in wanted if (v := facts.run["versions"].get(name)))
         lines.append(f"- made with {escape(', '.join(versions))}")
     return "## Model\n\n" + "\n".join(lines)
 
@@ -256,8 +262,7 @@ def _protocol(facts: CardFacts) -> str:
         "history": "items of the history are excluded",
         "seen": "everything the user had before is excluded",
     }[metrics["exclude"]]
-    searched = ("search", "beams", "support", "length_penalty", "alpha", "scope")
-    keys = (*searched, "text_beams", "text_tokens", "gamma", "adapter", "allow", "seed")
+    keys = dict.fromkeys((*facts.settings, "adapter", "allow", "seed"))
     said = [f"{key} = {without_folders(str(metrics[key]))}" for key in keys if metrics.get(key) is not None]
     return (
         f"{metrics['n_users']:,} rows of the {metrics['split']} split; {excluded}; items with equal titles count as "

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 PROMPT_SAMPLE = 200  # test rows whose prompts are encoded for their mean length
 
-
 # key of `describe` -> what a person reads, and how the number is written
 FACTS = {
     "source": ("data set", "text"),

@@ -112,7 +112,7 @@ def explain(
     catalog: Catalog,
     prompt: Sequence[int],
     items: Sequence[int],
-    target: int,
+    target: int | None,
     gain: ArrayLike,
 ) -> tuple[Recommendation, ...]:
     """Say for each recommended title which of its tokens decided, and how much.
@@ -123,7 +123,7 @@ def explain(
         catalog: Titles of the items.
         prompt: Token ids of the user's prompt.
         items: Recommended item indices, best first.
-        target: The user's true next item.
+        target: The user's true next item; None where it is not known.
         gain: Information gain of each node (N,), nats.
 
     Returns:
@@ -144,12 +144,12 @@ def recommendations(
     titles: Sequence[str],
     edge_log_p: ArrayLike,
     items: Sequence[int],
-    target: int,
+    target: int | None,
     gain: ArrayLike,
 ) -> tuple[Recommendation, ...]:
     """`explain` from log-probabilities (N,) of the edge into each node that are already there."""
     edge_N, gain_N = np.asarray(edge_log_p, np.float64), np.asarray(gain, np.float64)
-    found = []
+    recommended = []
     for item in items:
         path = trie.path_to(int(trie.leaf[item]))
         texts = token_texts(tokenizer, trie.token[path].tolist())
@@ -158,9 +158,9 @@ def recommendations(
             for n, text in zip(path, texts, strict=True)
         )
         score = math.fsum(token.log_p for token in tokens)
-        hit = bool(trie.leaf[item] == trie.leaf[target])
-        found.append(Recommendation(int(item), titles[item], score, tokens, hit))
-    return tuple(found)
+        hit = target is not None and bool(trie.leaf[item] == trie.leaf[target])
+        recommended.append(Recommendation(int(item), titles[item], score, tokens, hit))
+    return tuple(recommended)
 
 
 def token_texts(tokenizer: Any, title: Sequence[int]) -> list[str]:
@@ -187,15 +187,15 @@ def pieces(tokens: Sequence[Token]) -> tuple[Token, ...]:
     A joined piece has the sums of the log-probabilities and gains, and the alternatives of its first
     decision. The terminator stays last, with an empty text.
     """
-    found: list[Token] = []
+    whole: list[Token] = []
     held: Token | None = None
     for token in tokens[:-1]:
         joined = token if held is None else _join(held, token)
         held = None if joined.text else joined
         if joined.text:
-            found.append(joined)
+            whole.append(joined)
     end = tokens[-1:] if held is None else (_join(held, tokens[-1]),)
-    return (*found, *end)
+    return (*whole, *end)
 
 
 def decoding_tree(recommended: Sequence[Recommendation]) -> Branch:

@@ -49,9 +49,8 @@ def dot_panel(groups: Sequence[tuple[str, Sequence[tuple[str, str, float, Interv
                 f'{_text(8, y + 4, elide(name, 22), "lab")}<path class="{css} whisk" d="M{x(low):.1f} '
                 f'{y:.0f}H{x(high):.1f}"/><circle class="{css} dot" cx="{x(value):.1f}" cy="{y:.0f}" r="5"/>'
             )
-            said.append(
-                f"{heading}, {name}: {value:.3f}" + (f" ({low:.3f} to {high:.3f})" if interval else "")
-            )
+            spread = f" ({low:.3f} to {high:.3f})" if interval else ""
+            said.append(f"{heading}, {name}: {value:.3f}{spread}")
         y += 8
     axis = "".join(
         f'<path class="{"zero" if t == 0 else "grid"}" d="M{x(t):.1f} 12V{y + 4:.0f}"/>'
@@ -87,10 +86,10 @@ def curve_panel(title: str, lines: Mapping[str, NDArray[np.float64]], colour: Ma
         if len(points) == 1:
             marks.append(f'<circle class="{colour[name]} dot" cx="{x(last):.1f}" cy="{end - 4:.1f}" r="4"/>')
         marks.append(_text(right + 6, end, elide(name, 16), f"{colour[name]} name"))
-    said = "; ".join(
+    said = [
         f"{name} from {p[0, 1]:.3g} to {p[-1, 1]:.3g} at step {p[-1, 0]:.0f}" for name, p in lines.items()
-    )
-    return svg(WIDTH, 212, f"{title}: {said}", "".join(marks))
+    ]
+    return svg(WIDTH, 212, f"{title}: {'; '.join(said)}", "".join(marks))
 
 
 def forced_bars(share: NDArray[np.float64], weight: NDArray[np.float64]) -> str:
@@ -187,10 +186,8 @@ class _TreePlot:
             above: Height of the node; None for the beginning that all titles share.
         """
         y, start = _row_y(row), ahead + 14
-        chosen, forced = (
-            branch.text.lstrip() or ("␣" if branch.text else ""),
-            elide(branch.forced.rstrip(), 30),
-        )
+        forced = elide(branch.forced.rstrip(), 30)
+        chosen = branch.text.lstrip() or ("␣" if branch.text else "")
         chosen = chosen or ("" if above is None else "(end)")
         below = "" if above is None else percent(math.exp(branch.log_p))
         if branch.forced_log_p < -1e-4:

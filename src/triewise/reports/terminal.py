@@ -83,11 +83,29 @@ def print_examples(examples: Sequence[Example], console: Console | None = None) 
         _hang(console, "  ", Text(f"true next title, {place}"))
         _hang(console, "    ", Text(clean(example.target), style="bold"))
         _hang(console, "  ", Text("recommended"))
-        for n, found in enumerate(example.recommendations, 1):
-            probability = percent(math.exp(found.score)).replace("\xa0", " ")
-            _hang(console, f"    {n}. {probability:>7}  ", _marked(found, coloured))
+        for n, recommended in enumerate(example.recommendations, 1):
+            probability = percent(math.exp(recommended.score)).replace("\xa0", " ")
+            _hang(console, f"    {n}. {probability:>7}  ", _marked(recommended, coloured))
     console.print()
     _hang(console, "", _legend(coloured))
+
+
+def print_recommendations(
+    titles: Sequence[tuple[str, float, Recommendation | None]], console: Console | None = None
+) -> None:
+    """Print titles with place and score, the deciding tokens marked where they are known.
+
+    Args:
+        titles: Title, score, and which tokens decided, or None; best first.
+        console: Where to print; default stdout.
+    """
+    console = console or Console()
+    coloured = console.color_system is not None
+    for place, (title, score, why) in enumerate(titles, 1):
+        marked = Text(clean(title)) if why is None else _marked(why, coloured)
+        console.print(Text.assemble(f"{place:>3}  {score:8.3f}  ", marked), soft_wrap=True)
+    if any(why is not None for _, _, why in titles):
+        console.print(_legend(coloured), soft_wrap=True)
 
 
 def print_facts(facts: Mapping[str, Any], console: Console | None = None) -> None:
@@ -146,10 +164,10 @@ def _cell(row: Row, name: str) -> Text:
     return cell
 
 
-def _marked(found: Recommendation, coloured: bool) -> Text:
+def _marked(recommended: Recommendation, coloured: bool) -> Text:
     """A title whose deciding tokens are bold, or in brackets where there is no colour."""
     text = Text()
-    for piece in pieces(found.tokens):
+    for piece in pieces(recommended.tokens):
         word = clean(piece.text)
         if not piece.decides:
             text.append(word, style="dim")
@@ -157,7 +175,7 @@ def _marked(found: Recommendation, coloured: bool) -> Text:
         bare = word.lstrip() or word or "end"
         text.append(word[: len(word) - len(bare)] if word else "")
         text.append(bare if coloured else f"[{bare}]", style="bold cyan" if word else "italic cyan")
-    if found.is_target:
+    if recommended.is_target:
         text.append("  <- true next title", style="bold green")
     return text
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from triewise.arrays import Bool, Float64, Int64, within
 from triewise.errors import UserError
 from triewise.tokens.trie import Trie
 
@@ -22,7 +23,7 @@ from triewise.tokens.trie import Trie
 ROUNDING = 1e-12
 
 
-def gain_entropy(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.float64]:
+def gain_entropy(t: Trie, counts_per_item: ArrayLike) -> Float64:
     r"""Entropy mass of the items under each node, not renormalised.
 
     .. math:: G_n = -\sum_{g \in \mathrm{groups}(n)} p_g \ln p_g
@@ -42,21 +43,14 @@ def gain_entropy(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.float64]:
     return _entropy(t, _masses(t, counts_per_item))
 
 
-def information_gain(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.float64]:
+def information_gain(t: Trie, counts_per_item: ArrayLike) -> Float64:
     """How much uncertainty about the item the token into each node removes.
 
     ``gain[n] = G[parent[n]] - G[n]`` with ``G`` of `gain_entropy`. Along a title the gains sum to
     ``G[0] - G[leaf]``. A node without counts whose parent has some gains all of ``G[parent]``.
 
-    Args:
-        t: The trie of the catalogue.
-        counts_per_item: Integers (I,) >= 0: how often each item is a target of the training loss.
-
-    Returns:
-        float64 (N,), nats, >= 0; exactly 0 where `zero_gain` holds, so also at the root.
-
-    Raises:
-        UserError: As `gain_entropy`.
+    Args and errors as `gain_entropy`; returns float64 (N,), nats, >= 0; exactly 0 where `zero_gain` holds, so also at
+    the root.
 
     >>> t = Trie.from_sequences([[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9]])
     >>> information_gain(t, [4, 2, 1, 1])[t.walk([1, 3, 9])].round(4).tolist()
@@ -70,26 +64,18 @@ def information_gain(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.float64]
     return gain_N
 
 
-def zero_gain(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.bool_]:
+def zero_gain(t: Trie, counts_per_item: ArrayLike) -> Bool:
     """Whether the token into each node decides nothing: all of its parent's counts lie under the node.
 
     Decided on integers, never by comparing a float with 0. A node whose parent has no counts is zero-gain;
     a node without counts whose parent has some is not.
 
-    Args:
-        t: The trie of the catalogue.
-        counts_per_item: Integers (I,) >= 0: how often each item is a target of the training loss.
-
-    Returns:
-        bool (N,), True at the root.
-
-    Raises:
-        UserError: As `gain_entropy`.
+    Args and errors as `gain_entropy`; returns bool (N,), True at the root.
     """
     return _keeps_all(t, _masses(t, counts_per_item))
 
 
-def decoding_weights(t: Trie, gain: ArrayLike, alpha: float) -> NDArray[np.float64]:
+def decoding_weights(t: Trie, gain: ArrayLike, alpha: float) -> Float64:
     r"""Weights of the log-probabilities in IGD's decoding.
 
     .. math:: w_n = 1 - \alpha \frac{\mathrm{gain}_n - \min}{\max - \min}
@@ -127,7 +113,7 @@ def decoding_weights(t: Trie, gain: ArrayLike, alpha: float) -> NDArray[np.float
     return np.concatenate(([1.0], 1.0 - alpha * scaled))
 
 
-def scale_within(gain: NDArray[np.float64], start: NDArray[np.integer]) -> NDArray[np.float64]:
+def scale_within(gain: Float64, start: NDArray[np.integer]) -> Float64:
     """Gains brought to [0, 1] within groups: smallest 0, largest 1; 0 in groups whose gains are equal (to rounding).
 
     Args:
@@ -140,13 +126,12 @@ def scale_within(gain: NDArray[np.float64], start: NDArray[np.integer]) -> NDArr
     differ = high - low > ROUNDING * np.maximum(np.abs(low), np.abs(high))
     span = np.where(differ, high - low, 1.0)
     size = np.diff(start, append=len(gain))
-    scaled: NDArray[np.float64] = (
-        (gain - np.repeat(low, size)) / np.repeat(span, size) * np.repeat(differ, size)
-    )
+    above = gain - np.repeat(low, size)
+    scaled: Float64 = above / np.repeat(span, size) * np.repeat(differ, size)
     return scaled
 
 
-def binary_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> NDArray[np.float64]:
+def binary_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> Float64:
     """Weights of the token losses in IGD's training: beta where the token decides nothing, else 1.
 
     Args:
@@ -164,22 +149,13 @@ def binary_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> NDArray[
     return np.where(zero_gain(t, counts_per_item), float(beta), 1.0)
 
 
-def linear_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> NDArray[np.float64]:
+def linear_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> Float64:
     r"""Weights of the token losses in IGD's training, linear in the gain.
 
     .. math:: w_n = \beta + (1 - \beta) \frac{\mathrm{gain}_n}{\max \mathrm{gain}}
 
-    Args:
-        t: The trie of the catalogue.
-        counts_per_item: Integers (I,) >= 0: how often each item is a target of the training loss.
-        beta: Weight of zero-gain tokens in [0, 1]; 1 weighs all tokens alike.
-
-    Returns:
-        float64 (N,) in [beta, 1]: the weight of the edge into each node; beta everywhere where no token gains
-        anything.
-
-    Raises:
-        UserError: ``beta`` outside [0, 1], or counts as `gain_entropy`.
+    Args and errors as `binary_weights`; returns float64 (N,) in [beta, 1]: the weight of the edge into each node; beta
+    everywhere where no token gains anything.
 
     Source: IGD, appendix G, which does not say what the maximum is over, and has no code. Here: over the nodes
     with counts, which are all that the authors' trie has, so that items without counts change no weight.
@@ -191,7 +167,7 @@ def linear_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> NDArray[
     return beta + (1.0 - beta) * share_N
 
 
-def position_weights(length: ArrayLike, beta: float) -> NDArray[np.float64]:
+def position_weights(length: ArrayLike, beta: float) -> Float64:
     r"""Weights of the token losses that fall along each title, from 1 at its first token to beta at its last.
 
     .. math:: w_t = 1 - \frac{(t - 1)(1 - \beta)}{L - 1}, \quad t = 1, \dots, L
@@ -215,10 +191,8 @@ def position_weights(length: ArrayLike, beta: float) -> NDArray[np.float64]:
     length_I = np.atleast_1d(np.asarray(length, dtype=np.int64))
     if length_I.min(initial=1) < 1:
         raise UserError(f"wanted lengths of at least 1, got {length_I.min()}; count the terminator too")
-    place_T = np.arange(length_I.sum()) - np.repeat(np.cumsum(length_I) - length_I, length_I)
-    weight_T: NDArray[np.float64] = 1.0 - place_T * (1.0 - beta) / np.repeat(
-        np.maximum(length_I - 1, 1), length_I
-    )
+    last_T = np.repeat(np.maximum(length_I - 1, 1), length_I)
+    weight_T: Float64 = 1.0 - within(length_I) * (1.0 - beta) / last_T
     return weight_T
 
 
@@ -241,7 +215,7 @@ def average_valid_tokens(t: Trie, counts_per_item: ArrayLike) -> float:
     return _edge_mean(t.n_children[t.parent], _masses(t, counts_per_item))
 
 
-def _masses(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.int64]:
+def _masses(t: Trie, counts_per_item: ArrayLike) -> Int64:
     """Checked counts, summed under each node: int64 (N,), positive at the root."""
     counts = np.asarray(counts_per_item)
     if counts.shape != (t.n_items,):
@@ -262,7 +236,7 @@ def _masses(t: Trie, counts_per_item: ArrayLike) -> NDArray[np.int64]:
     return t.subtree_count(count_I)
 
 
-def _entropy(t: Trie, mass_N: NDArray[np.int64]) -> NDArray[np.float64]:
+def _entropy(t: Trie, mass_N: Int64) -> Float64:
     leaves = np.flatnonzero(t.is_leaf)
     leaves = leaves[mass_N[leaves] > 0]
     mass, total = mass_N[leaves], mass_N[0]
@@ -272,11 +246,11 @@ def _entropy(t: Trie, mass_N: NDArray[np.int64]) -> NDArray[np.float64]:
     return t.subtree_sum(term_I)
 
 
-def _keeps_all(t: Trie, mass_N: NDArray[np.int64]) -> NDArray[np.bool_]:
+def _keeps_all(t: Trie, mass_N: Int64) -> Bool:
     return np.concatenate(([True], mass_N[t.parent[1:]] == mass_N[1:]))
 
 
-def _edge_mean(value_N: NDArray[np.bool_] | NDArray[np.int64], mass_N: NDArray[np.int64]) -> float:
+def _edge_mean(value_N: Bool | Int64, mass_N: Int64) -> float:
     """Mean of a number per edge over all target tokens; the root has no edge."""
     return float((value_N[1:] * mass_N[1:]).sum() / mass_N[1:].sum())
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,6 @@ _ANNOUNCEMENT = (
 )
 _ALONE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _UNKNOWN = "Unknow"  # IGD's code spells it so
-
 
 # "palyed" is the D3 authors' spelling; results depend on the exact text, so it stays.
 _BEFORE = {
@@ -50,18 +50,28 @@ TEMPLATES = tuple(_TITLE)
 WITHOUT = ("no-input", "unknown")
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # where the user's text goes while a chat template is rendered
 
+# Tokenizers keep the settings of a call until the next, and counts are read and written. A lock of the module, because
+# prompts are copied and sent to processes.
+_ONE_AT_A_TIME = threading.Lock()
+
 
 @dataclass
 class Dropped:
-    """How many titles did not fit, counted while prompts are made."""
+    """How many titles did not fit, counted while prompts are made; threads may count together."""
 
     titles: int = 0
     prompts: int = 0
 
+    def add(self, titles: int) -> None:
+        """One prompt more that lost so many titles."""
+        with _ONE_AT_A_TIME:
+            self.titles += titles
+            self.prompts += titles > 0
+
 
 @dataclass(frozen=True)
 class Prompts:
-    """Turns histories of item indices into token ids; made by :func:`build_prompts`.
+    """Turns histories of item indices into token ids, in any number of threads; made by :func:`build_prompts`.
 
     Attributes:
         template: One of ``plain``, ``msl``, ``d3``.
@@ -108,8 +118,7 @@ class Prompts:
         for first in range(len(items) + 1):
             ids = self._encode(items[first:])
             if len(ids) <= self.max_tokens:
-                self.dropped.titles += first
-                self.dropped.prompts += first > 0
+                self.dropped.add(first)
                 return ids
         raise UserError(
             f"wanted a prompt of at most {self.max_tokens} tokens, the instruction alone has {len(ids)}; "
@@ -192,6 +201,32 @@ def build_prompts(
         UserError: Unknown template, a tokenizer without terminator, ``chat`` where it cannot be, or a
             tokenizer that puts the terminator into a title.
     """
+    _check(tokenizer, template, chat)
+    special = _special(tokenizer)
+    lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
+    before, after = _chat_sides(tokenizer) if chat else ((), ())
+    bos = _bos(tokenizer, template, chat)
+    frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), template]
+    lengths = {"max_history": max_history, "max_tokens": max_tokens}
+    identity = [*frame, lead, before, after, bos, *lengths.values(), tokenizer_hash(tokenizer)]
+    return Prompts(
+        tokenizer=tokenizer,
+        title=catalog.title,
+        template=template,
+        title_tokens=_title_tokens(tokenizer, catalog.title, template, special),
+        bos=bos,
+        before=before,
+        after=after,
+        lead=lead,
+        max_history=max_history,
+        max_tokens=max_tokens,
+        hash=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat},
+        special=special,
+    )
+
+
+def _check(tokenizer: Any, template: str, chat: bool) -> None:
     if template not in TEMPLATES:
         raise UserError(f"wanted a prompt template among {', '.join(TEMPLATES)}, got {template!r}")
     if tokenizer.eos_token_id is None:
@@ -202,47 +237,6 @@ def build_prompts(
         raise UserError(
             "chat = true needs an instruction template (msl or d3) and a tokenizer with a chat template"
         )
-    special = _special(tokenizer)
-    title_tokens = _title_tokens(tokenizer, catalog.title, template, special)
-    lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
-    before, after = _chat_sides(tokenizer) if chat else ((), ())
-    bos = _bos(tokenizer, template, chat)
-    identity = [
-        _AFTER.get(template),
-        _TITLE[template],
-        _IN_HISTORY.get(template),
-        list(catalog.title),
-        template,
-        lead,
-        before,
-        after,
-        bos,
-        max_history,
-        max_tokens,
-        tokenizer_hash(tokenizer),
-    ]
-    settings = {
-        "template": template,
-        "noun": noun,
-        "verb": verb,
-        "max_history": max_history,
-        "max_tokens": max_tokens,
-    }
-    return Prompts(
-        tokenizer=tokenizer,
-        title=catalog.title,
-        template=template,
-        title_tokens=title_tokens,
-        bos=bos,
-        before=before,
-        after=after,
-        lead=lead,
-        max_history=max_history,
-        max_tokens=max_tokens,
-        hash=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-        settings=settings | {"chat": chat},
-        special=special,
-    )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -261,7 +255,8 @@ def _special(tokenizer: Any) -> frozenset[int]:
 
 def _plain_ids(tokenizer: Any, texts: list[str], special: frozenset[int]) -> list[list[int]]:
     """Ids of untrusted texts: the spelling of a special token is characters like any other."""
-    rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    with _ONE_AT_A_TIME:
+        rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     # Where special tokens are pieces of the model itself (unigram), it finds them in text, split or not.
     return [
         ids if special.isdisjoint(ids) else [part for i in ids for part in _spelt(tokenizer, i, special)]

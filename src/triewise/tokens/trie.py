@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from triewise.arrays import Bool, Flat, Float64, Int32, Int64, offsets_of, ranges
 from triewise.errors import UserError
 from triewise.files import atomic_path
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+TRIE_FORMAT = 1
 LIMIT = 2**31  # tokens and node ids are int32
 SHOWN = 12  # tokens of a title that an error line quotes
 _ARRAYS = ("child_ptr", "token", "parent", "item_lo", "item_hi", "item_order", "leaf", "level_ptr")
@@ -84,14 +85,14 @@ class Trie:
         level_ptr: int64 (D+1,); the nodes of depth d are ``level_ptr[d]:level_ptr[d + 1]``.
     """
 
-    child_ptr: NDArray[np.int32]
-    token: NDArray[np.int32]
-    parent: NDArray[np.int32]
-    item_lo: NDArray[np.int32]
-    item_hi: NDArray[np.int32]
-    item_order: NDArray[np.int32]
-    leaf: NDArray[np.int32]
-    level_ptr: NDArray[np.int64]
+    child_ptr: Int32
+    token: Int32
+    parent: Int32
+    item_lo: Int32
+    item_hi: Int32
+    item_order: Int32
+    leaf: Int32
+    level_ptr: Int64
     _on_device: dict[str, DeviceTrie] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -122,11 +123,6 @@ class Trie:
         return len(self.token)
 
     @property
-    def n_edges(self) -> int:
-        """Number of edges: every node but the root has one leading into it."""
-        return self.n_nodes - 1
-
-    @property
     def n_items(self) -> int:
         """Number of items, items with equal titles counted one by one."""
         return len(self.leaf)
@@ -137,28 +133,28 @@ class Trie:
         return int(self.is_leaf.sum())
 
     @cached_property
-    def n_children(self) -> NDArray[np.int64]:
+    def n_children(self) -> Int64:
         """Number of children of each node, int64 (N,)."""
-        n_children: NDArray[np.int64] = np.subtract(self.child_ptr[1:], self.child_ptr[:-1], dtype=np.int64)
+        n_children: Int64 = np.subtract(self.child_ptr[1:], self.child_ptr[:-1], dtype=np.int64)
         return n_children
 
     @cached_property
-    def branching(self) -> NDArray[np.bool_]:
+    def branching(self) -> Bool:
         """Whether a node has more than one child, that is, its next token is a decision; bool (N,)."""
         return self.n_children > 1
 
     @cached_property
-    def is_leaf(self) -> NDArray[np.bool_]:
+    def is_leaf(self) -> Bool:
         """Whether a node is the end of a title; bool (N,)."""
         return self.n_children < 1
 
     @cached_property
-    def depth(self) -> NDArray[np.int32]:
+    def depth(self) -> Int32:
         """Number of tokens from the root to each node, int32 (N,)."""
         return np.repeat(np.arange(len(self.level_ptr) - 1, dtype=np.int32), np.diff(self.level_ptr))
 
     @cached_property
-    def next_decision(self) -> NDArray[np.int32]:
+    def next_decision(self) -> Int32:
         """The first decision or leaf that forced tokens lead to from each node, itself included; int32 (N,)."""
         next_N = np.arange(self.n_nodes, dtype=np.int32)
         single = self.n_children == 1
@@ -169,7 +165,7 @@ class Trie:
         return next_N
 
     @cached_property
-    def forced_depth(self) -> NDArray[np.int32]:
+    def forced_depth(self) -> Int32:
         """Number of forced tokens from the last decision to each node: 0 right behind a decision; int32 (N,)."""
         run_N = np.zeros(self.n_nodes, dtype=np.int32)
         for d in range(1, len(self.level_ptr) - 1):
@@ -179,23 +175,23 @@ class Trie:
         return run_N
 
     @cached_property
-    def place(self) -> NDArray[np.int64]:
+    def place(self) -> Int64:
         """Place of each item in ``item_order``, int64 (I,)."""
         place = np.empty(self.n_items, dtype=np.int64)
         place[self.item_order] = np.arange(self.n_items)
         return place
 
     @cached_property
-    def longest(self) -> NDArray[np.int32]:
+    def longest(self) -> Int32:
         """Tokens of the longest title under each node, counted from the root, terminator included; int32 (N,)."""
         return self._extreme_depth(np.maximum)
 
     @cached_property
-    def shortest(self) -> NDArray[np.int32]:
+    def shortest(self) -> Int32:
         """Tokens of the shortest title under each node, counted from the root, terminator included; int32 (N,)."""
         return self._extreme_depth(np.minimum)
 
-    def _extreme_depth(self, extreme: np.ufunc) -> NDArray[np.int32]:
+    def _extreme_depth(self, extreme: np.ufunc) -> Int32:
         depth_N = self.depth.copy()
         for inner, low, high in self._levels_upwards():
             depth_N[inner] = extreme.reduceat(depth_N[low:high], self.child_ptr[inner] - low)
@@ -208,7 +204,7 @@ class Trie:
             f"{int(self.branching.sum())} branching, depth {len(self.level_ptr) - 2})"
         )
 
-    def children(self, node: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def children(self, node: int) -> tuple[Int32, Int32]:
         """The valid next tokens after a node and the nodes they lead to.
 
         Returns:
@@ -222,24 +218,20 @@ class Trie:
         low, high = int(self.child_ptr[node]), int(self.child_ptr[node + 1])
         return self.token[low:high], np.arange(low, high, dtype=np.int32)
 
-    def continuations(self, nodes: ArrayLike) -> NDArray[np.int64]:
-        """The distinct tokens below any of some nodes.
-
-        Args:
-            nodes: Node ids, in any order and number.
-
-        Returns:
-            int64 (U,), ascending.
+    def continuations(self, nodes: ArrayLike) -> Int64:
+        """The distinct tokens below any of some nodes, which come in any order; int64 (U,), ascending.
 
         >>> Trie.from_sequences([[7, 2], [9, 2], [7, 3]]).continuations([0, 1]).tolist()
         [2, 3, 7, 9]
         """
         node = np.unique(np.asarray(nodes, dtype=np.int64))
-        n = self.n_children[node]
-        shift = self.child_ptr[node] - (np.cumsum(n) - n)
-        return np.unique(self.token[np.arange(n.sum()) + np.repeat(shift, n)]).astype(np.int64)
+        return np.unique(self.token[self.below(node).at]).astype(np.int64)
 
-    def walk(self, sequence: Iterable[int]) -> NDArray[np.int32]:
+    def below(self, node: Int64) -> Flat:
+        """The edges below some nodes (R,), end to end: child nodes ``at`` (E,) and which of the nodes ``row`` (E,)."""
+        return ranges(self.child_ptr[node], self.n_children[node])
+
+    def walk(self, sequence: Iterable[int]) -> Int32:
         """Follow a sequence from the root.
 
         Returns:
@@ -255,13 +247,13 @@ class Trie:
         nodes = [0]
         for position, token in enumerate(sequence):
             low, high = int(self.child_ptr[nodes[-1]]), int(self.child_ptr[nodes[-1] + 1])
-            found = low + int(np.searchsorted(self.token[low:high], token))
-            if found == high or self.token[found] != token:
+            child = low + int(np.searchsorted(self.token[low:high], token))
+            if child == high or self.token[child] != token:
                 raise KeyError(self._off(position, token, self.token[low:high]))
-            nodes.append(found)
+            nodes.append(child)
         return np.array(nodes, dtype=np.int32)
 
-    def _off(self, position: int, token: int, valid: NDArray[np.int32]) -> str:
+    def _off(self, position: int, token: int, valid: Int32) -> str:
         if not len(valid):
             wanted = "the end of the title"
         else:
@@ -280,15 +272,14 @@ class Trie:
             node = int(self.parent[node])
         return path[::-1]
 
-    def paths(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def paths(self) -> tuple[Int32, Int64]:
         """The node before each token of every item, as `walk` gives it without the leaf.
 
         Returns:
             (node_before, offsets): int32 (L,) and int64 (I+1,); item i has
             ``node_before[offsets[i]:offsets[i + 1]]``.
         """
-        offsets_I1 = np.zeros(self.n_items + 1, dtype=np.int64)
-        np.cumsum(self.depth[self.leaf], out=offsets_I1[1:])
+        offsets_I1 = offsets_of(self.depth[self.leaf])
         node_before = np.empty(offsets_I1[-1], dtype=np.int32)
         node, place = self.leaf, offsets_I1[1:] - 1
         while len(node):  # one step up for all titles that are not at the root yet
@@ -297,7 +288,7 @@ class Trie:
             place, node = place[node > 0] - 1, node[node > 0]
         return node_before, offsets_I1
 
-    def subtree_sum(self, values_per_item: ArrayLike) -> NDArray[np.float64]:
+    def subtree_sum(self, values_per_item: ArrayLike) -> Float64:
         """Sum of the values of the items under each node, float64 (N,).
 
         Bottom-up, level by level. Differences of running sums would be one line, but subtracting two totals
@@ -316,18 +307,15 @@ class Trie:
             sum_N[inner] = np.add.reduceat(sum_N[low:high], self.child_ptr[inner] - low)
         return sum_N
 
-    def _levels_upwards(self) -> Iterator[tuple[NDArray[np.int64], int, int]]:
+    def _levels_upwards(self) -> Iterator[tuple[Int64, int, int]]:
         """For each level from the deepest up: its nodes with children, and the id range of those children."""
         inner = np.flatnonzero(self.n_children)
         split = np.searchsorted(inner, self.level_ptr)
         for d in reversed(range(len(self.level_ptr) - 2)):
             yield inner[split[d] : split[d + 1]], int(self.level_ptr[d + 1]), int(self.level_ptr[d + 2])
 
-    def subtree_count(self, counts_per_item: ArrayLike) -> NDArray[np.int64]:
-        """Sum of integer counts of the items under each node, exact, int64 (N,).
-
-        Args:
-            counts_per_item: Integers (I,).
+    def subtree_count(self, counts_per_item: ArrayLike) -> Int64:
+        """Sum of integer counts (I,) of the items under each node, exact, int64 (N,).
 
         Raises:
             UserError: Not one value per item, or values that are not integers.
@@ -335,29 +323,8 @@ class Trie:
         count_I = self._per_item(counts_per_item)
         if count_I.dtype.kind not in "iub":
             raise UserError(f"wanted integer counts, got {count_I.dtype}; round them or use subtree_sum")
-        running = np.zeros(self.n_items + 1, dtype=np.int64)
-        np.cumsum(count_I[self.item_order], out=running[1:])
+        running = offsets_of(count_I[self.item_order])
         return running[self.item_hi] - running[self.item_lo]
-
-    def representative(self, counts_per_item: ArrayLike) -> NDArray[np.int32]:
-        """For each item the member of its group that stands for the group: most counts, ties by lower index.
-
-        Args:
-            counts_per_item: Numbers (I,), for example how often each item is a training target.
-
-        Returns:
-            int32 (I,) item indices; equal for all items of a group.
-
-        Raises:
-            UserError: Not one value per item.
-        """
-        count_I = self._per_item(counts_per_item)
-        count_I = count_I.astype(np.int64 if count_I.dtype.kind in "iub" else np.float64)
-        order = np.lexsort((-count_I, self.leaf))
-        first = np.diff(self.leaf[order], prepend=-1) != 0
-        result = np.empty(self.n_items, dtype=np.int32)
-        result[order] = order[first][np.cumsum(first) - 1]
-        return result
 
     def _per_item(self, values: ArrayLike) -> NDArray[Any]:
         array = np.asarray(values)
@@ -382,7 +349,7 @@ class Trie:
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of the arrays: equal exactly for equal token sequences in equal order."""
-        digest = hashlib.sha256(f"trie {FORMAT} {self.n_nodes} {self.n_items}".encode())
+        digest = hashlib.sha256(f"trie {TRIE_FORMAT} {self.n_nodes} {self.n_items}".encode())
         for name in ("child_ptr", "token", "leaf"):  # the other arrays follow from these
             digest.update(getattr(self, name).astype("<i4").tobytes())
         return digest.hexdigest()
@@ -391,7 +358,7 @@ class Trie:
         """Write one uncompressed ``.npz`` file, whole or not at all."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         with atomic_path(Path(path)) as temporary, temporary.open("wb") as handle:
-            np.savez(handle, format=np.int64(FORMAT), **arrays)
+            np.savez(handle, format=np.int64(TRIE_FORMAT), **arrays)
 
     @classmethod
     def load(cls, path: Path | str) -> Trie:
@@ -410,14 +377,14 @@ class Trie:
                 f"wanted a trie in {path}, got a file that is none ({error}); build it again"
             ) from None
         version = arrays.pop("format", "none")
-        if version != FORMAT or set(arrays) != set(_ARRAYS):
+        if version != TRIE_FORMAT or set(arrays) != set(_ARRAYS):
             raise UserError(
-                f"wanted a trie of format {FORMAT} in {path}, got format {version}; build it again"
+                f"wanted a trie of format {TRIE_FORMAT} in {path}, got format {version}; build it again"
             )
         return cls(**arrays)
 
 
-def _flat(sequences: Sequences) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+def _flat(sequences: Sequences) -> tuple[Int32, Int64]:
     """Bring both accepted forms to ``(tokens (L,), offsets (I+1,))`` and check all that needs no tree."""
     tokens, offsets = sequences if _is_flat(sequences) else _concatenate(sequences)
     if any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (tokens, offsets)):
@@ -451,12 +418,11 @@ def _is_flat(sequences: Sequences) -> TypeGuard[tuple[NDArray[Any], NDArray[Any]
 
 
 def _concatenate(sequences: Sequences) -> tuple[NDArray[Any], NDArray[Any]]:
-    offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
-    np.cumsum(np.fromiter(map(len, sequences), np.int64, len(sequences)), out=offsets[1:])
+    offsets = offsets_of(np.fromiter(map(len, sequences), np.int64, len(sequences)))
     return np.fromiter(chain.from_iterable(sequences), np.int64, int(offsets[-1])), offsets
 
 
-def _grow(token_L: NDArray[np.int32], offsets_I1: NDArray[np.int64]) -> Trie:
+def _grow(token_L: Int32, offsets_I1: Int64) -> Trie:
     """Build the tree one level at a time, with all titles that still run; nothing is padded to the longest.
 
     ``item`` holds these titles in order of their prefixes, ``node`` the rank of each prefix in its level
@@ -499,13 +465,7 @@ def _grow(token_L: NDArray[np.int32], offsets_I1: NDArray[np.int64]) -> Trie:
     return Trie(child_ptr, token_N, parent_N, lo_N, hi_N, item_order, leaf, level_ptr)
 
 
-def _refuse_prefix(
-    token_L: NDArray[np.int32],
-    offsets_I1: NDArray[np.int64],
-    item: NDArray[np.int64],
-    node: NDArray[np.int64],
-    ended: NDArray[np.bool_],
-) -> None:
+def _refuse_prefix(token_L: Int32, offsets_I1: Int64, item: Int64, node: Int64, ended: Bool) -> None:
     """Raise when a title ends at a node where another goes on."""
     here = np.zeros(int(node[-1]) + 1, dtype=np.bool_)
     here[node[ended]] = True

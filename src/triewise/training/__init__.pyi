@@ -1,12 +1,13 @@
 from .cautions import training_warnings as training_warnings
-from .checkpoints import clear as clear
+from .checkpoints import resume_point as resume_point
 from .contrast import Contrast as Contrast
 from .examples import Examples as Examples, along_titles as along_titles
 from .item_fit import fit as fit
-from .item_tasks import LossConfig as LossConfig, Sequences as Sequences
-from .losses import Objective as Objective, trie_nll as trie_nll, vocabulary_nll as vocabulary_nll
+from .item_tasks import Sequences as Sequences
+from .losses import trie_nll as trie_nll, vocabulary_nll as vocabulary_nll
+from .objective import Learned as Learned, Objective as Objective
 from .preferences import Preferences as Preferences, kept_reference as kept_reference
-from .state import FREE as FREE, TrainConfig as TrainConfig, TrainResult as TrainResult
+from .state import MAY_CHANGE as MAY_CHANGE, Stop as Stop, TrainResult as TrainResult
 from .temperature import AdaptiveTemperature as AdaptiveTemperature
 from .trainer import packs as packs, train as train
 from .windows import (
@@ -16,10 +17,4 @@ from .windows import (
     target_counts as target_counts,
 )
 
-__all__ = [
-    "AdaptiveTemperature",
-    "Objective",
-    "train",
-    "trie_nll",
-    "vocabulary_nll",
-]
+__all__ = ["AdaptiveTemperature", "Objective", "train", "trie_nll", "vocabulary_nll"]

@@ -24,11 +24,7 @@ LONGEST = 256  # prompts that are made to see whether they lose titles
 
 
 def training_warnings(
-    objective: ObjectiveSettings,
-    prompts: Prompts,
-    trie: Trie,
-    windows: Windows,
-    counts: NDArray[np.int64],
+    objective: ObjectiveSettings, prompts: Prompts, trie: Trie, windows: Windows, counts: NDArray[np.int64]
 ) -> Iterator[str]:
     """The lines that apply, for stderr.
 

@@ -31,20 +31,20 @@ LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS = (
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
     """The whole checkpoints of a run folder with their steps, oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*")]
-    return sorted((int(m[1]), path) for m, path in found if m and (path / STATE).is_file())
+    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in out.glob("checkpoint-*")]
+    return sorted((int(m[1]), path) for m, path in named if m and (path / STATE).is_file())
 
 
-def clear(out: Path, resume: bool) -> Path | None:
-    """Remove what a killed run, or without ``resume`` any earlier one, left; the checkpoint to go on from."""
+def resume_point(out: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; what a killed run, or without ``resume`` any earlier one, left is removed."""
     out.mkdir(parents=True, exist_ok=True)
-    found = checkpoints(out)
+    whole = checkpoints(out)
     for name in ("checkpoint-*", f"{BEST}*"):
         for path in out.glob(TEMPORARY + name):
             shutil.rmtree(path)
-    if resume and found:
-        return found[-1][1]
-    for path in [*(path for _, path in found), out / BEST]:
+    if resume and whole:
+        return whole[-1][1]
+    for path in [*(path for _, path in whole), out / BEST]:
         remove(path)
     (out / LOG).unlink(missing_ok=True)
     return None

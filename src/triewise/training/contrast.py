@@ -15,29 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from triewise.errors import UserError
-from triewise.tokens import DeviceTrie, Trie
+from triewise.tokens import Trie
 from triewise.training.examples import Examples
-from triewise.training.forward import MicroBatches, TitleLoss, title_sums
-from triewise.training.losses import Columns, Objective, Parts
-from triewise.training.temperature import AdaptiveTemperature
+from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses, title_sums
 
 
 def contrast_parts(
-    objective: Objective,
-    strength: float,
-    logits: Tensor,
-    without: Tensor,
-    target: Tensor,
-    node: Tensor,
-    trie: Trie | DeviceTrie,
-    weight: Tensor | None = None,
-    n_edges: int | None = None,
-    columns: Columns | None = None,
-) -> Parts:
+    objective: Objective, strength: float, logits: Tensor, without: Tensor, *rest: Any
+) -> TokenLosses:
     r"""The loss of CFT per token, with the support, temperature and weights of ``objective``.
 
     .. math:: \ell_m = w_m \, \mathrm{nll}(f_m, y_m) + \lambda \, w_m \, \mathrm{nll}(f_m - f^0_m, y_m)
@@ -50,12 +38,7 @@ def contrast_parts(
         strength: Lambda, >= 0.
         logits: Next-token logits with the history (M, V), any float dtype.
         without: Those of the same tokens without the history (M, V).
-        target: Target token ids (M,), int64.
-        node: Trie node before each target (M,), int64.
-        trie: The trie of all items.
-        weight: Token weights (M,) >= 0; None: 1.
-        n_edges: As in `losses.trie_nll`.
-        columns: The same.
+        rest: Target and what follows, as of `Objective.parts`.
 
     Returns:
         ``loss`` of both terms; ``contribution`` and ``nll`` of the first, so that the divisor is the sum of the
@@ -63,9 +46,9 @@ def contrast_parts(
 
     Source: the code of CFT and of IGD, which agree; the formula of the CFT paper was not read.
     """
-    factual = objective.parts(logits, target, node, trie, weight, n_edges, columns)
+    factual = objective.parts(logits, *rest)
     effect = logits.float() - without.float()
-    contrast = objective.parts(effect, target, node, trie, weight, n_edges, columns)
+    contrast = objective.parts(effect, *rest)
     return factual._replace(loss=factual.loss + strength * contrast.loss)
 
 
@@ -98,16 +81,6 @@ class Contrast:
                 "not for differences; give a number"
             )
 
-    @property
-    def tau(self) -> float:
-        """The temperature."""
-        return self.objective.tau
-
-    @property
-    def temperature(self) -> float | AdaptiveTemperature:
-        """The temperature; never an adaptive one."""
-        return self.objective.temperature
-
     def settings(self) -> dict[str, Any]:
         """What training does not change."""
         contrast = {"strength": self.strength, "without_history": self.without_history}
@@ -118,61 +91,55 @@ class Contrast:
         return self.objective.divisor(total)
 
     def module(self, model: Any, trie: Trie) -> ContrastLoss:
-        """What training wraps and calls."""
+        """See `objective.Learned`."""
         return ContrastLoss(model, self, trie)
 
     def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> ContrastBatches:
-        """Arguments of that module."""
+        """See `objective.Learned`."""
         return ContrastBatches(examples, self, rows, packing)
 
 
-class ContrastLoss(nn.Module):
-    """A causal LM and a `Contrast` as one module, with the contract of `TitleLoss`.
+class ContrastLoss(TitleLoss):
+    """A causal LM and a `Contrast` as one module.
 
     The second pass runs each different target title of the micro-batch once; where dropout is on, both passes
     have their own.
     """
 
-    accepts_loss_kwargs = True
-
     def __init__(self, model: Any, contrast: Contrast, trie: Trie) -> None:
-        super().__init__()
-        self.titles, self.contrast = TitleLoss(model, contrast.objective, trie), contrast
+        super().__init__(model, contrast.objective, trie)
+        self.strength = contrast.strength
 
-    def forward(self, alone_ids: Tensor, alone_position: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Sum of the weighted losses of both terms; ``sums`` are those of the first.
 
         Args:
-            alone_ids: Target titles behind the prompt without history (U, L), int64.
-            alone_position: For each target its place in the flattened ``alone_ids`` (M,), int64.
-            inputs: Arguments of `TitleLoss.forward`.
+            batch: Arguments of `TitleLoss.forward`; ``alone_ids`` (U, L), int64, the target titles behind the prompt
+                without history; ``alone_position`` (M,), int64, the place of each target in the flattened
+                ``alone_ids``.
         """
-        score = functools.partial(contrast_parts, self.contrast.objective, self.contrast.strength)
-        alone = {"input_ids": alone_ids, "position": alone_position}
-        loss, nll = self.titles.losses(inputs, score, alone)
-        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), inputs["zero_gain"], inputs["decision"])}
+        score = functools.partial(contrast_parts, self.objective, self.strength)
+        alone = {"input_ids": batch["alone_ids"], "position": batch["alone_position"]}
+        loss, nll = self.losses(batch, score, alone)
+        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), batch["zero_gain"], batch["decision"])}
 
 
-class ContrastBatches(Dataset[dict[str, Any]]):
-    """Micro-batches in a given order, as `MicroBatches`; their titles once more without history, never packed."""
+class ContrastBatches(MicroBatches):
+    """Micro-batches in a given order; their titles once more without history, never packed."""
 
     def __init__(
         self, examples: Examples, contrast: Contrast, rows: NDArray[np.int64], packing: bool = False
     ) -> None:
-        self.titles = MicroBatches(examples, contrast.objective, rows, packing)
+        super().__init__(examples, contrast.objective, rows, packing)
         self.prompt = examples.prompts.without_history(contrast.without_history)
-
-    def __len__(self) -> int:
-        """Number of micro-batches."""
-        return len(self.titles)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Arguments of `ContrastLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
-        item, examples = self.titles[index], self.titles.examples
-        alone = examples.alone(self.titles.rows[index], self.prompt)
+        item = super().__getitem__(index)
+        alone = self.examples.without_history(self.rows[index], self.prompt)
         kept = np.ones(len(alone.node), dtype=np.bool_)
-        if self.titles.objective.support == "trie":
-            kept = examples.trie.branching[alone.node]
+        if self.objective.support == "trie":
+            kept = self.examples.trie.branching[alone.node]
         counts = item["counts"] | {
             "tokens": item["counts"]["tokens"] + alone.n_tokens,
             "places": item["counts"]["places"] + alone.input_ids.size,

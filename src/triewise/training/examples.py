@@ -18,9 +18,7 @@ from numpy.typing import NDArray
 from triewise.arrays import Ragged, ranges
 from triewise.errors import UserError
 from triewise.tokens import Prompts, Trie
-from triewise.training.windows import (
-    Windows,
-)
+from triewise.training.windows import Windows
 
 Ints = NDArray[np.integer[Any]]
 
@@ -52,7 +50,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Alone:
+class WithoutHistory:
     """The target titles of a `Batch` behind a prompt that is the same for all.
 
     Attributes:
@@ -108,18 +106,14 @@ class Examples:
         for name, array, size, what in sized:
             if array.shape != (size,):
                 raise UserError(f"wanted {name} for {size} {what}, got an array of shape {array.shape}")
-        self._check_windows()
+        if (windows.items.lengths - windows.n_context).max(initial=0) > 1 and prompts.template != "plain":
+            raise UserError(
+                f"windows with several targets need the plain template, got {prompts.template!r}: elsewhere titles of "
+                "the history are no answers; use supervision = 'last'"
+            )
         self._node_T = before_T.astype(np.int64)
         self._weight_T = weight_T.astype(np.float32)
         self._zero_T = zero_gain[after_T]
-
-    def _check_windows(self) -> None:
-        n_targets = self.windows.items.lengths - self.windows.n_context
-        if n_targets.max(initial=0) > 1 and self.prompts.template != "plain":
-            raise UserError(
-                "windows with several targets need the plain template, got "
-                f"{self.prompts.template!r}; use supervision = 'last'"
-            )
 
     def __len__(self) -> int:
         """Number of windows."""
@@ -189,7 +183,7 @@ class Examples:
             n_tokens=int(length_B.sum()),
         )
 
-    def alone(self, indices: Sequence[int] | Ints, prompt: Sequence[int]) -> Alone:
+    def without_history(self, indices: Sequence[int] | Ints, prompt: Sequence[int]) -> WithoutHistory:
         """The target titles of some windows, each different one once, behind a prompt without history.
 
         Args:
@@ -211,9 +205,9 @@ class Examples:
         place_T, token_T = ranges(0 * item_S, length_S), ranges(title.offsets[item_S], length_S).at
         position = row_S[place_T.row] * input_ids.shape[1] + len(prompt) + place_T.at - 1
         n_tokens = len(item_U) * len(prompt) + len(ids_U.at)
-        return Alone(input_ids, position.astype(np.int64), self._node_T[token_T], n_tokens)
+        return WithoutHistory(input_ids, position.astype(np.int64), self._node_T[token_T], n_tokens)
 
-    def against(self, rejected: NDArray[np.int32]) -> Examples:
+    def with_rejected(self, rejected: NDArray[np.int32]) -> Examples:
         """Each window once with its target and then once with each rejected title in its place.
 
         Args:

@@ -9,6 +9,7 @@ Shape key: W windows, B rows of a batch, L places, M targets, N negatives, I ite
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,37 +21,10 @@ from torch.nn import functional as F
 
 from triewise.arrays import padded
 from triewise.models import PAD, SequentialModel
+from triewise.recipe import SequentialSettings
 from triewise.training.windows import Windows
 
-LOSSES = ("cross-entropy", "bce", "cloze")
 Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """What is minimised.
-
-    Attributes:
-        base: ``cross-entropy`` over all items, ``bce`` against sampled negatives, or ``cloze``: cross-entropy at
-            masked places, for a bidirectional encoder.
-        negatives: N uniform negatives of a target, never the target itself (``bce``).
-        label_smoothing: Share of a target's probability that is spread over all items (cross-entropy, cloze).
-        mask_probability: Share of masked places of a sequence (``cloze``).
-        mask_last: Share of sequences that are instead cut at a random item, which alone is masked: the task of
-            ranking (``cloze``).
-        dros_alpha: Weight of `dros`, added to the base loss; 0: none.
-        dros_beta0: Its temperature.
-        optimizer: ``adamw``, or ``adam`` with weight decay as an L2 term of the gradient.
-    """
-
-    base: str = "cross-entropy"
-    negatives: int = 1
-    label_smoothing: float = 0.0
-    mask_probability: float = 0.15
-    mask_last: float = 0.5
-    dros_alpha: float = 0.0
-    dros_beta0: float = 1.0
-    optimizer: str = "adamw"
 
 
 @dataclass(frozen=True)
@@ -98,6 +72,10 @@ class Task:
     weight: NDArray[np.float32]
 
 
+# From states (M, D), the targets they are to predict and random numbers to losses (M,).
+ItemLoss = Callable[[Tensor, Task, np.random.Generator], Tensor]
+
+
 def shifted_task(sequences: Sequences, index: NDArray[np.int64]) -> Task:
     """Each item after the context is to be told from those before it."""
     ids = _trimmed(sequences.ids[index])
@@ -110,7 +88,7 @@ def shifted_task(sequences: Sequences, index: NDArray[np.int64]) -> Task:
 def cloze_task(
     sequences: Sequences,
     index: NDArray[np.int64],
-    config: LossConfig,
+    settings: SequentialSettings,
     mask: int,
     rng: np.random.Generator,
 ) -> Task:
@@ -123,12 +101,12 @@ def cloze_task(
     n_rows, n_places = ids.shape
     place = np.arange(n_places)
     length = np.count_nonzero(ids, axis=1)
-    cut: Bools = np.less(rng.random(n_rows), config.mask_last)
+    cut: Bools = np.less(rng.random(n_rows), settings.mask_last)
     # A place before the first target is never the one that is asked for.
     last = rng.integers(np.minimum(sequences.n_context[index], length - 1), length)
     ids[cut[:, None] & (place > last[:, None])] = PAD
     draw = rng.random(ids.shape) + 2.0 * (ids == PAD)
-    chosen = (draw < config.mask_probability) | (place == draw.argmin(1)[:, None])
+    chosen = (draw < settings.mask_probability) | (place == draw.argmin(1)[:, None])
     ask: Bools = np.where(cut[:, None], place == last[:, None], chosen)
     kind = np.where(cut[:, None], 0.0, rng.random(ids.shape))
     shown = np.where(kind < 0.8, mask, np.where(kind < 0.9, rng.integers(1, mask, ids.shape), ids))
@@ -170,32 +148,46 @@ def propensities(counts: NDArray[np.int64]) -> NDArray[np.float32]:
     return weight.astype(np.float32)
 
 
-def task_loss(
-    model: SequentialModel,
-    task: Task,
-    config: LossConfig,
-    propensity: Tensor | None,
-    rng: np.random.Generator,
-) -> Tensor:
-    """Weighted mean of the loss over the targets of a batch; only their states are scored."""
-    device = model.bias.device
-    place, target = (torch.from_numpy(a).to(device) for a in (task.place, task.target))
-    states = model(torch.from_numpy(task.ids).to(device)).flatten(0, 1)[place]
-    scores = model.scores(states) if config.base != "bce" or config.dros_alpha else None
-    if config.base == "bce":
-        drawn = rng.integers(model.config.n_items - 1, size=(len(task.target), config.negatives))
+def item_loss(model: SequentialModel, settings: SequentialSettings, counts: NDArray[np.int64]) -> ItemLoss:
+    """The loss that ``[sequential]`` asks for, DROS on top.
+
+    Args:
+        model: Gives the scores.
+        settings: Which loss, and what it needs.
+        counts: (I,) training targets of each item, for `propensities`.
+    """
+    propensity = torch.from_numpy(propensities(counts)).to(model.bias.device)
+
+    def loss(states: Tensor, task: Task, rng: np.random.Generator) -> Tensor:
+        target = torch.from_numpy(task.target).to(states.device)
+        if settings.loss == "bce" and not settings.dros_alpha:
+            return bce(states, target, task, rng)
+        scores = model.scores(states)
+        if settings.loss == "bce":
+            base = bce(states, target, task, rng)
+        else:
+            base = F.cross_entropy(scores, target, reduction="none", label_smoothing=settings.label_smoothing)
+        alpha = settings.dros_alpha
+        return base + alpha * dros(scores, target, propensity, settings.dros_beta0) if alpha else base
+
+    def bce(states: Tensor, target: Tensor, task: Task, rng: np.random.Generator) -> Tensor:
+        drawn = rng.integers(model.n_items - 1, size=(len(task.target), settings.negatives))
         drawn += drawn >= task.target[:, None]
-        items = torch.cat([target[:, None], torch.from_numpy(drawn).to(device)], dim=1)
+        items = torch.cat([target[:, None], torch.from_numpy(drawn).to(target.device)], dim=1)
         some = model.scores_of(states, items)
-        loss = sampled_bce(some[:, 0], some[:, 1:])
-    else:
-        assert scores is not None
-        loss = F.cross_entropy(scores, target, reduction="none", label_smoothing=config.label_smoothing)
-    if config.dros_alpha and scores is not None and propensity is not None:
-        loss = loss + config.dros_alpha * dros(scores, target, propensity, config.dros_beta0)
-    weight = torch.from_numpy(np.ascontiguousarray(task.weight)).to(device)
+        return sampled_bce(some[:, 0], some[:, 1:])
+
+    return loss
+
+
+def task_loss(model: SequentialModel, task: Task, loss: ItemLoss, rng: np.random.Generator) -> Tensor:
+    """Weighted mean of a loss over the targets of a batch; only their states are scored."""
+    device = model.bias.device
+    place, weight = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (task.place, task.weight))
+    states = model(torch.from_numpy(task.ids).to(device)).flatten(0, 1)[place]
     # A batch of rows that weigh nothing, or without a target, costs nothing.
-    return (weight * loss).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+    total = (weight * loss(states, task, rng)).sum()
+    return total / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def _trimmed(ids: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -20,17 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.models import (
-    body,
-    computes_again,
-    head_weight,
-    is_recurrent,
-    own_mask,
-    shortest_window,
-    takes_masks,
-)
+from triewise.models import Measured, body, cache_of, computes_again, head_weight, own_mask, refusal, relative
 from triewise.progress import note
 
+Int64 = NDArray[np.int64]
 SHARE_AT_LEAST = 8  # tokens: a shorter common beginning is not worth the attention it is masked out of
 STRETCHES = (1.0, 1.25, 1.5, 2.0)  # widths of packed sequences that are tried, over the longest part
 WIDE = 2000  # places at which masked-out attention counts as much as all the rest of a token's forward
@@ -50,11 +43,11 @@ class Packed:
         position: int64 (M,), index into the flattened (S * T) of the place that predicts each target.
     """
 
-    prefix_ids: NDArray[np.int64]
-    input_ids: NDArray[np.int64]
-    position_ids: NDArray[np.int64]
-    subtree_end: NDArray[np.int64]
-    position: NDArray[np.int64]
+    prefix_ids: Int64
+    input_ids: Int64
+    position_ids: Int64
+    subtree_end: Int64
+    position: Int64
 
     @property
     def n_places(self) -> int:
@@ -66,12 +59,12 @@ class Packed:
 class _Sequence:
     """A packed sequence that grows row by row."""
 
-    tokens: list[NDArray[np.int64]]
-    depths: list[NDArray[np.int64]]
-    ends: NDArray[np.int64]
-    path: NDArray[np.int64]  # place of each token of the newest row
+    tokens: list[Int64]
+    depths: list[Int64]
+    ends: Int64
+    path: Int64  # place of each token of the newest row
 
-    def add(self, tokens: NDArray[np.int64], shared: int) -> None:
+    def add(self, tokens: Int64, shared: int) -> None:
         """Add a row whose first ``shared`` tokens are those of the row before."""
         start, n_new = len(self.ends), len(tokens) - shared
         new = np.arange(start, start + n_new)
@@ -82,7 +75,7 @@ class _Sequence:
         self.ends[self.path] = start + n_new
 
 
-def pack(input_ids: NDArray[np.int64], position: NDArray[np.int64], capacity: int = LONGEST) -> Packed:
+def pack(input_ids: Int64, position: Int64, capacity: int = LONGEST) -> Packed:
     """Rows as prefix trees.
 
     Args:
@@ -107,7 +100,7 @@ def pack(input_ids: NDArray[np.int64], position: NDArray[np.int64], capacity: in
     n_prefix = n_prefix if n_prefix >= SHARE_AT_LEAST and len(order) > 1 else 0
 
     sequences: list[_Sequence] = []
-    of_row: dict[int, tuple[int, NDArray[np.int64]]] = {}
+    of_row: dict[int, tuple[int, Int64]] = {}
     for b, common in zip(order, shared, strict=True):
         tokens, common = rows[b][n_prefix:], max(common - n_prefix, 0)
         fits = sequences and len(sequences[-1].ends) + len(tokens) - common <= capacity
@@ -119,9 +112,8 @@ def pack(input_ids: NDArray[np.int64], position: NDArray[np.int64], capacity: in
 
     place, n_bins, width = _fill([len(s.ends) for s in sequences])
     ids, depth = np.zeros((n_bins, width), np.int64), np.zeros((n_bins, width), np.int64)
-    end = np.tile(
-        np.arange(1, width + 1), (n_bins, 1)
-    )  # an empty place sees itself: no row of a softmax is empty
+    # An empty place sees itself: no row of a softmax is empty.
+    end = np.tile(np.arange(1, width + 1), (n_bins, 1))
     for s, (bin_, start) in zip(sequences, place, strict=True):
         span = slice(start, start + len(s.ends))
         ids[bin_, span] = np.concatenate(s.tokens)
@@ -135,7 +127,7 @@ def pack(input_ids: NDArray[np.int64], position: NDArray[np.int64], capacity: in
     return Packed(rows[order[0]][:n_prefix], ids, depth, end, packed_at)
 
 
-def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
+def _common(a: Int64, b: Int64) -> int:
     """Number of tokens that two rows begin with."""
     n = min(len(a), len(b))
     differs = np.flatnonzero(a[:n] != b[:n])
@@ -144,8 +136,8 @@ def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
 
 def _fill(sizes: list[int]) -> tuple[list[tuple[int, int]], int, int]:
     """Bin and offset of each size, number of bins and their width: the cheapest of a few widths."""
-    found = [_first_fit(sizes, int(max(sizes) * stretch)) for stretch in STRETCHES]
-    return min(found, key=lambda fit: fit[1] * fit[2] * (1 + fit[2] / WIDE))
+    fits = [_first_fit(sizes, int(max(sizes) * stretch)) for stretch in STRETCHES]
+    return min(fits, key=lambda fit: fit[1] * fit[2] * (1 + fit[2] / WIDE))
 
 
 def _first_fit(sizes: list[int], width: int) -> tuple[list[tuple[int, int]], int, int]:
@@ -172,10 +164,7 @@ def hidden_states(
     (n_sequences, width), n_prefix = input_ids.shape, len(prefix_ids)
     place = torch.arange(width, device=input_ids.device)
     sees = (place[:, None] >= place) & (place[:, None] < subtree_end[:, None, :])
-    cache, own = (
-        None,
-        bool(n_prefix and computes_again(model)),
-    )
+    cache, own = None, bool(n_prefix and computes_again(model))
     if own:
         depth = torch.arange(n_prefix, device=input_ids.device)
         input_ids = torch.cat([prefix_ids.expand(n_sequences, -1), input_ids], dim=1)
@@ -184,12 +173,10 @@ def hidden_states(
         whole[:, n_prefix:, n_prefix:] = sees
         sees = whole
     elif n_prefix:
-        from transformers import DynamicCache
-
-        prefix = body(model)(input_ids=prefix_ids[None], past_key_values=DynamicCache(), use_cache=True)
+        prefix = body(model)(input_ids=prefix_ids[None], past_key_values=cache_of(), use_cache=True)
         shape = (n_sequences, -1, -1, -1)
         layers = prefix.past_key_values.layers
-        cache = DynamicCache([(layer.keys.expand(shape), layer.values.expand(shape)) for layer in layers])
+        cache = cache_of((layer.keys.expand(shape), layer.values.expand(shape)) for layer in layers)
         sees = torch.cat([sees.new_ones(n_sequences, width, n_prefix), sees], dim=2)
     hidden: Tensor = body(model)(
         input_ids=input_ids,
@@ -202,51 +189,36 @@ def hidden_states(
 
 
 @torch.no_grad()
-def packing_works(model: Any, tokens: NDArray[np.int64], longest: int) -> bool:
+def packing_works(model: Any, tokens: Int64, longest: int) -> bool:
     """Whether packed rows give what the rows by themselves give; one printed line where they do not.
-
-    Two branches and a shared beginning go through the mask and through plain forwards, and a change in one branch
-    must leave the other as it is.
 
     Args:
         model: A causal LM.
         tokens: Some token ids that mean something to the model, at least one.
         longest: Tokens of the longest row; a model with layers that see less is not probed.
     """
-    window = shortest_window(model)
-    if not takes_masks(model):
-        return _refuse("its attention implementation takes no mask of our own")
-    if is_recurrent(model):
-        return _refuse("it has layers that are not attention")
-    if window is not None and window < longest:
-        return _refuse(
-            f"its attention window of {window} tokens is shorter than the longest row of {longest}"
-        )
+    reason = refusal(model, longest, lambda: _measured(model, tokens), "hidden states of packed rows")
+    if reason:
+        note(f"warning: rows of this model are not packed, each runs by itself: {reason}")
+    return not reason
+
+
+def _measured(model: Any, tokens: Int64) -> Measured:
+    """Three rows with a shared beginning, two of them with a shared history, by themselves and packed."""
     n = 4 * SHARE_AT_LEAST
     ids = np.tile(np.resize(tokens, n + 8).astype(np.int64), (3, 1))
     ids[1, SHARE_AT_LEAST + 4 :] = np.roll(ids[0], 1)[SHARE_AT_LEAST + 4 :]  # shares the instruction
     ids[2, n:] = np.roll(ids[0], 2)[n:]  # shares a history with the first
     last = np.arange(3) * ids.shape[1] + ids.shape[1] - 1
-    others = [ids.copy(), ids.copy()]
-    for row, other in zip((0, 2), others, strict=True):
-        other[row, -2] = (other[row, -2] + 1) % head_weight(model).shape[0]
-    device, training = head_weight(model).device, model.training
-    model.eval()
-    try:
-        plain = body(model)(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
-        found = [_read(model, pack(rows, last), device) for rows in (ids, *others)]
-    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        return _refuse(f"it does not take our cache or mask ({type(error).__name__})")
-    finally:
-        model.train(training)
-    want = plain[:, -1].float()
-    size = float(want.abs().max().clamp(min=1e-9))
-    leak = max(float((found[0] - found[i])[[row, 1]].abs().max()) for i, row in ((1, 2), (2, 0))) / size
-    if leak > 1e-4:
-        return _refuse(f"a branch changes another one by {leak:.2g}: its mask is not respected")
-    gap = float((found[0] - want).abs().max()) / size
-    loose = 1e-3 if head_weight(model).dtype == torch.float32 else 0.1
-    return gap <= loose or _refuse(f"hidden states of packed rows are off by {gap:.2g}")
+    device = head_weight(model).device
+    plain = body(model)(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
+    fast = _read(model, pack(ids, last), device)
+    leak = 0.0
+    for changed, others in ((0, [1, 2]), (2, [0, 1])):
+        rows = ids.copy()
+        rows[changed, -2] = (rows[changed, -2] + 1) % head_weight(model).shape[0]
+        leak = max(leak, relative(_read(model, pack(rows, last), device)[others], fast[others]))
+    return Measured(plain[:, -1].float(), fast, leak)
 
 
 def _read(model: Any, packed: Packed, device: torch.device) -> Tensor:
@@ -255,8 +227,3 @@ def _read(model: Any, packed: Packed, device: torch.device) -> Tensor:
     tensors = {name: torch.from_numpy(getattr(packed, name)).to(device) for name in names}
     at = torch.from_numpy(packed.position).to(device)
     return hidden_states(model, **tensors).flatten(0, 1).index_select(0, at).float()
-
-
-def _refuse(reason: str) -> bool:
-    note(f"warning: rows of this model are not packed, each runs by itself: {reason}")
-    return False

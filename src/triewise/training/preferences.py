@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
-from torch.utils.data import Dataset
 
 from triewise.errors import UserError
 from triewise.files import atomic_path
@@ -27,8 +26,7 @@ from triewise.progress import note, progress
 from triewise.tokens import Trie
 from triewise.training import processes
 from triewise.training.examples import Examples
-from triewise.training.forward import MicroBatches, TitleLoss, title_sums
-from triewise.training.losses import Objective
+from triewise.training.objective import MicroBatches, Objective, TitleLoss, title_sums
 
 
 def sdpo_loss(
@@ -89,9 +87,6 @@ class Preferences:
     support: str = "vocabulary"
     reference_key: str = ""
 
-    tau = 1.0
-    temperature = 1.0
-
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         if not self.beta > 0:
@@ -117,40 +112,38 @@ class Preferences:
         return total.clamp(min=1)
 
     def module(self, model: Any, trie: Trie) -> PreferenceLoss:
-        """What training wraps and calls."""
+        """See `objective.Learned`."""
         return PreferenceLoss(model, self, trie)
 
     def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> PreferenceBatches:
-        """Arguments of that module."""
+        """See `objective.Learned`."""
         return PreferenceBatches(examples, self, rows, packing)
 
 
-class PreferenceLoss(nn.Module):
-    """A causal LM and `Preferences` as one module, with the contract of `TitleLoss`."""
-
-    accepts_loss_kwargs = True
+class PreferenceLoss(TitleLoss):
+    """A causal LM and `Preferences` as one module."""
 
     def __init__(self, model: Any, preferences: Preferences, trie: Trie) -> None:
-        super().__init__()
-        self.titles, self.beta = TitleLoss(model, preferences.objective, trie), preferences.beta
+        super().__init__(model, preferences.objective, trie)
+        self.beta = preferences.beta
 
-    def forward(self, reference: Tensor, title: Tensor, **inputs: Any) -> dict[str, Tensor]:
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Sum of the losses of all windows; ``sums`` are those of the chosen titles.
 
         Args:
-            reference: Log-probabilities under the reference (B, 1 + n), the chosen title first.
-            title: Number of the title that each target token is of (M,), int64; title b * (1 + n) is a chosen
-                one, the n after it its rejected ones.
-            inputs: Arguments of `TitleLoss.forward`.
+            batch: Arguments of `TitleLoss.forward`; ``reference`` (B, 1 + n), log-probabilities under the reference,
+                the chosen title first; ``title`` (M,), int64, the number of the title that each target token is of:
+                title b * (1 + n) is a chosen one, the n after it its rejected ones.
         """
-        logp, nll = _title_logp(self.titles, reference.shape, title, inputs)
+        reference, title = batch["reference"], batch["title"]
+        logp, nll = _title_logp(self, batch)
         chosen = title % reference.shape[1] == 0
         loss = sdpo_loss(logp[:, 0], reference[:, 0], logp[:, 1:], reference[:, 1:], self.beta)
-        zero_gain, decision = inputs["zero_gain"][chosen], inputs["decision"][chosen]
+        zero_gain, decision = batch["zero_gain"][chosen], batch["decision"][chosen]
         return {"loss": loss.sum(), "sums": title_sums(nll.detach()[chosen], zero_gain, decision)}
 
 
-class PreferenceBatches(Dataset[dict[str, Any]]):
+class PreferenceBatches(MicroBatches):
     """Micro-batches in a given order; ``rows`` (n, B) are window numbers, each of which makes 1 + n rows.
 
     Packed, the prompt of a window runs once for all its titles.
@@ -159,20 +152,16 @@ class PreferenceBatches(Dataset[dict[str, Any]]):
     def __init__(
         self, examples: Examples, preferences: Preferences, rows: NDArray[np.int64], packing: bool = False
     ) -> None:
-        self.preferences, self.rows = preferences, rows
+        self.preferences, self.windows = preferences, rows
         times = preferences.reference.shape[1]
         against = (rows[:, :, None] * times + np.arange(times)).reshape(len(rows), times * rows.shape[1])
-        several = examples.against(preferences.rejected)
-        self.titles = MicroBatches(several, preferences.objective, against, packing)
-
-    def __len__(self) -> int:
-        """Number of micro-batches."""
-        return len(self.rows)
+        several = examples.with_rejected(preferences.rejected)
+        super().__init__(several, preferences.objective, against, packing)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Arguments of `PreferenceLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
-        item, reference = self.titles[index], self.preferences.reference[self.rows[index]]
-        examples, rows = self.titles.examples, self.titles.rows[index]
+        item, reference = super().__getitem__(index), self.preferences.reference[self.windows[index]]
+        examples, rows = self.examples, self.rows[index]
         chosen = _targets(examples, rows[:: reference.shape[1]])
         counts = {name: int(n_I[chosen].sum()) for name, n_I in examples.of_title.items()}
         return item | {
@@ -199,7 +188,7 @@ def reference_logp(
         rejected: Item indices (W, n).
         support: ``vocabulary`` or ``trie``.
         at_once: Windows of one forward pass, >= 1.
-        packing: Whether the prompt of a window runs once for all its titles; as `train.packs` says.
+        packing: Whether the prompt of a window runs once for all its titles; as as `trainer.packs` says says.
 
     Returns:
         Log-probabilities (W, 1 + n), float32, nats.
@@ -217,7 +206,7 @@ def reference_logp(
             batches = PreferenceBatches(examples, preferences, block, packing and module.by_hand)
             for i, rows in enumerate(block):
                 item = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in batches[i].items()}
-                logp, _ = _title_logp(module, item["reference"].shape, item["title"], item)
+                logp, _ = _title_logp(module, item)
                 result[rows] = logp.cpu().numpy()
                 tick(len(rows))
     processes.add_up([torch.from_numpy(result)])  # where a row is another's, ours is 0
@@ -226,7 +215,7 @@ def reference_logp(
 
 def reference_key(model: Any, examples: Examples, rejected: NDArray[np.int32], support: str) -> str:
     """Hex SHA-256 of all that `reference_logp` depends on: weights, prompts, trie, windows, rejected titles."""
-    digest = hashlib.sha256(f"{support} {examples.against(rejected).fingerprint()}".encode())
+    digest = hashlib.sha256(f"{support} {examples.with_rejected(rejected).fingerprint()}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if isinstance(tensor, Tensor):
@@ -243,19 +232,10 @@ def kept_reference(
     at_once: int = 16,
     packing: bool = False,
 ) -> tuple[NDArray[np.float32], str]:
-    """`reference_logp` from a file, or computed and written there, whole or not at all; and its `reference_key`.
+    """`reference_logp` from an ``.npz`` file, or computed and written there, whole; and its `reference_key`.
 
     In several processes each calls it, and the first one reads and writes. A file of other weights or rows, or one
     that cannot be read, is replaced, with a note.
-
-    Args:
-        path: An ``.npz`` file.
-        model: The reference.
-        examples: The windows.
-        rejected: Item indices (W, n).
-        support: As of `reference_logp`.
-        at_once: As of `reference_logp`.
-        packing: As of `reference_logp`.
     """
     key = reference_key(model, examples, rejected, support)
     logp = processes.on_first(lambda: _read(path, key))
@@ -286,12 +266,11 @@ def _write(path: Path, key: str, logp: NDArray[np.float32]) -> None:
         np.savez(written, key=np.array(key), logp=logp)
 
 
-def _title_logp(
-    titles: TitleLoss, shape: tuple[int, ...], title: Tensor, inputs: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _title_logp(module: TitleLoss, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Log-probability of each title, in the shape (B, 1 + n) of the reference, and nll (M,) of each token."""
-    _, nll = titles.losses(inputs, titles.objective.parts)
-    return -nll.new_zeros(shape).view(-1).index_add(0, title, nll).view(shape), nll
+    _, nll = module.losses(batch, module.objective.parts)
+    shape = batch["reference"].shape
+    return -nll.new_zeros(shape).view(-1).index_add(0, batch["title"], nll).view(shape), nll
 
 
 def _targets(examples: Examples, rows: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triewise.errors import UserError
+from triewise.recipe import TrainingSettings
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ def start() -> None:
     dist.init_process_group(backend, timeout=PATIENCE)
 
 
-def part_ways() -> bool:
+def finish() -> bool:
     """Go on alone; whether this process is the first one, which does what is left."""
     first = is_first()
     if count() > 1:
@@ -71,6 +72,21 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this process writes, prints and validates."""
     return rank() == 0
+
+
+def share(settings: TrainingSettings) -> int:
+    """Rows of one micro-batch in each process.
+
+    Raises:
+        UserError: They cannot be dealt out evenly.
+    """
+    rows, rest = divmod(settings.batch_size, settings.accumulation * count())
+    if rest:
+        raise UserError(
+            f"wanted a batch_size that is a multiple of accumulation * processes, got {settings.batch_size} and "
+            f"{settings.accumulation} * {count()}; change one of them"
+        )
+    return rows
 
 
 def part(rows: NDArray[Any]) -> NDArray[Any]:

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import torch
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import load_trained, save_trained
+from triewise.progress import progress
+from triewise.recipe import TrainingSettings
 from triewise.training import processes
 from triewise.training.checkpoints import (
     BEST,
@@ -34,115 +36,31 @@ from triewise.training.checkpoints import (
     random_state,
     remove,
     restore_folder,
+    resume_point,
     set_random_state,
+    signals_set,
 )
-
-SCHEDULES = ("linear", "cosine", "constant")
-ORDERS = ("rows", "chains")
-
 
 # A resumed run may change these: they decide when to look, when to stop and what memory it takes, not what is computed.
-FREE = (
+MAY_CHANGE = {
     *("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"),
     "gradient_checkpointing",
-)
+}
+_OF_THE_DATA = {"supervision", "rows", "sample", "valid_users"}  # what is learned and validated shows them
 Validate = Callable[[Any], Mapping[str, float]]
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """The budget and the optimiser (torch's AdamW; no weight decay on norms and biases).
+class Stop(Exception):
+    """Raised by a ``validate``: the run ends as one that is interrupted does, with a checkpoint.
 
-    Attributes:
-        steps: Optimiser steps of the whole run.
-        learning_rate: Peak, after the warm-up.
-        batch_size: Windows of one optimiser step.
-        accumulation: Micro-batches of one step; changes memory and padding, not the gradient.
-        warmup_steps: Steps of linear warm-up.
-        schedule: ``linear`` (to 0), ``cosine`` (to 0) or ``constant`` after the warm-up.
-        weight_decay: Of AdamW.
-        max_grad_norm: Gradients are scaled down to this norm.
-        log_every: Steps between rows of the log.
-        log_parts: Whether rows of the log have both parts of the language-modelling loss at their step and the
-            norms of their gradients (`forward.measure_parts`), null at a stop nobody could foresee. It costs a
-            forward and two backward passes per row and changes nothing in what is learned.
-        evaluate_every: Steps between validations, and one after the last step; 0: never.
-        checkpoint_every: Steps between checkpoints, and one at the end; 0: only at the end.
-        keep_checkpoints: So many of the newest checkpoints stay.
-        patience: Validations in a row without improvement that end the run; 0: none does.
-        metric: Key of what ``validate`` returns; larger is better.
-        seed: Of data order and dropout.
-        order: ``rows``: windows in random order. ``chains``: the windows of one user (`examples.chains`) follow
-            each other, users in random order; more of a micro-batch is shared and its gradient is noisier.
-        packing: Whether tokens that rows of a micro-batch begin with alike run once (`packing`); without dropout
-            it changes nothing but speed and the last digits.
-        gradient_checkpointing: Whether a layer's activations are computed again in the backward pass instead of
-            kept: less memory for more time (one more forward pass, and what all rows begin with runs in each
-            packed sequence); without dropout the same gradients.
-        time_limit_s: Seconds of one call of `train`, checked after each step.
-
-    Raises:
-        UserError: A value out of range.
+    Args:
+        reason: What `TrainResult.stopped` says.
+        metrics: What this validation found, to be logged and compared with the best; None: nothing.
     """
 
-    steps: int
-    learning_rate: float
-    batch_size: int = 16
-    accumulation: int = 1
-    warmup_steps: int = 20
-    schedule: str = "linear"
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    log_every: int = 25
-    log_parts: bool = False
-    evaluate_every: int = 0
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 2
-    patience: int = 0
-    metric: str = "NDCG@10"
-    seed: int = 0
-    order: str = "rows"
-    packing: bool = True
-    gradient_checkpointing: bool = False
-    time_limit_s: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        for name in ("steps", "batch_size", "accumulation", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise UserError(f"wanted {name} of at least 1, got {getattr(self, name)}")
-        if not (self.learning_rate > 0 and self.max_grad_norm > 0):
-            got = f"{self.learning_rate} and {self.max_grad_norm}"
-            raise UserError(f"wanted learning_rate and max_grad_norm > 0, got {got}")
-        if self.batch_size % self.accumulation:
-            got = f"{self.batch_size} and {self.accumulation}"
-            raise UserError(f"wanted a batch_size that is a multiple of accumulation, got {got}")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"wanted schedule among {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.order not in ORDERS:
-            raise UserError(f"wanted order among {', '.join(ORDERS)}, got {self.order!r}; choose one of them")
-        if self.patience and not self.evaluate_every:
-            raise UserError("patience counts validations; set evaluate_every > 0 or patience = 0")
-
-    def check_validate(self, validate: Validate | None) -> None:
-        """UserError when there are validations and nothing to validate with."""
-        if self.evaluate_every and validate is None:
-            raise UserError(
-                "evaluate_every > 0 needs something to validate with; give validate, or set it to 0"
-            )
-
-    def share(self, n_processes: int) -> int:
-        """Windows of one micro-batch in each of some processes.
-
-        Raises:
-            UserError: They cannot be dealt out evenly.
-        """
-        if self.batch_size % (self.accumulation * n_processes):
-            raise UserError(
-                f"wanted a batch_size that is a multiple of accumulation * processes, got {self.batch_size} and "
-                f"{self.accumulation} * {n_processes}; change one of them"
-            )
-        return self.batch_size // (self.accumulation * n_processes)
+    def __init__(self, reason: str, metrics: Mapping[str, float] | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.metrics = reason, metrics or {}
 
 
 @dataclass(frozen=True)
@@ -151,7 +69,7 @@ class TrainResult:
 
     Attributes:
         steps_done: Optimiser steps, those before a resume included.
-        stopped: ``steps``, ``patience``, ``time limit`` or ``interrupted``.
+        stopped: ``steps``, ``patience``, ``time limit``, ``interrupted`` or the reason of a `Stop`.
         best_step: Step of the best validation; None without validations.
         best_metric: Its metric.
         seconds: Wall time, that before a resume included.
@@ -166,26 +84,95 @@ class TrainResult:
     history: list[dict[str, Any]]
 
 
-class Course:
+class TrainingState:
     """The state of one run that does not depend on what is learned.
 
+    Args:
+        model: What is validated, and whose trained tensors are kept.
+        device: Where it is.
+        learned: What model, loss and data are, as JSON values: a checkpoint of others is refused.
+        settings: Budget and optimiser.
+        seed: Of data order and dropout.
+        out: The run folder.
+        validate: From the model to metrics.
+
     Attributes:
+        identity: What a resumed run must share with the run that wrote the checkpoint. The number of processes is not
+            in it: it decides nothing that is learned.
+        step: Optimiser steps done.
         stopped: Why it ended; None while it goes on.
         best: ``step``, ``metric`` and ``value`` of the best validation; None before the first.
         waited: Validations since the best one.
-        judged: Step of the last validation, -1 before the first.
+        validated: Step of the last validation, -1 before the first.
         history: The rows of ``log.jsonl``.
         asked_to_stop: Set by a signal.
+
+    Raises:
+        UserError: ``evaluate_every`` > 0 and nothing to validate with.
     """
 
-    def __init__(self, config: TrainConfig, out: Path, validate: Validate | None) -> None:
-        self.config, self.out, self.validate = config, out, validate
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        learned: Mapping[str, Any],
+        settings: TrainingSettings,
+        seed: int,
+        out: Path,
+        validate: Validate | None,
+    ) -> None:
+        if settings.evaluate_every and validate is None:
+            raise UserError(
+                "evaluate_every > 0 needs something to validate with; give validate, or set it to 0"
+            )
+        self.model, self.device, self.settings, self.seed, self.out = model, device, settings, seed, out
+        self.validator = validate
+        shared = settings.model_dump(exclude=MAY_CHANGE | _OF_THE_DATA) | {"seed": seed, **learned}
+        self.identity: dict[str, Any] = json.loads(json.dumps(shared))
+        self.step = 0
         self.stopped: str | None = None
         self.best: dict[str, Any] | None = None
-        self.waited, self.judged = 0, -1
+        self.waited, self.validated = 0, -1
         self.earlier_seconds, self.started = 0.0, time.monotonic()
         self.history: list[dict[str, Any]] = []
         self.asked_to_stop = threading.Event()
+
+    def conduct(
+        self,
+        go_on: Callable[[Path], None],
+        take_steps: Callable[[Callable[..., None]], None],
+        resume: bool,
+        title: str,
+    ) -> TrainResult:
+        """A run from its start, or from its newest whole checkpoint, to its end.
+
+        Args:
+            go_on: Continues from a checkpoint; it calls `resume`.
+            take_steps: Takes steps until `stopped` says why not; it is given ``advance`` of `progress`.
+            resume: As of `trainer.train`.
+            title: As of `trainer.train`.
+
+        Returns:
+            How it ended; the model has the weights of the best validation, where there was one.
+        """
+        checkpoint = processes.on_first(lambda: resume_point(self.out, resume))
+        if checkpoint is not None:
+            go_on(checkpoint)
+        seconds = self.earlier_seconds
+        if self.stopped is None:
+            left = self.settings.steps - self.step
+            with signals_set(self.asked_to_stop), progress(title or "training", left, "steps") as advance:
+                take_steps(advance)
+            # After the checkpoint was written, so that a resumed run does not know of this validation.
+            late = self.settings.evaluate_every > 0 and self.stopped == "time limit"
+            if late and self.validated != self.step:
+                self.validate()
+            seconds = self.seconds
+        if self.best is not None:
+            load_trained(self.model, self.out / BEST / WEIGHTS)
+        self.model.eval()
+        best = self.best or {"step": None, "value": None}
+        return TrainResult(self.step, str(self.stopped), best["step"], best["value"], seconds, self.history)
 
     @property
     def seconds(self) -> float:
@@ -194,32 +181,27 @@ class Course:
 
     def validates_at(self, step: int) -> bool:
         """Whether there is a validation after a step."""
-        every = self.config.evaluate_every
-        return every > 0 and (step % every == 0 or step >= self.config.steps)
+        every = self.settings.evaluate_every
+        return every > 0 and (step % every == 0 or step >= self.settings.steps)
 
     def logs_at(self, step: int) -> bool:
         """Whether there is a row of the log after a step, wherever the run is stopped."""
-        return step % self.config.log_every == 0 or step >= self.config.steps or self.validates_at(step)
+        settings = self.settings
+        return step % settings.log_every == 0 or step >= settings.steps or self.validates_at(step)
 
-    def saves_at(self, step: int) -> bool:
-        """Whether there is a checkpoint after a step."""
-        every = self.config.checkpoint_every
-        return self.stopped is not None or (every > 0 and step % every == 0)
+    @property
+    def saves(self) -> bool:
+        """Whether there is a checkpoint after this step."""
+        every = self.settings.checkpoint_every
+        return self.stopped is not None or (every > 0 and self.step % every == 0)
 
-    def judges_late(self, step: int) -> bool:
-        """Whether the last step of a run that ended at its time limit is still to be validated.
-
-        Ask after the checkpoint was written, so that a resumed run does not know of that validation.
-        """
-        return self.config.evaluate_every > 0 and self.stopped == "time limit" and self.judged != step
-
-    def see(self, step: int) -> None:
-        """Find out whether the run ends after this step: at its last one, asked to, or at its time limit."""
-        limit = self.config.time_limit_s
+    def check_stop(self, step: int) -> None:
+        """Count a step, and find out whether it was the last: by its number, asked to, or at its time limit."""
+        self.step, limit = step, self.settings.time_limit_s
         late = limit is not None and time.monotonic() - self.started >= limit
         # What any process was told goes for all.
         asked, at_limit = zip(*processes.gather([self.asked_to_stop.is_set(), late]), strict=True)
-        if step >= self.config.steps:
+        if step >= self.settings.steps:
             self.stopped = "steps"
         elif any(asked):
             self.stopped = "interrupted"
@@ -241,98 +223,83 @@ class Course:
         with (self.out / LOG).open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
 
-    def judge(self, model: Any, step: int, device: torch.device) -> dict[str, float]:
-        """Validate, keep the weights if they are the best, and see whether patience is at its end.
+    def validate(self) -> dict[str, float]:
+        """Validate, keep the weights if they are the best, and see whether patience or a `Stop` ends the run.
 
         Raises:
             UserError: Validation does not give the metric that decides.
         """
-        self.judged, state = step, random_state(device)
-        model.eval()
+        self.validated, state = self.step, random_state(self.device)
+        self.model.eval()
         with torch.no_grad():
-            values = processes.on_first(lambda: self._metrics(model))
-        set_random_state(state, device)  # looking must not change what is learned
-        self.write_row({"step": step, "valid": values})
-        name = self.config.metric
+            values, reason = processes.on_first(self._metrics)
+        set_random_state(state, self.device)  # looking must not change what is learned
+        if values or reason is None:
+            self.write_row({"step": self.step, "valid": values})
+            self._compare(values)
+        if self.stopped is None and reason is not None:
+            self.stopped = reason
+        if self.stopped is None and 0 < self.settings.patience <= self.waited:
+            self.stopped = "patience"
+        return values
+
+    def _metrics(self) -> tuple[dict[str, float], str | None]:
+        assert self.validator is not None
+        reason = None
+        try:
+            metrics = self.validator(self.model)
+        except Stop as stop:
+            metrics, reason = stop.metrics, stop.reason
+        return {name: float(value) for name, value in metrics.items()}, reason
+
+    def _compare(self, values: dict[str, float]) -> None:
+        name = self.settings.metric
         if name not in values:
             raise UserError(
                 f"wanted the metric {name}, validation gives {', '.join(values)}; choose one of them"
             )
+        self.waited += 1
         if self.best is None or values[name] > self.best["value"]:
-            best = self.best = {"step": step, "metric": name, "value": values[name]}
+            best = self.best = {"step": self.step, "metric": name, "value": values[name]}
             self.waited = 0
-            processes.on_first(lambda: keep_best(model, self.out, best))
-        else:
-            self.waited += 1
-        if self.stopped is None and 0 < self.config.patience <= self.waited:
-            self.stopped = "patience"
-        return values
+            processes.on_first(lambda: keep_best(self.model, self.out, best))
 
-    def _metrics(self, model: Any) -> dict[str, float]:
-        assert self.validate is not None
-        return {name: float(value) for name, value in self.validate(model).items()}
-
-    def identity(self, learned: Mapping[str, Any]) -> dict[str, Any]:
-        """What a resumed run must share with the run that wrote the checkpoint, as JSON values.
-
-        The number of processes is not in it: it decides nothing that is learned.
-
-        Args:
-            learned: What model, loss and data are.
-        """
-        shared = {name: value for name, value in asdict(self.config).items() if name not in FREE}
-        return dict(json.loads(json.dumps(shared | dict(learned))))
-
-    def save(
-        self, model: Any, step: int, learned: Mapping[str, Any], state: dict[str, Any], files: dict[str, Any]
-    ) -> None:
+    def save(self, state: dict[str, Any], files: dict[str, Any]) -> None:
         """Write ``checkpoint-N`` whole or not at all, then remove the oldest; for the first process.
 
         Args:
-            model: Its trained tensors are written.
-            step: N.
-            learned: As in `identity`.
             state: JSON values that the run wants back.
             files: Names to what ``torch.save`` writes under them.
         """
-        state = state | {name: getattr(self, name) for name in ("stopped", "seconds", "best", "waited")}
-        with atomic_folder(self.out / f"checkpoint-{step}") as folder:
-            save_trained(model, folder / WEIGHTS)
+        ours = ("stopped", "seconds", "best", "waited", "step", "identity")
+        with atomic_folder(self.out / f"checkpoint-{self.step}") as folder:
+            save_trained(self.model, folder / WEIGHTS)
             for name, content in files.items():
                 torch.save(content, folder / name)
             if self.best is not None:
                 link(self.out / BEST / WEIGHTS, folder / BEST_WEIGHTS)
-            write_json(folder / STATE, state | {"step": step, "identity": self.identity(learned)})
-        for _, old in checkpoints(self.out)[: -self.config.keep_checkpoints]:
+            write_json(folder / STATE, state | {name: getattr(self, name) for name in ours})
+        for _, old in checkpoints(self.out)[: -self.settings.keep_checkpoints]:
             remove(old)
 
-    def take_up(self, model: Any, checkpoint: Path, learned: Mapping[str, Any]) -> dict[str, Any]:
+    def resume(self, checkpoint: Path) -> dict[str, Any]:
         """Continue from a checkpoint: weights, log and what is counted here; returns its ``state``.
 
         Raises:
             UserError: The checkpoint is of another run.
         """
         state: dict[str, Any] = read_json(checkpoint / STATE)
-        ours, theirs = self.identity(learned), state["identity"]
+        ours, theirs = self.identity, state["identity"]
         other = [name for name in ours if theirs.get(name) != ours[name]]
         if other:
             raise UserError(
                 f"wanted to resume with {other[0]} = {theirs.get(other[0])} as in {checkpoint}, got "
                 f"{ours[other[0]]}; give the same settings and data, or start anew"
             )
-        ended = state["stopped"] == "steps" or 0 < self.config.patience <= state["waited"]
+        ended = state["stopped"] == "steps" or 0 < self.settings.patience <= state["waited"]
         self.stopped = state["stopped"] if ended else None
-        self.best, self.waited, self.earlier_seconds = state["best"], state["waited"], state["seconds"]
-        load_trained(model, checkpoint / WEIGHTS)
-        self.history = processes.on_first(
-            lambda: restore_folder(self.out, checkpoint, self.best, state["step"])
-        )
+        self.step, self.earlier_seconds = int(state["step"]), state["seconds"]
+        self.best, self.waited = state["best"], state["waited"]
+        load_trained(self.model, checkpoint / WEIGHTS)
+        self.history = processes.on_first(lambda: restore_folder(self.out, checkpoint, self.best, self.step))
         return state
-
-    def result(self, model: Any, step: int, seconds: float) -> TrainResult:
-        """How it ended; ``model`` gets the weights of the best validation, where there was one."""
-        if self.best is not None:
-            load_trained(model, self.out / BEST / WEIGHTS)
-        model.eval()
-        best = self.best or {"step": None, "value": None}
-        return TrainResult(step, str(self.stopped), best["step"], best["value"], seconds, self.history)

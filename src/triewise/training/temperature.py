@@ -210,12 +210,12 @@ def _probabilities(positive: Tensor, valid: Tensor, row: Tensor) -> Callable[[Te
     positive, valid = positive - top, valid - top.index_select(0, row)
 
     def probability(tau: Tensor) -> Tensor:
-        total = torch.zeros_like(positive).index_add(0, row, (valid / _of_rows(tau, row)).exp())
+        total = torch.zeros_like(positive).index_add(0, row, (valid / of_rows(tau, row)).exp())
         return (positive / tau).exp() / total
 
     return probability
 
 
-def _of_rows(value: float | Tensor, row: Tensor) -> float | Tensor:
+def of_rows(value: float | Tensor, row: Tensor) -> float | Tensor:
     """A number, or the one of each row at each of its edges."""
     return value.index_select(0, row) if isinstance(value, Tensor) and value.dim() else value

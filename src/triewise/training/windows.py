@@ -64,16 +64,10 @@ def make_windows(split: Split, supervision: str, prompts: Prompts | None = None)
             oldest first, as prompts do; how many targets that costs is printed.
 
     Raises:
-        UserError: Unknown supervision, a template other than ``plain`` with ``every``, or no window with a
-            target.
+        UserError: Unknown supervision, or no window with a target.
     """
     if supervision not in ("last", "every"):
         raise UserError(f"wanted supervision 'last' or 'every', got {supervision!r}")
-    if supervision == "every" and prompts is not None and prompts.template != "plain":
-        raise UserError(
-            f"supervision = 'every' needs the plain template, got {prompts.template!r}: elsewhere titles of "
-            "the history are no answers; set backbone.template = 'plain' or supervision = 'last'"
-        )
     rows = _with_target(split)
     if supervision == "last" or not len(rows):
         windows = Windows(rows, (rows.lengths - 1).astype(np.int32))
@@ -154,7 +148,7 @@ def draw_rejected(windows: Windows, group: Ints, n: int, seed: int) -> NDArray[n
         drawn[again] = rng.integers(len(group), size=int(again.sum()))
 
 
-def schedule(
+def batch_order(
     n_windows: int, batch_size: int, steps: int, seed: int, chain: NDArray[np.int64] | None = None
 ) -> NDArray[np.int64]:
     """The order of a whole run: which windows make each step, int64 (steps, batch_size).

@@ -1,0 +1,1 @@
+"""What a GPU suite measures first wherever a GPU is at hand; see README.md beside this."""

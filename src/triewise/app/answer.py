@@ -1,0 +1,158 @@
+"""Histories as titles or ids in, titles with scores, certificates and deciding tokens out.
+
+The one function behind ``triewise recommend``, and behind whatever else asks a recommender for a few users at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from triewise.data import Catalog
+from triewise.errors import UserError
+from triewise.ranking import Items
+from triewise.recommenders import SavedRecommender
+from triewise.reports import Recommendation, pieces
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """One title of an answer.
+
+    Attributes:
+        item: Item index.
+        item_id: Raw id.
+        title: Its title.
+        score: As in `Ranking.scores`.
+        explanation: Its tokens, where they were asked for.
+    """
+
+    item: int
+    item_id: str
+    title: str
+    score: float
+    explanation: Recommendation | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; ``tokens`` (text, probability, whether the catalogue left an alternative) where explained."""
+        values: dict[str, Any] = {"item_id": self.item_id, "title": self.title, "score": self.score}
+        if self.explanation is None:
+            return values
+        tokens = [
+            {"text": piece.text, "probability": math.exp(piece.log_p), "decided": piece.decides}
+            for piece in pieces(self.explanation.tokens)
+        ]
+        return values | {"tokens": tokens}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one history gets.
+
+    Attributes:
+        recommendations: Best first; fewer than ``k`` where fewer may be returned.
+        certified: Whether no better title is missing; see `Ranking`.
+        unknown: Titles or ids of the history that are not in the catalogue, and were left out.
+    """
+
+    recommendations: tuple[Recommended, ...]
+    certified: bool
+    unknown: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values; ``unknown`` where there is something."""
+        unknown = {"unknown": list(self.unknown)} if self.unknown else {}
+        listed = [recommended.as_json() for recommended in self.recommendations]
+        return {"recommendations": listed, "certified": self.certified, **unknown}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """An answer for each history, and the work done for all (`Ranking.counters`)."""
+
+    of_each: tuple[Answer, ...]
+    counters: dict[str, int]
+
+
+def answer(
+    recommender: SavedRecommender,
+    histories: Sequence[Sequence[str]],
+    k: int = 10,
+    *,
+    by: Literal["title", "id"] = "title",
+    exclude: Sequence[str] = (),
+    keep_history: bool = False,
+    allow: Items | None = None,
+    explain: bool = False,
+    strict: bool = False,
+) -> Answers:
+    """Recommend for histories that are given as people know them.
+
+    A title that occurs twice is one thing to the reader: with an item, all items of its title are excluded.
+
+    Args:
+        recommender: What recommends.
+        histories: Titles or raw ids, oldest first.
+        k: Titles for each history.
+        by: What ``histories`` and ``exclude`` are made of.
+        exclude: Titles or ids that nobody gets.
+        keep_history: Whether titles of a history may be returned.
+        allow: Item indices of the only items that may be returned; None for all.
+        explain: Also say which tokens decided.
+        strict: Refuse a history with an unknown title instead of leaving that out and reporting it.
+
+    Raises:
+        UserError: An unknown title or id in ``exclude``, with ``strict`` also in a history; ``k < 1``; an explanation
+            that this recommender cannot give.
+    """
+    catalog, of_item = recommender.catalog, recommender.groups.of_item
+    item = _items_by_name(catalog, by)
+    if strict:
+        _check(catalog, by, [name for names in histories for name in names])
+    _check(catalog, by, exclude)
+    unwanted = [item[name] for name in exclude]
+    known = [[item[name] for name in names if name in item] for names in histories]
+    without = [
+        np.flatnonzero(np.isin(of_item, of_item[unwanted + ([] if keep_history else items)]))
+        for items in known
+    ]
+    only = None if allow is None else [allow] * len(histories)
+    ranking = recommender.recommend(known, k, without, only)
+    answers = []
+    for b, items in enumerate(known):
+        best = [int(i) for i in ranking.items[b] if i >= 0]
+        told: Sequence[Recommendation | None] = (
+            recommender.explain(items, best) if explain else [None] * len(best)
+        )
+        titles = tuple(
+            Recommended(i, catalog.item_id[i], catalog.title[i], float(s), why)
+            for i, s, why in zip(best, ranking.scores[b], told, strict=False)
+        )
+        unknown = tuple(name for name in histories[b] if name not in item)
+        answers.append(Answer(titles, bool(ranking.certified[b]), unknown))
+    return Answers(tuple(answers), ranking.counters)
+
+
+@functools.lru_cache(maxsize=8)
+def _items_by_name(catalog: Catalog, by: str) -> dict[str, int]:
+    """Items by raw id, or by title: of several with one title the first."""
+    names = catalog.item_id if by == "id" else catalog.title
+    return {names[i]: i for i in reversed(range(catalog.n_items))}
+
+
+def _check(catalog: Catalog, by: str, names: Sequence[str]) -> None:
+    """UserError for the first name that is not in the catalogue."""
+    item = _items_by_name(catalog, by)
+    for name in names:
+        if name not in item and by == "title":
+            catalog.index(name)  # knows the nearest titles
+        if name not in item:
+            raise UserError(
+                f"wanted an item id of the catalogue ({catalog.n_items} items), got {name!r}; see item_id in "
+                "catalog.parquet"
+            )
