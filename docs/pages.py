@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -161,7 +161,7 @@ def values_of(annotation: Any) -> list[str]:
             inner = [word for part in get_args(kind) if part is not ... for word in values_of(part)]
             found.append(f"list of {' or '.join(dict.fromkeys(inner))}")
         elif kind is not type(None):
-            found.append(words[kind])
+            found.append(words[get_args(kind)[0] if get_origin(kind) is Annotated else kind])
     return found
 
 
