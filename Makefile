@@ -50,7 +50,7 @@ check: $(STAMP)
 
 docs: $(STAMP)  ## Only what changed is built again; after a warning everything is, so that it is not forgotten
 	$(BIN)/python docs/pages.py build/docs
-	$(BIN)/python -m sphinx --quiet --fail-on-warning --jobs auto --conf-dir docs -d build/doctrees build/docs site || (rm -rf build/doctrees; exit 1)
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --conf-dir docs -d build/doctrees build/docs site || (rm -rf build/doctrees; exit 1)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

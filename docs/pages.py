@@ -7,13 +7,14 @@ wing and module. A file is written only where its text changed, so that Sphinx b
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -130,26 +131,56 @@ def recipes() -> str:
     for prefix, section in sections(recipe.Recipe, ""):
         rows = []
         for name, info in section.model_fields.items():
-            if not (inspect.isclass(info.annotation) and issubclass(info.annotation, BaseModel)):
-                kind = (
-                    inspect.formatannotation(info.annotation)
-                    .replace("typing.", "")
-                    .replace("pathlib._local.", "")
-                )
-                default = "needed" if info.is_required() else f"`{info.default!r}`"
-                rows.append(
-                    (f"`{name}`", default, f"`{kind.replace('pathlib.', '')}`", info.description or "")
-                )
-        text += f"\n## {f'[{prefix}]' if prefix else 'at the top'}\n\n{inspect.cleandoc(section.__doc__ or '')}\n\n"
+            if not any(inspect.isclass(k) and issubclass(k, BaseModel) for k in kinds(info.annotation)):
+                default = "needed" if info.is_required() else f"`{recipe_value(info.default)}`"
+                values = ", ".join([" or ".join(values_of(info.annotation)), *limits(info)])
+                rows.append((f"`{name}`", default, values, info.description or ""))
+        text += f"\n## {f'[{prefix}]' if prefix else 'At the top'}\n\n{inspect.cleandoc(section.__doc__ or '')}\n\n"
         text += table(("key", "default", "values", "what it is"), rows)
     return text
+
+
+def recipe_value(value: Any) -> str:
+    """A default as TOML has it."""
+    return "none" if value is None else json.dumps(value)
+
+
+def kinds(annotation: Any) -> tuple[Any, ...]:
+    """The parts of a union, or the one type that there is."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def values_of(annotation: Any) -> list[str]:
+    """What a key may be, part by part; that it may be left out goes without saying."""
+    words = {str: "text", int: "integer", float: "number", bool: "true or false", Path: "path"}
+    found: list[str] = []
+    for kind in kinds(annotation):
+        if get_origin(kind) is Literal:
+            found += [f"`{json.dumps(value)}`" for value in get_args(kind)]
+        elif get_origin(kind) is tuple:
+            inner = [word for part in get_args(kind) if part is not ... for word in values_of(part)]
+            found.append(f"list of {' or '.join(dict.fromkeys(inner))}")
+        elif kind is not type(None):
+            found.append(words[get_args(kind)[0] if get_origin(kind) is Annotated else kind])
+    return found
+
+
+def limits(info: Any) -> list[str]:
+    """The range of a number."""
+    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return [
+        f"{said} {getattr(m, sign)}"
+        for m in info.metadata
+        for sign, said in signs.items()
+        if hasattr(m, sign)
+    ]
 
 
 def sections(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
     """A section of a recipe and those in it, each with the name of its TOML table."""
     yield prefix, section
     for name, info in section.model_fields.items():
-        for kind in (info.annotation, *getattr(info.annotation, "__args__", ())):
+        for kind in kinds(info.annotation):
             if inspect.isclass(kind) and issubclass(kind, BaseModel):
                 yield from sections(kind, f"{prefix}.{name}".lstrip("."))
 
@@ -174,14 +205,33 @@ def module_page(module: str) -> tuple[str, str]:
 def package_page(package: str, modules: Iterable[str]) -> str:
     """A page with the names behind a door, and the modules."""
     text = f"{headed(package)}.. automodule:: {package}\n   :no-members:\n\n"
-    door = importlib.import_module(package)
-    text += f".. list-table:: ``from {package} import ...``\n   :widths: 30 70\n\n"
-    for name in sorted(name for name in door.__all__ if not name.startswith("__")):
-        what = getattr(door, name)
-        first = (inspect.getdoc(what) or "").split("\n\n")[0].replace("\n", " ")
-        text += f"   * - :py:obj:`{name} <{what.__module__}.{what.__qualname__}>`\n     - {first}\n"
+    text += (
+        f"What may be relied on, as ``from {package} import ...``:\n\n.. list-table::\n   :widths: 30 70\n\n"
+    )
+    for name, module, there in door(package):
+        source = ast.parse(
+            ROOT.joinpath("src", *module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        )
+        defined = [node for node in source.body if getattr(node, "name", "") == there]
+        first = (ast.get_docstring(defined[0]) or "").split("\n\n")[0].replace("\n", " ")  # type: ignore[arg-type]
+        text += f"   * - :py:obj:`{name} <{module}.{there}>`\n     - {first}\n"
     return f"{text}\n.. toctree::\n   :caption: Modules\n   :maxdepth: 1\n\n" + "".join(
         f"   {name}\n" if ">" in name else f"   {name} <{name}>\n" for name in modules
+    )
+
+
+def door(package: str) -> list[tuple[str, str, str]]:
+    """What a door promises: a name, the module it is from, and its name there."""
+    stub = ast.parse(
+        ROOT.joinpath("src", *package.split("."), "__init__.pyi").read_text(encoding="utf-8")
+    ).body
+    promised = next(ast.literal_eval(node.value) for node in stub if isinstance(node, ast.Assign))
+    return sorted(
+        (alias.asname or alias.name, f"{package}.{node.module}", alias.name)
+        for node in stub
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+        if (alias.asname or alias.name) in promised
     )
 
 
