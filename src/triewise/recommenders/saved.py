@@ -25,6 +25,7 @@ from triewise.ranking import ItemLists, Items, Recommender
 from triewise.reports import CardFacts, Recommendation
 
 if TYPE_CHECKING:
+    from triewise.arrays import Int64
     from triewise.recipe import EvaluationSettings
     from triewise.tokens import Dropped
 
