@@ -195,12 +195,7 @@ def evaluate_run(
         searching = recommender.with_settings(search="exact")
         exact = judge(searching, depth=searching.depth(settings.k))
         evaluation.metrics["against_exact"] = _against(evaluation, exact)
-    dropped = recommender.dropped
-    if dropped is not None:
-        evaluation.metrics["titles_dropped_from_prompts"] = dropped.titles
-        if dropped.titles:
-            limit = recipe.backbone.max_tokens
-            note(f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {limit} tokens")
+    _say_dropped(recommender, recipe.backbone.max_tokens, evaluation.metrics)
     evaluation.save(run)
     card = card_facts(
         recommender,
@@ -212,6 +207,16 @@ def evaluate_run(
     )
     write_text(run / CARD, model_card(card, _shown(run)))
     return evaluation
+
+
+def _say_dropped(recommender: SavedRecommender, limit: int, metrics: dict[str, Any]) -> None:
+    """Titles that prompts had no room for, in ``metrics.json`` and on stderr."""
+    dropped = recommender.dropped
+    if dropped is None:
+        return
+    metrics["titles_dropped_from_prompts"] = dropped.titles
+    if dropped.titles:
+        note(f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {limit} tokens")
 
 
 def _as_trained(
