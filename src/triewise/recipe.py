@@ -66,6 +66,7 @@ class LoraSettings(_Section):
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="or ends of layer names such as ['q_proj', 'v_proj']"
     )
+    experts: bool = Field(False, description="adapt the fused experts of a mixture too (dropout = 0)")
 
 
 class BackboneSettings(_Section):
@@ -76,7 +77,9 @@ class BackboneSettings(_Section):
         None, description="default: plain for tiny, else msl"
     )
     chat: bool = False
-    max_tokens: int = Field(1024, ge=8)
+    max_tokens: int | None = Field(
+        None, ge=8, description="of a prompt; default: 1024, or as many as the model has positions for"
+    )
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False

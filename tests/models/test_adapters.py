@@ -27,7 +27,8 @@ from triewise.cache import cache_folder
 from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models import Backbone, hand_head_matches, load_backbone
-from triewise.models.adapters import add_lora, is_quantised, without_adapter
+from triewise.models.adapters import add_lora
+from triewise.models.merging import is_quantised, without_adapter
 from triewise.recipe import LoraSettings, load_recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender
 from triewise.tokens import Trie, build_prompts, zero_gain
