@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from triewise.errors import UserError, first_line
 from triewise.files import read_json, write_json
-from triewise.models.anatomy import causal_lm, sample_ids, text_body
+from triewise.models.anatomy import causal_lm, probing, sample_ids, text_body
 from triewise.models.merging import PEFT_FAILURES, adapted_layers, fold, is_adapted, is_packed, twin
 from triewise.recipe import LoraSettings
 
@@ -139,13 +139,12 @@ def _names_of_today(model: Any) -> Iterator[None]:
         config.model_type = kind
 
 
-def load_lora(model: Any, name: str, revision: str | None = None, *, ours: bool = True) -> Any:
+def load_lora(model: Any, folder: Path, *, ours: bool = True) -> Any:
     """Put a saved adapter around its base, frozen, in evaluation mode.
 
     Args:
         model: The base.
-        name: Folder of `save_lora`, or a folder or hub id that PEFT wrote.
-        revision: Commit, branch or tag of a hub id.
+        folder: What `save_lora` or PEFT itself wrote.
         ours: Names in it are those of the model as it is; PEFT translates what it wrote itself.
 
     Raises:
@@ -153,16 +152,16 @@ def load_lora(model: Any, name: str, revision: str | None = None, *, ours: bool 
     """
     from peft import PeftModel
 
-    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if ours else ():
-        if not Path(name, file).is_file():
-            raise UserError(f"wanted {file} in {name}, which is missing; restore it or train again")
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if ours else (ADAPTER_CONFIG,):
+        if not (folder / name).is_file():
+            raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
     try:
         with warnings.catch_warnings(), _names_of_today(model) if ours else nullcontext():
             warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(model, name, revision=revision).eval()
+            return PeftModel.from_pretrained(model, str(folder)).eval()
     except PEFT_FAILURES as error:
         raise UserError(
-            f"the adapter in {name} does not fit its base model ({first_line(error)}); give the one it was trained on"
+            f"the adapter in {folder} does not fit its base model ({first_line(error)}); give the one it was trained on"
         ) from None
 
 
@@ -189,29 +188,34 @@ def save_lora(model: Any, folder: Path, base: str, revision: str | None) -> None
 def _used_layers(model: Any) -> tuple[list[str], list[str]]:
     """Full names of the linear layers that an adapter may have, and of the weights (E, A, B) of fused experts.
 
-    Of experts that are modules of their own, those that this text was not sent to count as well.
+    A layer must be called in training and in evaluation: some read a weight by hand in one of the two. Of experts
+    that are modules of their own, those that this text was not sent to count as well.
     """
     head = model.get_output_embeddings()
-    gives: dict[nn.Module, bool] = {}
     modules = {n: m for n, m in model.named_modules() if m is not head and (_linear(m) or _stacked(n, m))}
+    given: dict[bool, dict[nn.Module, bool]] = {True: {}, False: {}}
 
     def notice(module: nn.Module, _: Any, output: Any) -> None:
-        gives[module] = isinstance(output, Tensor)
+        given[model.training][module] = isinstance(output, Tensor)
 
     hooks = [m.register_forward_hook(notice) for m in modules.values()]
     try:
-        with torch.random.fork_rng(devices=[]):
-            model(input_ids=sample_ids(model, _PROBE), use_cache=False)
+        for training in given:
+            with probing(model, training):
+                model(input_ids=sample_ids(model, _PROBE), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    used = {_beside(name) for name, m in modules.items() if m in gives}
+    used = [{_beside(name) for name, m in modules.items() if m in gives} for gives in given.values()]
     linear = [
         name
         for name, m in modules.items()
-        if _linear(m) and _beside(name) in used and gives.get(m, True) and not _left_out(model, name)
+        if _linear(m)
+        and all(_beside(name) in names for names in used)
+        and all(gives.get(m, True) for gives in given.values())
+        and not _left_out(model, name)
     ]
-    stacked = [f"{name}.{w}" for name, m in modules.items() if m in gives for w in _stacked(name, m)]
+    stacked = [f"{name}.{w}" for name, m in modules.items() if m in given[True] for w in _stacked(name, m)]
     return linear, stacked
 
 
@@ -272,7 +276,7 @@ def _folding_errors(model: Any) -> list[str]:
     try:
         for weight in ups:
             weight.copy_(torch.randn(weight.shape, generator=generator))
-        with torch.random.fork_rng(devices=[]):
+        with probing(model):
             model(input_ids=sample_ids(model, _PROBE), use_cache=False)
     finally:
         for hook in hooks:
@@ -304,7 +308,7 @@ def describe_lora(model: Any) -> str:
     rest = ", ".join(kind for kind, _ in left.most_common(4))
     share = 1 - left.total() / max(total, 1)
     more = f"; not among the adapted: {rest}" if rest else ""
-    return f"LoRA adapts {share:.0%} of the matrix weights of the text body{more}"
+    return f"LoRA adapts {100 * share:.3g} % of the matrix weights of the text body{more}"
 
 
 @torch.enable_grad()
@@ -315,13 +319,8 @@ def freeze_unused(model: Any) -> None:
     that can be trained, and files of trained weights need not hold them. Found from the graph of one small forward,
     as torch's DDP does; of experts that are modules of their own, one that is used speaks for all.
     """
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            end = model(input_ids=sample_ids(model, _PROBE), use_cache=False).logits.grad_fn
-    finally:
-        model.train(training)
+    with probing(model, training=True):
+        end = model(input_ids=sample_ids(model, _PROBE), use_cache=False).logits.grad_fn
     todo, seen, reached = [end], {end, None}, set()
     while todo:
         node = todo.pop()

@@ -6,6 +6,8 @@ Shape key: V vocabulary, D width, C some tokens, B rows, Q queries, K keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,17 @@ def sample_ids(model: Any, n: int) -> Tensor:
     """Token ids (1, n), int64, from all over the vocabulary, on the model's device: a text for probes."""
     weight = head_weight(model)
     return torch.linspace(0.1, 0.9, n, device=weight.device).mul(weight.shape[0]).long()[None]
+
+
+@contextmanager
+def probing(model: Any, training: bool = False) -> Iterator[Any]:
+    """The model in evaluation or training mode for a while; random numbers drawn meanwhile leave the others alone."""
+    before, device = model.training, head_weight(model).device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield model.train(training)
+    finally:
+        model.train(before)
 
 
 def takes_masks(model: Any) -> bool:

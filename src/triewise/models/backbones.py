@@ -15,11 +15,20 @@ from triewise.files import read_json
 from triewise.models.adapters import ADAPTER_CONFIG, add_lora, load_lora
 from triewise.models.anatomy import resolve_device, resolve_dtype
 from triewise.models.checks import check_model, check_vocabulary
-from triewise.models.hub import from_hub
+from triewise.models.hub import download
 from triewise.models.loading import BASE, BASE_FACTS, Backbone, How, from_pretrained, quantised, tokenizer_of
 from triewise.models.smollm2 import SMOLLM2, converted_smollm2, explain_stand_in, smollm2
 from triewise.models.tiny import build_tiny, train_tokenizer
 from triewise.recipe import LoraSettings, TinyModel
+
+ADAPTER_FILES = [
+    "adapter_*",
+    "*token*",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+]  # of a repository of PEFT
 
 
 def load_backbone(
@@ -104,36 +113,42 @@ def load_tokenizer(name: str, *, titles: Sequence[str] = (), tiny: TinyModel | N
 
 
 def _checkpoint_or_adapter(name: str, revision: str | None, base: str | Path | None, how: How) -> Backbone:
-    """A checkpoint, or what PEFT wrote: a folder or repository with an adapter and no model."""
-    from peft import PeftConfig
-
-    if not Path(name, ADAPTER_CONFIG).is_file():
+    """A checkpoint, or what PEFT wrote: a folder or repository with an adapter."""
+    folder, problem = Path(name), None
+    if not (folder / ADAPTER_CONFIG).is_file():
         try:
-            return from_pretrained(name, revision, how, name)
-        except UserError:
-            if Path(name).is_dir():
+            found = from_pretrained(name, revision, how, name)
+            if not getattr(found.model, "_hf_peft_config_loaded", False):
+                return found
+        except UserError as error:
+            if folder.is_dir():
                 raise
-            try:
-                config = from_hub(PeftConfig.from_pretrained, name, revision)
-            except UserError:
-                config = None
-            if config is None:
-                raise
-    else:
-        config = from_hub(PeftConfig.from_pretrained, name, None)
+            problem = error
+        try:
+            folder = download(name, revision, ADAPTER_FILES)
+        except UserError as error:
+            raise problem or error from None
+        if problem and not (folder / ADAPTER_CONFIG).is_file():
+            raise problem
+    return _foreign_adapter(name, folder, base, how)
+
+
+def _foreign_adapter(name: str, folder: Path, base: str | Path | None, how: How) -> Backbone:
+    """An adapter that PEFT wrote, on the base that it names, or on another one that is given."""
+    config = read_json(folder / ADAPTER_CONFIG)
     inner = load_backbone(
-        str(base or config.base_model_name_or_path),
-        revision=None if base else config.revision,
+        str(base or config["base_model_name_or_path"]),
+        revision=None if base else config.get("revision"),
         device=str(how.device),
         dtype=str(how.dtype).removeprefix("torch."),
         quantisation=how.quantisation,
         trust_remote_code=how.trust,
     )
-    model = load_lora(inner.model, name, revision, ours=False)
+    model = load_lora(inner.model, folder, ours=False)
     tokenizer = inner.tokenizer
-    if Path(name, "tokenizer_config.json").is_file():
-        tokenizer = tokenizer_of(name)
-        check_vocabulary(model, tokenizer)
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = tokenizer_of(str(folder))
+        check_vocabulary(model, tokenizer)  # tokens may have been added for the adapter
     return Backbone(model, tokenizer, name, inner.origin | {"adapter": Path(name).name})
 
 
@@ -165,7 +180,7 @@ def _load_adapted(folder: Path, base: str | Path | None, how: How) -> Backbone:
     )
     wanted = {"sha256": facts["saved"]} if facts["saved"] else origin
     _check_base(inner.origin, wanted, folder, given=base is not None)
-    return Backbone(load_lora(inner.model, str(folder)), tokenizer_of(str(folder)), origin["name"], origin)
+    return Backbone(load_lora(inner.model, folder), tokenizer_of(str(folder)), origin["name"], origin)
 
 
 def _check_base(found: dict[str, Any], wanted: dict[str, Any], folder: Path, given: bool) -> None:

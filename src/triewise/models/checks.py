@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from triewise.errors import UserError, first_line
-from triewise.models.anatomy import causal_lm, head_weight, sample_ids, text_body
+from triewise.models.anatomy import causal_lm, head_weight, probing, sample_ids, text_body
 
 DECLARED = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError)
@@ -165,10 +165,8 @@ def _check_causal(model: Any) -> None:
     same, other = ids[::2], ids[1::2]
     half = _LENGTH // 2
     changed = torch.cat([same[:half], other[half:]])
-    training = model.training
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with probing(model):
             runs: list[Tensor] = [
                 model(input_ids=torch.stack(rows), use_cache=False).logits[:, :half].float()
                 for rows in ([same, same], [same, changed], [changed, same])
@@ -179,8 +177,6 @@ def _check_causal(model: Any) -> None:
             f"{type(model).__name__}, which fails ({type(error).__name__}: {first_line(error)}); set another "
             "backbone.dtype, or choose another model"
         ) from error
-    finally:
-        model.train(training)
     moved = float((runs[1][1] - runs[0][1]).abs().max())
     noise = max(float((runs[n][row] - runs[0][row]).abs().max()) for n, row in ((1, 0), (2, 1)))
     kind = head_weight(model).dtype

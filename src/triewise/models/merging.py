@@ -127,7 +127,7 @@ def _unpacked(layer: Any) -> Tensor:
     weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach().float()
     for name in layer.active_adapters:
         if getattr(layer, "lora_variant", {}).get(name) is not None or not hasattr(layer, "get_delta_weight"):
-            raise ValueError("only plain LoRA is folded into a quantised base")
+            raise NotImplementedError("only plain LoRA is folded into a quantised base")
         weight = weight + layer.get_delta_weight(name).detach().float()
     return weight
 
