@@ -9,3 +9,8 @@ class UserError(ValueError):
     The line says what was wanted, what came, and what to do. The command line prints it without a traceback
     and exits with status 2; from Python it is an ordinary ``ValueError``.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

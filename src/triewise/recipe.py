@@ -68,6 +68,7 @@ class LoraSettings(_Section):
     targets: Literal["all-linear"] | tuple[str, ...] = _key(
         "all-linear", "or ends of layer names such as ['q_proj', 'v_proj']"
     )
+    experts: bool = _key(False, "adapt the fused experts of a mixture too (dropout = 0)")
 
 
 class BackboneSettings(_Section):
@@ -76,7 +77,7 @@ class BackboneSettings(_Section):
     name: str = _key("tiny", "tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder")
     template: Literal["plain", "msl", "d3"] | None = _key(None, "default: plain for tiny, else msl")
     chat: bool = False
-    max_tokens: int = Field(1024, ge=8)
+    max_tokens: int | None = _key(None, "of a prompt; default: 1024, or the model's positions", ge=8)
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False

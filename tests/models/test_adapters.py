@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import triewise
 from tests import worlds
+from tests.models.test_checks import built
 from tests.tiny_models import tiny_model
 from tests.worlds import HISTORIES
 from triewise import load
@@ -27,7 +29,8 @@ from triewise.cache import cache_folder
 from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models import Backbone, hand_head_matches, load_backbone
-from triewise.models.adapters import add_lora, is_quantised, without_adapter
+from triewise.models.adapters import add_lora, describe_lora, freeze_unused
+from triewise.models.merging import is_quantised, merged, without_adapter
 from triewise.recipe import LoraSettings, TrainingSettings, load_recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender
 from triewise.testing import RecommenderContract
@@ -173,6 +176,283 @@ def test_a_bfloat16_base_keeps_a_float32_adapter(bases: dict[str, Path]) -> None
     assert kinds == {True: torch.float32, False: torch.bfloat16}
 
 
+# --- what is adapted --------------------------------------------------------------------------------------------------
+
+MOE = {"num_key_value_heads": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LEFT_OUT = {  # kind -> its config, and ends of linear layers that no adapter may have
+    "DeepseekV3": (
+        TEXT
+        | MOE
+        | LATENT
+        | {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+        ("experts", "mlp.gate"),
+    ),
+    "Mixtral": (TEXT | MOE | {"num_local_experts": 4, "sliding_window": None}, ("experts", "gate")),
+    "Phimoe": (TEXT | MOE | {"num_local_experts": 4, "sliding_window": None}, ("router",)),
+    "JetMoe": (TEXT | MOE | {"kv_channels": 8, "num_local_experts": 4}, ("router.layer",)),
+    "Mamba": (
+        {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2},
+        ("x_proj", "dt_proj", "out_proj"),
+    ),
+    "CTRL": ({"n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 4}, ("h.0", "h.1")),
+    "Bart": ({"d_model": 32, "decoder_layers": 2, "decoder_ffn_dim": 64}, ("encoder_attn.q_proj",)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LEFT_OUT)
+def test_only_layers_that_a_text_runs_through_are_adapted(kind: str, dtype: torch.dtype) -> None:
+    shape, left_out = LEFT_OUT[kind]
+    model = built(kind, "BartForCausalLM" if kind == "Bart" else "AutoModelForCausalLM", **shape).to(dtype)
+    ids = torch.arange(5, 17)[None]
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        model = add_lora(model, LoraSettings(rank=4), 0)  # with dropout, as the default is
+        assert model(input_ids=ids, use_cache=False).logits.equal(before)
+    assert torch.get_rng_state().equal(state)
+    adapted_ends = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+    assert adapted_ends
+    assert not [name for name in adapted_ends if name.endswith(left_out)]
+    model.train()(input_ids=ids, use_cache=False).logits.float().sum().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name and p.grad is not None for name, p in trained.items())
+    with torch.no_grad():
+        for name, p in trained.items():
+            if "lora_B" in name:
+                p.normal_(std=0.1)
+        model.eval()
+        changed = model(input_ids=ids, use_cache=False).logits.float()
+        whole = merged(model)(input_ids=ids, use_cache=False).logits.float()
+    assert (changed - before.float()).abs().max() > 0.1
+    if dtype == torch.float32:
+        assert torch.allclose(whole, changed, atol=1e-3)
+
+
+def test_the_share_is_said_and_experts_are_adapted_where_asked_for(tmp_path: Path) -> None:
+    shape, _ = LEFT_OUT["Mixtral"]
+    lora = LoraSettings(rank=4, dropout=0.0, experts=True)
+    few = add_lora(built("Mixtral", **shape), LoraSettings(rank=4), 0)
+    assert re.fullmatch(
+        "LoRA adapts 1[0-9.]+ % of the matrix weights of the text body; not among the adapted: "
+        "mlp.experts.gate_up_proj, mlp.experts.down_proj, mlp.gate",
+        describe_lora(few),
+    )
+    assert describe_lora(add_lora(tiny_model("llama"), LORA, 0)).endswith(
+        "100 % of the matrix weights of the text body"
+    )
+    base = built("Mixtral", **shape)
+    worlds.backbone().tokenizer.save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    backbone = load_backbone(str(tmp_path / "base"), device="cpu", dtype="float32", lora=lora)
+    assert describe_lora(backbone.model).endswith(
+        "99.5 % of the matrix weights of the text body; not among the adapted: mlp.gate"
+    )
+    with torch.no_grad():
+        for name, p in backbone.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    found = scores(backbone)
+    assert scores(backbone.merged()) == pytest.approx(found, abs=1e-4)
+    backbone.save(tmp_path / "saved")
+    assert np.array_equal(scores(load_backbone(str(tmp_path / "saved"), device="cpu")), found)
+    with pytest.raises(UserError, match="experts = true needs lora.dropout = 0, got 0.05; set it to false"):
+        add_lora(built("Mixtral", **shape), LoraSettings(rank=4, experts=True), 0)
+    with pytest.raises(UserError, match="experts = true needs a model with fused experts; set it to false"):
+        add_lora(tiny_model("llama"), lora, 0)
+
+
+def test_what_peft_refuses_and_what_does_not_fold_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(torch.nn.Linear):
+        """A layer whose output is not linear in its weight."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, self.weight**2)
+
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.up_proj = Twice(32, 64, bias=False)
+    with pytest.raises(
+        UserError, match=r"adapter of model.layers.\*.mlp.up_proj is another one once it is fol"
+    ):
+        add_lora(model, LORA, 0)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("no such luck\nand more")
+
+    monkeypatch.setattr("peft.get_peft_model", refuse)
+    with pytest.raises(
+        UserError, match=r"PEFT cannot adapt this Llama\w+ \(ValueError: no such luck\); name"
+    ):
+        add_lora(tiny_model("llama"), LORA, 0)
+
+
+def test_weights_that_a_text_does_not_reach_are_frozen() -> None:
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    common = {"vocab_size": 320, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = TEXT | common | {"num_key_value_heads": 2, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    both = AutoModelForCausalLM.from_config(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=319)
+    )
+    bart = built("Bart", "BartForCausalLM", **LEFT_OUT["Bart"][0])
+    for model, unused in (
+        (both, ("vision", "multi_modal")),
+        (bart, ("encoder_attn",)),
+        (tiny_model("gpt2"), ()),
+    ):
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        freeze_unused(model)
+        left = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert names - left == {name for name in names if any(part in name for part in unused)}
+        model.train()(input_ids=torch.arange(5, 17)[None] % 30, use_cache=False).logits.sum().backward()
+        assert all(p.grad is not None for name, p in model.named_parameters() if name in left)
+    adapted_both = {n for n, _ in add_lora(both.eval(), LORA, 0).named_parameters() if "lora_A" in n}
+    assert len(adapted_both) == 2 * 7
+    assert not any("vision" in name for name in adapted_both)
+
+
+# --- adapters of PEFT -------------------------------------------------------------------------------------------------
+
+PLAIN: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+FOREIGN: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "saved head": {"modules_to_save": ["lm_head"]},
+    "saved both": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "tokens": {"trainable_token_indices": [5, 6, 7]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+def foreign(base: Path, changes: dict[str, Any], out: Path) -> tuple[Any, Tensor]:
+    """A folder that PEFT wrote, over a checkpoint; PEFT's model and its logits."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = get_peft_model(model, LoraConfig(**(PLAIN | changes))).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn(p.shape))
+        model.save_pretrained(out)
+    return model, logits(model)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=torch.arange(5, 17)[None], use_cache=False).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_folder_of_peft_is_loaded_and_merged_by_peft(kind: str, tied: bool, tmp_path: Path) -> None:
+    tokenizer = worlds.backbone().tokenizer
+    base = Backbone(
+        tiny_model("llama", vocabulary=len(tokenizer), tie_word_embeddings=tied), tokenizer, "b", {}
+    )
+    base.save(tmp_path / "base")
+    model, wanted = foreign(tmp_path / "base", FOREIGN[kind], tmp_path / "peft")
+    backbone = load_backbone(str(tmp_path / "peft"), device="cpu", dtype="float32")
+    assert backbone.adapted
+    assert logits(backbone.model).equal(wanted)
+    found = scores(backbone)
+    assert np.abs(found - scores(base)).max() > 1e-2
+    assert scores(Backbone(model, tokenizer, "by hand", {})) == pytest.approx(found, abs=1e-5)
+    together = backbone.merged()
+    assert logits(backbone.model).equal(wanted), "merging leaves the adapter as it was"
+    assert scores(together) == pytest.approx(found, abs=1e-4)
+    together.save(tmp_path / "merged")
+    assert scores(load_backbone(str(tmp_path / "merged"), device="cpu")) == pytest.approx(found, abs=1e-4)
+    backbone.save(tmp_path / "saved")
+    again = load_backbone(str(tmp_path / "saved"), device="cpu", dtype="float32")
+    assert logits(again.model).equal(wanted)
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "base").rename(moved)
+    found_again = load_backbone(str(tmp_path / "peft"), device="cpu", dtype="float32", base=moved)
+    assert logits(found_again.model).equal(wanted)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_an_adapter_of_the_hub_is_known_by_its_files(
+    with_config: bool, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository in the cache; some hold the config of the base beside the adapter."""
+    repository = tmp_path / "models--someone--adapter"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    _, wanted = foreign(bases["llama"], {"use_dora": True}, snapshot)
+    if with_config:
+        shutil.copy(bases["llama"] / "config.json", snapshot)
+        worlds.backbone().tokenizer.save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    backbone = load_backbone("someone/adapter", device="cpu", dtype="float32")
+    assert backbone.adapted
+    assert logits(backbone.model).equal(wanted)
+    with pytest.raises(UserError, match="wanted the language model 'someone/nothing'"):
+        load_backbone("someone/nothing", device="cpu")
+
+
+def test_adapters_that_are_not_understood_are_one_line(bases: dict[str, Path], tmp_path: Path) -> None:
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    heads = {"target_modules": ["q_proj", "lm_head"]}
+    foreign(bases["llama"], heads, tmp_path / "head")
+    with pytest.raises(UserError, match="wanted an adapter of the body, got one on the output head"):
+        load_backbone(str(tmp_path / "head"), device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        soft = get_peft_model(by_hand("llama").model, prompt)
+        two = get_peft_model(by_hand("llama").model, LoraConfig(**PLAIN))
+        two.add_adapter("other", LoraConfig(**PLAIN))
+    with pytest.raises(UserError, match="such as LoRA, got PROMPT_TUNING, which changes the prompt"):
+        recommender(Backbone(soft, *by_hand_parts())).recommend(HISTORIES)
+    with pytest.raises(UserError, match="with one adapter named 'default', got default, other; merge"):
+        recommender(Backbone(two, *by_hand_parts())).recommend(HISTORIES)
+    inside = by_hand("llama").model
+    inside.add_adapter(LoraConfig(**PLAIN))
+    with pytest.raises(UserError, match="wanted PEFT's model around a base, got a Llama.* holds an adapter"):
+        recommender(Backbone(inside, *by_hand_parts())).recommend(HISTORIES)
+    broken, _ = adapted("llama")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("not this one")
+
+    layer = broken.model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.__class__ = type("Odd", (type(layer),), {"merge": fail})
+    with pytest.raises(UserError, match=r"cannot be folded into its base \(ValueError: not this one\); eval"):
+        broken.merged()
+
+
+def by_hand_parts() -> tuple[Any, str, dict[str, Any]]:
+    return worlds.backbone().tokenizer, "by hand", {}
+
+
 # --- quantised bases --------------------------------------------------------------------------------------------------
 
 
@@ -197,10 +477,10 @@ def test_four_bits_one_step_saved_loaded_merged(kind: str, bases: dict[str, Path
     loaded = load_backbone(str(tmp_path / "saved"), device="cpu", dtype="float32")
     assert loaded.quantised
     assert scores(loaded) == pytest.approx(trained, abs=1e-5)
-    merged = loaded.merged()
-    assert not is_quantised(merged.model)
-    assert scores(merged) == pytest.approx(trained, abs=1e-4)
-    merged.save(tmp_path / "merged")
+    whole = loaded.merged()
+    assert not is_quantised(whole.model)
+    assert scores(whole) == pytest.approx(trained, abs=1e-4)
+    whole.save(tmp_path / "merged")
     again = load_backbone(str(tmp_path / "merged"), device="cpu")
     assert not again.quantised
     assert scores(again) == pytest.approx(trained, abs=1e-4)
@@ -233,6 +513,30 @@ def test_a_quantised_model_without_adapter_is_saved_and_loaded(
     assert scores(base.merged()) == pytest.approx(packed, abs=1e-4)
     assert base.quantised
     assert np.array_equal(scores(base), packed)
+
+
+def test_whole_modules_are_merged_over_a_quantised_base_and_dora_is_refused(bases: dict[str, Path]) -> None:
+    needs_bitsandbytes()
+    from peft import LoraConfig, get_peft_model
+
+    for changes in ({"modules_to_save": ["lm_head"]}, {"use_dora": True}):
+        base = load_backbone(str(bases["llama"]), device="cpu", dtype="float32", quantisation="4bit")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(base.model, LoraConfig(**(PLAIN | changes))).eval()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn(p.shape))
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        backbone = Backbone(model, base.tokenizer, "x", base.origin)
+        if "use_dora" in changes:
+            with pytest.raises(UserError, match="NotImplementedError: only plain LoRA is folded into a quan"):
+                backbone.merged()
+            continue
+        assert scores(backbone.merged()) == pytest.approx(scores(backbone), abs=1e-4)
+        assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def test_evaluation_leaves_a_quantised_base_as_it_is(bases: dict[str, Path]) -> None:

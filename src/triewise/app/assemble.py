@@ -22,7 +22,10 @@ from triewise.models import (
     BASE_FACTS,
     Backbone,
     SequentialModel,
+    describe_lora,
+    freeze_unused,
     load_backbone,
+    max_positions,
     resolve_device,
     unfreeze_lora,
 )
@@ -62,6 +65,7 @@ from triewise.training import (
 
 REFERENCE = "reference.npz"
 _HOW = {"device", "dtype", "quantisation", "trust_remote_code"}  # a backbone is loaded
+MAX_TOKENS = 1024  # of a prompt, where a recipe leaves it open
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,10 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
             f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
             "backbone.name and set backbone.lora.rank > 0"
         )
-    prompts = build_prompts(
-        backbone.tokenizer,
-        dataset.catalog,
-        recipe.template,
-        dataset.info["noun"],
-        dataset.info["verb"],
-        max_history=recipe.data.max_history,
-        max_tokens=settings.max_tokens,
-        chat=settings.chat,
-    )
+    freeze_unused(backbone.model)
+    if backbone.adapted:
+        note(describe_lora(backbone.model))
+    prompts = _prompts(recipe, dataset, backbone)
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     if reference is not None:
         theirs = open_run(reference)[1]["hashes"]
@@ -137,6 +135,36 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     for line in training_warnings(recipe.objective, prompts, trie, windows, counts):
         note(line)
     return Assembly(backbone, prompts, trie, windows, counts)
+
+
+def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
+    """Prompts that leave room for the longest title, where the model has only so many positions."""
+    settings = recipe.backbone
+    build = functools.partial(
+        build_prompts,
+        backbone.tokenizer,
+        dataset.catalog,
+        recipe.template,
+        dataset.info["noun"],
+        dataset.info["verb"],
+        max_history=recipe.data.max_history,
+        chat=settings.chat,
+    )
+    prompts = build(max_tokens=settings.max_tokens or MAX_TOKENS)
+    positions, longest = max_positions(backbone.model), int(prompts.title_tokens.lengths.max(initial=0))
+    if positions is None or prompts.max_tokens + longest <= positions:
+        return prompts
+    room = positions - longest
+    if settings.max_tokens is not None or room < 1:
+        raise UserError(
+            f"wanted prompt and title within the {positions} positions of {settings.name!r}, got backbone.max_tokens = "
+            f"{prompts.max_tokens} and a title of {longest} tokens; set it to at most {room}, or choose another model"
+        )
+    note(
+        f"backbone.max_tokens is {room}: {settings.name!r} has {positions} positions, and the longest title takes "
+        f"{longest} of them"
+    )
+    return build(max_tokens=room)
 
 
 def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:

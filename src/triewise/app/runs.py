@@ -91,7 +91,7 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
     if recommender.dropped is not None:
         n_dropped = sum(processes.gather_objects(recommender.dropped.titles))
         if n_dropped:
-            limit = recipe.backbone.max_tokens
+            limit = recommender.dropped.limit
             note(f"{recipe.name}: {n_dropped} titles dropped from prompts longer than {limit} tokens")
         training["titles_dropped_from_prompts"] = n_dropped
     if going_on and going_on["status"] == "trained" and going_on["training"]["steps"] == result.steps_done:
@@ -195,28 +195,25 @@ def evaluate_run(
         searching = recommender.with_settings(search="exact")
         exact = judge(searching, depth=searching.depth(settings.k))
         evaluation.metrics["against_exact"] = _against(evaluation, exact)
-    _say_dropped(recommender, recipe.backbone.max_tokens, evaluation.metrics)
+    _say_dropped(recommender, evaluation.metrics)
     evaluation.save(run)
-    card = card_facts(
-        recommender,
-        recipe.title or recipe.name,
-        recipe=recipe.model_copy(update={"evaluation": settings}),
-        data=dataset.info,
-        run=record,
-        metrics=evaluation.metrics,
-    )
+    known = {"data": dataset.info, "run": record, "metrics": evaluation.metrics}
+    ranked = recipe.model_copy(update={"evaluation": settings})
+    card = card_facts(recommender, recipe.title or recipe.name, recipe=ranked, **known)
     write_text(run / CARD, model_card(card, _shown(run)))
     return evaluation
 
 
-def _say_dropped(recommender: SavedRecommender, limit: int, metrics: dict[str, Any]) -> None:
+def _say_dropped(recommender: SavedRecommender, metrics: dict[str, Any]) -> None:
     """Titles that prompts had no room for, in ``metrics.json`` and on stderr."""
     dropped = recommender.dropped
     if dropped is None:
         return
     metrics["titles_dropped_from_prompts"] = dropped.titles
     if dropped.titles:
-        note(f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {limit} tokens")
+        note(
+            f"{dropped.titles} titles dropped from {dropped.prompts} prompts longer than {dropped.limit} tokens"
+        )
 
 
 def _as_trained(

@@ -25,7 +25,16 @@ from torch import Tensor
 
 from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, common_length, pad
 from triewise.errors import UserError
-from triewise.models import Measured, hand_head_matches, head_bias, head_weight, refusal, relative
+from triewise.models import (
+    Measured,
+    check_model,
+    hand_head_matches,
+    head_bias,
+    head_weight,
+    max_positions,
+    refusal,
+    relative,
+)
 from triewise.tokens import Trie
 
 Int64 = NDArray[np.int64]
@@ -110,6 +119,7 @@ class TrieEngine:
             raise UserError(f"wanted support 'trie' or 'vocabulary', got {support!r}")
         if at_once < 1 or chunk < 1:
             raise UserError(f"wanted at_once and chunk of at least 1, got {at_once} and {chunk}")
+        check_model(model)
         n_vocabulary = head_weight(model).shape[0]
         if int(trie.token.max()) >= n_vocabulary:
             raise UserError(
@@ -192,7 +202,7 @@ class TrieEngine:
         """Whether these prompts and the titles behind them may go through the tree cache.
 
         Raises:
-            UserError: An empty prompt.
+            UserError: An empty prompt, or one too long for the model.
         """
         if any(len(prompt) == 0 for prompt in prompts):
             raise UserError(
@@ -206,7 +216,16 @@ class TrieEngine:
                 "encode prompts with this model's tokenizer"
             )
         longest = max((len(prompt) for prompt in prompts), default=0) + self.longest_path
+        if self._positions is not None and longest > self._positions + 1:  # nothing follows the last token
+            raise UserError(
+                f"wanted prompt and title within the model's {self._positions} positions, got {longest - 1} tokens; "
+                "lower max_tokens of the prompts"
+            )
         return self.tree_cache_works and self._accepts(refusal(self.model, longest))
+
+    @cached_property
+    def _positions(self) -> int | None:
+        return max_positions(self.model)
 
     @torch.inference_mode()
     def shared_prefix(self, prompts: TokenLists, counters: Counters) -> Prefix | None:

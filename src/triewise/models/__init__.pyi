@@ -1,4 +1,8 @@
-from .adapters import unfreeze_lora as unfreeze_lora
+from .adapters import (
+    describe_lora as describe_lora,
+    freeze_unused as freeze_unused,
+    unfreeze_lora as unfreeze_lora,
+)
 from .anatomy import (
     body as body,
     cache_of as cache_of,
@@ -12,6 +16,7 @@ from .anatomy import (
     resolve_device as resolve_device,
 )
 from .backbones import load_backbone as load_backbone, load_tokenizer as load_tokenizer
+from .checks import check_model as check_model, max_positions as max_positions
 from .encoders import PAD as PAD, SequentialModel as SequentialModel
 from .hub import download as download, upload as upload
 from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone

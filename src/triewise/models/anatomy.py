@@ -6,14 +6,15 @@ Shape key: V vocabulary, D width, C some tokens, B rows, Q queries, K keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from triewise.errors import UserError
+from triewise.errors import UserError, first_line
 
 
 def resolve_device(device: str) -> torch.device:
@@ -25,17 +26,17 @@ def resolve_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"wanted a device such as auto, cpu, cuda or mps that works here, got {device!r}: {reason}"
+            f"wanted a device such as auto, cpu, cuda or mps that works here, got {device!r}: {first_line(error)}"
         ) from None
     return chosen
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` to bfloat16 on a CUDA device that has it, else float32."""
+    """``auto`` to bfloat16 on a CUDA device that computes in it (a T4 only emulates it), else float32."""
     if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        real = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if real else torch.float32
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
         raise UserError(f"wanted a dtype among auto, {', '.join(kinds)}, got {dtype!r}")
@@ -53,6 +54,14 @@ def body(model: Any) -> nn.Module:
     return inner
 
 
+def text_body(model: Any) -> nn.Module:
+    """The part of the body that reads text: without the vision and audio towers beside it."""
+    lm = causal_lm(model)
+    inner: nn.Module = lm.get_decoder()
+    # Of some models the attribute `decoder` is the head.
+    return lm.base_model if inner is lm.get_output_embeddings() else inner
+
+
 def head_weight(model: Any) -> Tensor:
     """(V, D) weight of the output head (tied or not)."""
     weight: Tensor = causal_lm(model).get_output_embeddings().weight
@@ -62,6 +71,23 @@ def head_weight(model: Any) -> Tensor:
 def head_bias(model: Any) -> Tensor | None:
     """(V,) bias of the output head, or None."""
     return getattr(causal_lm(model).get_output_embeddings(), "bias", None)
+
+
+def sample_ids(model: Any, n: int) -> Tensor:
+    """Token ids (1, n), int64, from all over the vocabulary, on the model's device: a text for probes."""
+    weight = head_weight(model)
+    return torch.linspace(0.1, 0.9, n, device=weight.device).mul(weight.shape[0]).long()[None]
+
+
+@contextmanager
+def probing(model: Any, training: bool = False) -> Iterator[Any]:
+    """The model in evaluation or training mode for a while; random numbers drawn meanwhile leave the others alone."""
+    before, device = model.training, head_weight(model).device
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield model.train(training)
+    finally:
+        model.train(before)
 
 
 def takes_masks(model: Any) -> bool:

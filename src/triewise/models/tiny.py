@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from triewise.errors import UserError
 from triewise.models.loading import Backbone
 from triewise.recipe import TinyModel
@@ -16,7 +18,9 @@ PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 FREQUENT = 5  # titles with a number before it becomes a token of its own
 
 
-def build_tiny(titles: Sequence[str], settings: TinyModel, seed: int) -> Backbone:
+def build_tiny(
+    titles: Sequence[str], settings: TinyModel, seed: int, dtype: torch.dtype = torch.float32
+) -> Backbone:
     """A Qwen2-architecture model with random weights and a byte-level BPE tokenizer trained on the titles."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
 
@@ -38,6 +42,8 @@ def build_tiny(titles: Sequence[str], settings: TinyModel, seed: int) -> Backbon
     )
     set_seed(seed)
     model = Qwen2ForCausalLM(config)
+    for parameter in model.parameters():  # buffers such as rotary frequencies stay as they are
+        parameter.data = parameter.data.to(dtype)
     origin = {"name": "tiny", "seed": seed, "settings": settings.model_dump()}
     return Backbone(model, tokenizer, "tiny", origin)
 

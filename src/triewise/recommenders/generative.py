@@ -106,7 +106,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
     @property
     def dropped(self) -> Dropped:
         """What its prompts had no room for so far."""
-        return self.prompts.dropped
+        return replace(self.prompts.dropped, limit=self.prompts.max_tokens)
 
     @cached_property
     def engine(self) -> TrieEngine:

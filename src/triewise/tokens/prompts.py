@@ -61,6 +61,7 @@ class Dropped:
 
     titles: int = 0
     prompts: int = 0
+    limit: int = 0  # tokens of a prompt
 
     def add(self, titles: int) -> None:
         """One prompt more that lost so many titles."""
