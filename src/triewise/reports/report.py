@@ -29,9 +29,9 @@ TREES = 2  # users whose paths are drawn
 RECENT = 5  # titles of a history that are shown at once
 POINTS = 300  # of a training curve
 COLOURS = 6
+WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten", 20: "twenty"}
 _HERE = resources.files("triewise.reports")
 NOTES: dict[str, str] = tomllib.loads(_HERE.joinpath("report.toml").read_text(encoding="utf-8"))
-WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten", 20: "twenty"}
 
 
 @dataclass(frozen=True)

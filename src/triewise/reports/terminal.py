@@ -19,9 +19,8 @@ from rich.text import Text
 
 from triewise.reports.description import fact_lines, legible, percent
 from triewise.reports.explanation import Example, Recommendation, pieces
-from triewise.reports.report import Comparison, Row, more_columns, shown_metrics
+from triewise.reports.report import RECENT, Comparison, Row, more_columns, shown_metrics
 
-RECENT = 5  # titles of a history that are printed
 NARROWEST = 20  # columns that a wrapped text gets at least
 WIDEST_NAME = 40  # of a fact; its value stands beside it
 
