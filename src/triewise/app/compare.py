@@ -20,7 +20,6 @@ from triewise.ranking import (
     Groups,
     ItemKNN,
     MostPopular,
-    Recommender,
     evaluate,
     interval,
     load_evaluation,
@@ -34,20 +33,12 @@ from triewise.reports import Comparison, Example, Report, Row, write_report
 POPULAR, KNN = "most popular", "item-kNN"
 MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")
 JUDGED = ("split", "exclude", "allow")  # what rows of one table have in common
-RANKED = (
-    *SETTINGS,
-    "adapter",
-    "assistant",
-    "assistant_weight",
-)  # how a row was ranked: runs that differ here are no repeats of each other
+# How a row was ranked: runs that differ here are no repeats of each other.
+RANKED = (*SETTINGS, "adapter", "assistant", "assistant_weight")
 
 # Of two runs of one recipe these may differ: what is reported and when, and when a clock stops it.
-FREE: dict[str, Any] = {
-    "seed": True,
-    "name": True,
-    "title": True,
-    "evaluation": True,
-    "training": {"log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "time_limit_s"},
+FREE: dict[str, Any] = dict.fromkeys(("seed", "name", "title", "evaluation"), True) | {
+    "training": {"log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "time_limit_s"}
 }
 
 
@@ -81,15 +72,10 @@ class Repeats:
 
 def baselines(dataset: Dataset, like: Evaluation) -> list[Evaluation]:
     """The rows every method has to beat, on the rows and with the exclusions of another evaluation: no training."""
-    counts = dataset.train_interactions
+    counts, shared = dataset.train_interactions, like.metrics
     groups = Groups.from_labels(dataset.catalog.group, counts)
-    shared = like.metrics
     allow = None if shared["allow"] is None else allowed_items(Path(shared["allow"]), dataset.catalog)
-    rows: dict[str, Recommender] = {
-        KNN: ItemKNN.fit(dataset.train, groups),
-        POPULAR: MostPopular(groups, counts),
-    }
-    how = {"search": "catalogue", "support": "none", "allow": shared["allow"], "seed": shared["seed"]}
+    knn, popular = ItemKNN.fit(dataset.train, groups), MostPopular(groups, counts)
     return [
         evaluate(
             recommender,
@@ -99,12 +85,17 @@ def baselines(dataset: Dataset, like: Evaluation) -> list[Evaluation]:
             k=like.items.shape[1],
             exclude=shared["exclude"],
             allow=allow,
-            facts=how,
+            facts={
+                "search": "catalogue",
+                "support": "none",
+                "allow": shared["allow"],
+                "seed": shared["seed"],
+            },
             train_targets=dataset.train_targets,
             train_interactions=counts,
             seed=shared["seed"],
         )
-        for name, recommender in rows.items()
+        for name, recommender in ((KNN, knn), (POPULAR, popular))
     ]
 
 
@@ -113,7 +104,7 @@ def row(evaluation: Evaluation | Repeats, note: str = "") -> Row:
     runs = evaluation.runs if isinstance(evaluation, Repeats) else (evaluation,)
     each = [run.metrics for run in runs]
     first = each[0]
-    metrics = {name: float(np.mean([m[name] for m in each])) for name in SHOWN}
+    means = {n: float(np.mean([m[n] for m in each])) for n in (*SHOWN, *MORE) if all(n in m for m in each)}
     intervals = {name: (low, high) for name, (low, high) in first["intervals"].items() if name in SHOWN}
     deviations = {}
     if len(runs) > 1:
@@ -122,12 +113,12 @@ def row(evaluation: Evaluation | Repeats, note: str = "") -> Row:
     notes = (note, _assistance(each), f"{len(runs)} seeds" if len(runs) > 1 else "")
     return Row(
         evaluation.name,
-        metrics,
+        {name: means[name] for name in SHOWN},
         intervals,
         "; ".join(part for part in notes if part),
         float(np.mean([m["timing"]["seconds"] for m in each])),
         deviations,
-        {name: float(np.mean([m[name] for m in each])) for name in MORE if all(name in m for m in each)},
+        {name: means[name] for name in MORE if name in means},
         {
             bucket: (part["n_users"], float(np.mean([m["by_popularity"][bucket]["HR@10"] for m in each])))
             for bucket, part in first.get("by_popularity", {}).items()
@@ -193,17 +184,11 @@ def comparisons(
 def example_rows(evaluation: Evaluation, n: int = 3) -> list[int]:
     """Rows worth a look, chosen by rule and not by taste: the first hit in the top 5, near miss, and miss."""
     rank = evaluation.rank
-    kinds = (
-        (rank >= 0) & (rank < 5),
-        (rank >= evaluation.items.shape[1]) & (rank < 100),
-        (rank >= 100) | (rank < 0),
-        np.ones(len(rank), dtype=bool),
-        np.ones(len(rank), dtype=bool),
-    )
+    hit, miss = (rank >= 0) & (rank < 5), (rank >= 100) | (rank < 0)
+    near, any_row = (rank >= evaluation.items.shape[1]) & (rank < 100), np.ones(len(rank), dtype=bool)
     rows: list[int] = []
-    for kind in kinds:
-        fresh = [r for r in np.flatnonzero(kind).tolist() if r not in rows]
-        rows.extend(fresh[:1])
+    for kind in (hit, near, miss, any_row, any_row):
+        rows += [r for r in np.flatnonzero(kind).tolist() if r not in rows][:1]
     return rows[:n]
 
 
@@ -242,14 +227,19 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
     evaluations = [load_evaluation(run) for run in runs]
     together = repeats([r for r, _ in opened], evaluations)
     first = [group[0] for group in together]
-    names = _names([runs[i] for i in first], [opened[i][0].title or opened[i][0].name for i in first])
+    titles = [opened[i][0].title or opened[i][0].name for i in first]
+    names = [
+        t if titles.count(t) == 1 else f"{t} ({runs[i].name})" for i, t in zip(first, titles, strict=True)
+    ]
+    name_of = {i: name for name, group in zip(names, together, strict=True) for i in group}
+    evaluations = [replace(evaluation, name=name_of[i]) for i, evaluation in enumerate(evaluations)]
     named: list[Evaluation | Repeats] = []
-    logs: dict[str, Path] = {}
+    curves = {}
     for name, group in zip(names, together, strict=True):
-        several = tuple(replace(evaluations[i], name=name) for i in group)
+        several = tuple(evaluations[i] for i in group)
         named.append(Repeats(name, several) if len(group) > 1 else several[0])
         for i in group:
-            logs[name if i == group[0] else f"{name}, seed {opened[i][0].seed}"] = runs[i]
+            curves[name if i == group[0] else f"{name}, seed {opened[i][0].seed}"] = read_log(runs[i])
     notes = [_row_note(opened[i][0], opened[i][1], evaluations[i].metrics) for i in first]
     if popular:
         named += baselines(dataset, evaluations[0])
@@ -258,17 +248,15 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
     writes = next((i for i, (r, _) in enumerate(opened) if r.sequential is None), None)
     looks = {}
     if writes is not None:
-        name = next(name for name, group in zip(names, together, strict=True) if writes in group)
-        looks = _looks(runs[writes], opened[writes][0], replace(evaluations[writes], name=name), dataset)
+        looks = _looks(runs[writes], opened[writes][0], evaluations[writes], dataset)
     return Report(
         title=f"{dataset.info['source']}: {', '.join(e.name for e in named)}",
         subtitle=_protocol(evaluations, dataset),
         rows=tuple(row(e, note) for e, note in zip(named, notes, strict=True)),
         comparisons=comparisons(named),
-        curves={name: read_log(run) for name, run in logs.items()},
+        curves=curves,
         **looks,
-        notes=tuple(dataset.info["notes"])
-        + tuple(_stopped(r.title or r.name, f) for r, f in opened if _stopped(r.name, f)),
+        notes=(*dataset.info["notes"], *_stopped(opened)),
         provenance=_provenance(record, [r.seed for r, _ in opened]),
     )
 
@@ -299,11 +287,6 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 def _rows(dataset: Dataset, evaluation: Evaluation) -> Split:
     split = dataset.test if evaluation.metrics["split"] == "test" else dataset.valid
     return first_rows(split, len(evaluation.rank))
-
-
-def _names(runs: Sequence[Path], titles: Sequence[str]) -> list[str]:
-    """Titles of runs, with the folder's name where a title occurs twice."""
-    return [t if titles.count(t) == 1 else f"{t} ({run.name})" for run, t in zip(runs, titles, strict=True)]
 
 
 def _protocol(evaluations: Sequence[Evaluation], dataset: Dataset) -> str:
@@ -344,19 +327,19 @@ def _row_note(recipe: Recipe, record: dict[str, Any], metrics: dict[str, Any]) -
     return note
 
 
-def _stopped(name: str, record: dict[str, Any]) -> str:
-    if record["training"]["stopped"] != "time limit":
-        return ""
-    steps = record["training"]["steps"]
-    return f"{name} stopped early on its time limit, after {steps} steps: more steps may change its numbers."
+def _stopped(opened: Sequence[tuple[Recipe, dict[str, Any]]]) -> list[str]:
+    """A sentence for each run that its clock stopped."""
+    late = [(r.title or r.name, f["training"]) for r, f in opened if f["training"]["stopped"] == "time limit"]
+    said = "{} stopped early on its time limit, after {} steps: more steps may change its numbers."
+    return [said.format(name, training["steps"]) for name, training in late]
 
 
 def _provenance(record: dict[str, Any], seeds: Sequence[int]) -> dict[str, str]:
-    shown = {name: version for name, version in record["versions"].items()}
-    shown |= {
+    return {
+        **record["versions"],
         "commit": record["commit"] or "installed package",
         "machine": record["machine"],
         "command": record["command"],
+        "seeds": ", ".join(str(seed) for seed in sorted(set(seeds))),
+        **{f"{part} hash": value[:16] for part, value in record["hashes"].items()},
     }
-    shown["seeds"] = ", ".join(str(seed) for seed in sorted(set(seeds)))
-    return shown | {f"{part} hash": value[:16] for part, value in record["hashes"].items()}

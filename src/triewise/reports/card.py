@@ -10,36 +10,16 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from triewise.recipe import Recipe, dump_recipe
 
 # Titles, authors and identifiers as on arXiv; the venues as the authors name them.
-MSL_BIBTEX = """@misc{wang2025msl,
-  title = {{MSL}: Not All Tokens Are What You Need for Tuning {LLM} as a Recommender},
-  author = {Bohao Wang and Feng Liu and Jiawei Chen and Xingyu Lou and Changwang Zhang and Jun Wang and Yuegang Sun
-            and Yan Feng and Chun Chen and Can Wang},
-  year = {2025},
-  eprint = {2504.04178},
-  archivePrefix = {arXiv},
-  primaryClass = {cs.IR},
-  note = {SIGIR 2025}
-}"""
-IGD_BIBTEX = """@misc{lin2025igd,
-  title = {{IGD}: Token Decisiveness Modeling via Information Gain in {LLMs} for Personalized Recommendation},
-  author = {Zijie Lin and Yang Zhang and Xiaoyan Zhao and Fengbin Zhu and Fuli Feng and Tat-Seng Chua},
-  year = {2025},
-  eprint = {2506.13229},
-  archivePrefix = {arXiv},
-  primaryClass = {cs.CL},
-  note = {NeurIPS 2025}
-}"""
-# The usage example; cards written before the package got its name have another one.
-_IMPORT, _LOAD = (
-    re.compile(r"^import (?:triewise|trierec)$", re.M),
-    re.compile(r'(?:triewise|trierec)\.load\("[^"\n]*"\)'),
-)
+# Titles, authors and identifiers as on arXiv; the venues as the authors name them.
+_PAPERS = resources.files("triewise.reports").joinpath("papers.bib").read_text(encoding="utf-8").strip()
+MSL_BIBTEX, IGD_BIBTEX = _PAPERS.split("\n\n")
 
 
 @dataclass(frozen=True)
@@ -70,30 +50,36 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts, where: str = ".") -> str:
-    """The card as Markdown with a YAML header.
-
-    Args:
-        facts: What it says.
-        where: Folder or hub id in the usage example.
-    """
+    """The card as Markdown with a YAML header; ``where`` is the folder or hub id in the usage example."""
+    kind = (
+        f"A sequential recommender: a model over item ids that scores all {facts.n_items:,} items."
+        if _of_ids(facts)
+        else "A recommender that lets a language model write the title of the next item, along the prefix tree of "
+        f"{facts.n_items:,} items."
+    )
+    follows = "Training and ranking follow, as far as the recipe says so, these two papers:"
     parts = [
-        f"---\n{_header(facts)}---\n\n# {escape(facts.name)}",
-        f"{_kind(facts)} Made with triewise.",
+        f"---\n{_header(facts)}\n---\n\n# {escape(facts.name)}",
+        f"{kind} Made with triewise.",
         _usage(facts, where),
         _data(facts),
         _model(facts),
         _results(facts),
         _recipe(facts),
         _limits(facts),
-        _citing(facts),
+        "" if _of_ids(facts) else f"## Citing\n\n{follows}\n\n{fenced(_PAPERS, 'bibtex')}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def addressed(card: str, repo_id: str, license: str | None = None) -> str:
-    """A card for another place: the usage example loads ``repo_id``, the header names the licence."""
-    card = _IMPORT.sub("import triewise", card, count=1)
-    card = _LOAD.sub(lambda _: f'triewise.load("{repo_id}")', card, count=1)
+    """A card for another place: the usage example loads ``repo_id``, the header names the licence.
+
+    Cards written before the package got its name have another usage example.
+    """
+    load = r'(?:triewise|trierec)\.load\("[^"\n]*"\)'
+    card = re.sub("^import (?:triewise|trierec)$", "import triewise", card, count=1, flags=re.M)
+    card = re.sub(load, lambda _: f'triewise.load("{repo_id}")', card, count=1)
     if license and card.startswith("---\n"):
         card = f"---\nlicense: {json.dumps(license)}\n" + card.removeprefix("---\n")
     return card
@@ -114,31 +100,30 @@ def without_folders(text: str) -> str:
 
 def fenced(text: str, language: str) -> str:
     """A code block whose fence is longer than any row of backticks in it."""
-    fence = "`" * max(3, *(len(row) + 1 for row in re.findall("`+", text)), 3)
+    fence = "`" * max([3, *(len(row) + 1 for row in re.findall("`+", text))])
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
 
 
 def _header(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    origin, source = facts.origin, _source(facts)
-    results = None
-    if facts.metrics is not None and source is not None:
+    origin, source, metrics, results = facts.origin, _source(facts), facts.metrics, None
+    if metrics is not None and source is not None:
         results = [
             EvalResult(
                 task_type="recommendation",
                 task_name="Next-item recommendation",
                 dataset_type=source,
                 dataset_name=source,
-                dataset_split=facts.metrics["split"],
+                dataset_split=metrics["split"],
                 metric_type=metric.lower(),
                 metric_name=metric,
-                metric_value=round(facts.metrics[metric], 6),
+                metric_value=round(metrics[metric], 6),
             )
-            for metric in facts.metrics["intervals"]
+            for metric in metrics["intervals"]
         ]
     on_hub = origin.get("repository") and "place" not in origin and "sha256_source" not in origin
-    data = ModelCardData(
+    return ModelCardData(
         library_name="triewise",
         tags=["recommendation", "sequential-recommendation", "generative-recommendation", "triewise"],
         base_model=origin["repository"] if on_hub else None,
@@ -146,8 +131,7 @@ def _header(facts: CardFacts) -> str:
         datasets=None if source is None else [source],
         model_name=facts.name,
         eval_results=results,
-    )
-    return f"{data.to_yaml()}\n"
+    ).to_yaml()
 
 
 def _adapter(origin: Mapping[str, Any]) -> bool:
@@ -157,15 +141,6 @@ def _adapter(origin: Mapping[str, Any]) -> bool:
 def _of_ids(facts: CardFacts) -> bool:
     """Whether it is a sequential model over item ids and no language model."""
     return facts.origin.get("kind") == "sequential"
-
-
-def _kind(facts: CardFacts) -> str:
-    if _of_ids(facts):
-        return f"A sequential recommender: a model over item ids that scores all {facts.n_items:,} items."
-    return (
-        "A recommender that lets a language model write the title of the next item, along the prefix tree of "
-        f"{facts.n_items:,} items."
-    )
 
 
 def _usage(facts: CardFacts, where: str) -> str:
@@ -193,9 +168,8 @@ print(ranking.titles(recommender.catalog)[0])"""
 def _data(facts: CardFacts) -> str:
     if facts.data is None:
         return ""
-    info = facts.data
+    info, settings = facts.data, facts.data["settings"]
     counts = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in info["counts"].items())
-    settings = info["settings"]
     lines = [
         f"- source: {escape(str(_source(facts)))}, {counts}",
         f"- split: {escape(str(settings['split']))}, histories of at most {settings['max_history']} items",
@@ -208,11 +182,8 @@ def _data(facts: CardFacts) -> str:
 
 def _model(facts: CardFacts) -> str:
     origin = facts.origin
-    named = [str(origin["name"])]
-    if origin.get("repository") not in (None, origin["name"]):
-        named.append(str(origin["repository"]))
-    if origin.get("revision"):
-        named.append(f"revision {origin['revision']}")
+    revision = f"revision {origin['revision']}" if origin.get("revision") else None
+    named = dict.fromkeys(str(part) for part in (origin["name"], origin.get("repository"), revision) if part)
     kind = "encoder of item ids" if _of_ids(facts) else "language model"
     lines = [f"- {kind}: {escape(', '.join(named))}"]
     if origin.get("quantisation", "none") != "none":
@@ -244,19 +215,11 @@ def _results(facts: CardFacts) -> str:
     metrics = facts.metrics
     groups = [name for name in ("warm", "cold") if metrics.get(name, {}).get("n_users")]
     heads = [f"{name} targets, {metrics[name]['n_users']} users" for name in groups]
-    rows = [
-        ["metric", "all users", "95 % interval", *heads],
-        ["---"] * (3 + len(heads)),
-    ]
+    rows = [["metric", "all users", "95 % interval", *heads], ["---"] * (3 + len(heads))]
     for name, (low, high) in metrics["intervals"].items():
         parts = [f"{metrics[part][name]:.4f}" if name in metrics[part] else "" for part in groups]
         rows.append([name, f"{metrics[name]:.4f}", f"{low:.4f} to {high:.4f}", *parts])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"## Results\n\n{table}\n\n{_protocol(facts)}"
-
-
-def _protocol(facts: CardFacts) -> str:
-    metrics = facts.metrics or {}
     excluded = {
         "none": "nothing is excluded from a ranking",
         "history": "items of the history are excluded",
@@ -265,9 +228,9 @@ def _protocol(facts: CardFacts) -> str:
     keys = dict.fromkeys((*facts.settings, "adapter", "allow", "seed"))
     said = [f"{key} = {without_folders(str(metrics[key]))}" for key in keys if metrics.get(key) is not None]
     return (
-        f"{metrics['n_users']:,} rows of the {metrics['split']} split; {excluded}; items with equal titles count as "
-        f"one. Settings: {escape(', '.join(said))}. Intervals: bootstrap over users. Warm targets were a training "
-        "target before, cold ones never."
+        f"## Results\n\n{table}\n\n{metrics['n_users']:,} rows of the {metrics['split']} split; {excluded}; items with "
+        f"equal titles count as one. Settings: {escape(', '.join(said))}. Intervals: bootstrap over users. Warm "
+        "targets were a training target before, cold ones never."
     )
 
 
@@ -275,8 +238,7 @@ def _recipe(facts: CardFacts) -> str:
     if facts.recipe is None:
         settings = ", ".join(f"{name} = {value}" for name, value in facts.settings.items())
         return f"## Recipe\n\nNot known here. The recommender ranks with {escape(settings)}."
-    shared = _shared(facts.recipe.model_dump(mode="json"))
-    shared["data"]["folder"] = None
+    shared = _shared(facts.recipe.model_dump(mode="json", exclude={"data": {"folder"}}))
     return f"## Recipe\n\n{fenced(dump_recipe(Recipe.model_validate(shared)), 'toml')}"
 
 
@@ -298,13 +260,6 @@ def _limits(facts: CardFacts) -> str:
     elif facts.run is not None:
         lines.append(f"- The results are those of one training with seed {facts.run['seed']}.")
     return "## Limits\n\n" + "\n".join(lines)
-
-
-def _citing(facts: CardFacts) -> str:
-    if _of_ids(facts):
-        return ""
-    text = "Training and ranking follow, as far as the recipe says so, these two papers:"
-    return f"## Citing\n\n{text}\n\n{fenced(MSL_BIBTEX + chr(10) * 2 + IGD_BIBTEX, 'bibtex')}"
 
 
 def _source(facts: CardFacts) -> str | None:

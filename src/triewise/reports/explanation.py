@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from triewise.tokens import Trie
-
 if TYPE_CHECKING:
     from triewise.data import Catalog
     from triewise.decoding import TrieEngine
@@ -80,6 +78,11 @@ class Example:
     target_rank: int
     recommendations: tuple[Recommendation, ...]
 
+    @property
+    def place(self) -> str:
+        """Where the true next title stands, in words."""
+        return "not ranked" if self.target_rank < 0 else f"place {self.target_rank + 1:,} of the ranking"
+
 
 @dataclass(frozen=True)
 class Branch:
@@ -131,24 +134,11 @@ def explain(
     """
     from triewise.decoding import Counters, edges_on_paths
 
-    leaf = engine.trie.leaf[list(items)].astype(np.int64)
+    trie, gain_N = engine.trie, np.asarray(gain, np.float64)
+    leaf = trie.leaf[list(items)].astype(np.int64)
     node, log_p = edges_on_paths(engine, [list(prompt)], np.zeros(len(leaf), np.int64), leaf, Counters())
-    edge_N = np.zeros(engine.trie.n_nodes)
+    edge_N = np.zeros(trie.n_nodes)
     edge_N[node] = log_p
-    return recommendations(engine.trie, tokenizer, catalog.title, edge_N, items, target, gain)
-
-
-def recommendations(
-    trie: Trie,
-    tokenizer: Any,
-    titles: Sequence[str],
-    edge_log_p: ArrayLike,
-    items: Sequence[int],
-    target: int | None,
-    gain: ArrayLike,
-) -> tuple[Recommendation, ...]:
-    """`explain` from log-probabilities (N,) of the edge into each node that are already there."""
-    edge_N, gain_N = np.asarray(edge_log_p, np.float64), np.asarray(gain, np.float64)
     recommended = []
     for item in items:
         path = trie.path_to(int(trie.leaf[item]))
@@ -159,7 +149,7 @@ def recommendations(
         )
         score = math.fsum(token.log_p for token in tokens)
         hit = target is not None and bool(trie.leaf[item] == trie.leaf[target])
-        recommended.append(Recommendation(int(item), titles[item], score, tokens, hit))
+        recommended.append(Recommendation(int(item), catalog.title[item], score, tokens, hit))
     return tuple(recommended)
 
 
@@ -169,11 +159,10 @@ def token_texts(tokenizer: Any, title: Sequence[int]) -> list[str]:
     A character may be spread over several tokens: the one that completes it shows it, those before it show
     nothing. Together the texts are exactly what the tokenizer decodes the title to.
     """
-    ids = list(title)[:-1]
-    whole = _decode(tokenizer, ids)
-    shown, texts = 0, []
-    for n in range(1, len(ids) + 1):
-        prefix = whole if n == len(ids) else _decode(tokenizer, ids[:n])
+    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    prefixes = [tokenizer.decode(list(title[:n]), **how) for n in range(1, len(title))]
+    whole, shown, texts = prefixes[-1] if prefixes else "", 0, list[str]()
+    for prefix in prefixes:
         differ = (i for i, (a, b) in enumerate(zip(prefix, whole, strict=False)) if a != b)
         agreed = max(shown, next(differ, min(len(prefix), len(whole))))
         texts.append(whole[shown:agreed])
@@ -188,14 +177,14 @@ def pieces(tokens: Sequence[Token]) -> tuple[Token, ...]:
     decision. The terminator stays last, with an empty text.
     """
     whole: list[Token] = []
-    held: Token | None = None
-    for token in tokens[:-1]:
-        joined = token if held is None else _join(held, token)
-        held = None if joined.text else joined
-        if joined.text:
-            whole.append(joined)
-    end = tokens[-1:] if held is None else (_join(held, tokens[-1]),)
-    return (*whole, *end)
+    for token in tokens:
+        if not whole or whole[-1].text:
+            whole.append(token)
+            continue
+        held = whole.pop()
+        n_valid = held.n_valid if held.decides else token.n_valid
+        whole.append(Token(token.text, held.log_p + token.log_p, n_valid, held.gain + token.gain, token.node))
+    return tuple(whole)
 
 
 def decoding_tree(recommended: Sequence[Recommendation]) -> Branch:
@@ -207,21 +196,10 @@ def decoding_tree(recommended: Sequence[Recommendation]) -> Branch:
     Returns:
         The root; its ``text`` is empty and ``forced`` is what every title of the catalogue begins with.
     """
-    return _grow([(rank, pieces(r.tokens)) for rank, r in enumerate(recommended)], None)
+    return _grow([(rank, pieces(r.tokens)) for rank, r in enumerate(recommended)], Token("", 0.0, 0, 0.0))
 
 
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
-
-
-def _join(first: Token, second: Token) -> Token:
-    n_valid = first.n_valid if first.decides else second.n_valid
-    log_p, gain = first.log_p + second.log_p, first.gain + second.gain
-    return Token(first.text + second.text, log_p, n_valid, gain, second.node)
-
-
-def _grow(paths: list[tuple[int, tuple[Token, ...]]], edge: Token | None) -> Branch:
+def _grow(paths: list[tuple[int, tuple[Token, ...]]], edge: Token) -> Branch:
     """The branch whose deciding token is ``edge`` and whose titles go on with ``paths``."""
     forced: list[Token] = []
     while paths[0][1] and not paths[0][1][0].decides:
@@ -229,7 +207,7 @@ def _grow(paths: list[tuple[int, tuple[Token, ...]]], edge: Token | None) -> Bra
         paths = [(rank, tokens[1:]) for rank, tokens in paths]
     text = "".join(token.text for token in forced)
     ahead = math.fsum(token.log_p for token in forced)
-    start = ("" if edge is None else edge.text, text, 0.0 if edge is None else edge.log_p, ahead)
+    start = (edge.text, text, edge.log_p, ahead)
     if not paths[0][1]:
         return Branch(*start, n_valid=0, rest=0.0, rank=paths[0][0], children=())
     groups: dict[Token, list[tuple[int, tuple[Token, ...]]]] = {}

@@ -10,36 +10,32 @@ from __future__ import annotations
 
 import html
 import math
-import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.reports.description import percent
+from triewise.reports.description import legible, percent
 from triewise.reports.explanation import Branch, Recommendation, decoding_tree, pieces
 
 WIDTH = 400
 ROW = 66  # height of one title in a drawn tree
 BOLD = 1.07  # bold text is so much wider
 POSITIONS = 24  # bars of the forced share
-FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # what no HTML file may hold
-Interval = tuple[float, float]
+Dot = tuple[str, str, float, tuple[float, float] | None]  # name, colour class, value, interval
 
 
-def dot_panel(groups: Sequence[tuple[str, Sequence[tuple[str, str, float, Interval | None]]]]) -> str:
-    """Dots with whiskers on one axis that contains 0.
-
-    Args:
-        groups: For each heading its rows: name, colour class, value, interval.
-    """
-    ends = [v for _, rows in groups for *_, value, interval in rows for v in (value, *(interval or ()))]
+def dot_panel(groups: Mapping[str, Sequence[Dot]]) -> str:
+    """Dots with whiskers on one axis that contains 0, one below the other under each heading."""
+    ends = [v for rows in groups.values() for *_, value, interval in rows for v in (value, *(interval or ()))]
     ticks = round_ticks(min(0.0, *ends), max(0.0, *ends))
-    left = min(190.0, 18 + max(text_width(elide(name, 22), 12.5) for _, rows in groups for name, *_ in rows))
+    left = min(
+        190.0, 18 + max(text_width(elide(name, 22), 12.5) for rows in groups.values() for name, *_ in rows)
+    )
     x = scale(ticks[0], ticks[-1], left, 378)
     marks, said, y = [], [], 8.0
-    for heading, rows in groups:
+    for heading, rows in groups.items():
         y += 20
         marks.append(_text(0, y, heading, "head"))
         for name, css, value, interval in rows:
@@ -116,11 +112,7 @@ def forced_bars(share: NDArray[np.float64], weight: NDArray[np.float64]) -> str:
 
 
 def tree_drawing(found: Sequence[Recommendation]) -> str:
-    """The paths of some recommended titles through the trie, from left to right; as wide as they need.
-
-    Args:
-        found: Titles, best first; at least one.
-    """
+    """The paths of one or more titles, best first, through the trie, from left to right; as wide as they need."""
     plot = _TreePlot({place for place, r in enumerate(found) if r.is_target})
     root = decoding_tree(found)
     rows = plot.grow(root, plot.edge(root, -10.0, -10.0, 0) if root.forced else 2.0, 0)
@@ -217,7 +209,7 @@ def svg(width: float, height: float, said: str, body: str, style: str = "") -> s
 
 def escape(text: object) -> str:
     """Safe as HTML text and in quoted attributes; what no HTML file may hold becomes U+FFFD."""
-    return html.escape(FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", str(text)))
+    return html.escape(legible(str(text)))
 
 
 def elide(text: str, n: int) -> str:

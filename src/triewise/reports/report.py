@@ -7,6 +7,7 @@ A section whose numbers are missing is left out. Titles are untrusted text: ever
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -19,15 +20,7 @@ from numpy.typing import NDArray
 from triewise.files import write_text
 from triewise.reports.description import fact_lines, percent
 from triewise.reports.explanation import Example, Recommendation, Token, pieces
-from triewise.reports.figures import (
-    POSITIONS,
-    Interval,
-    curve_panel,
-    dot_panel,
-    escape,
-    forced_bars,
-    tree_drawing,
-)
+from triewise.reports.figures import POSITIONS, Dot, curve_panel, dot_panel, escape, forced_bars, tree_drawing
 
 # The field's four; other metrics are shown only where none of these is.
 METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
@@ -37,6 +30,8 @@ RECENT = 5  # titles of a history that are shown at once
 POINTS = 300  # of a training curve
 COLOURS = 6
 WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten", 20: "twenty"}
+_HERE = resources.files("triewise.reports")
+NOTES: dict[str, str] = tomllib.loads(_HERE.joinpath("report.toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -127,17 +122,19 @@ def write_report(path: Path, report: Report) -> None:
     names = dict.fromkeys([*(row.name for row in report.rows), *report.curves])
     colour = {name: f"c{i % COLOURS}" for i, name in enumerate(names)}
     head = f'<h1>{escape(report.title)}</h1><p class="sub">{escape(report.subtitle)}</p>{_summary(report)}'
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    origins = [(name, f"<code>{escape(value)}</code>") for name, value in report.provenance.items()]
     sections = (
-        _metrics(report, colour),
-        _training(report.curves, colour),
+        ("Who finds the next title?", _metrics(report, colour)),
+        ("How the training went", _training(report.curves, colour)),
         _catalogue(report),
-        _examples(report.examples),
-        _list("Notes", report.notes),
-        _provenance(report.provenance),
+        ("What users get", _examples(report.examples)),
+        ("Notes", f"<ul>{notes}</ul>" if notes else ""),
+        ("Where this comes from", _definitions(origins)),
     )
-    body = "\n".join(part for part in (f"<header>{head}</header>", *sections) if part)
-    template = resources.files("triewise.reports").joinpath("report.html").read_text(encoding="utf-8")
-    page, rest = template.split("{title}")
+    parts = [f"<section><h2>{escape(heading)}</h2>{part}</section>" for heading, part in sections if part]
+    body = "\n".join([f"<header>{head}</header>", *parts])
+    page, rest = _HERE.joinpath("report.html").read_text(encoding="utf-8").split("{title}")
     write_text(path, page + escape(report.title) + rest.replace("{body}", body))
 
 
@@ -158,52 +155,44 @@ def _summary(report: Report) -> str:
     about = f"compares {WORDS.get(n, n)} ways to" if n > 1 else f"shows how well {report.rows[0].name} can"
     what = f"This page {about} recommend the title a user takes next{titles}."
     pairs = _differences([c for c in report.comparisons if c.metric == main], main)
-    spread = (
-        "Intervals cover the choice of users, not the randomness of training." if rows[0].intervals else ""
-    )
+    chance = "Intervals cover the choice of users, not the randomness of training."
+    spread = chance if rows[0].intervals else ""
     text = f"{escape(what)} <b>{escape(_best(rows, main))}</b> {escape(pairs)} {escape(spread)}"
     return f'<p class="summary">{text.strip()}</p>'
 
 
-def _unit(metric: str) -> tuple[float, int, bool]:
-    """How a metric is written in sentences: factor, digits, and whether that is a share of users."""
-    return (100.0, 1, True) if metric.startswith("HR@") else (1.0, 3, False)
+def _said(metric: str, value: float, sign: str = "") -> str:
+    """A value of a metric as sentences have it: shares of users in percent, differences with a ``+``."""
+    text = f"{100 * value:{sign}.1f}" if metric.startswith("HR@") else f"{value:{sign}.3f}"
+    return text.replace("-", "−") if sign else text
 
 
 def _best(ranked: Sequence[Row], metric: str) -> str:
     """Who is ahead, in words; a tie is named as such."""
-    factor, digits, is_share = _unit(metric)
-    unit = "\xa0%" if is_share else ""
-    top = ranked[0].metrics[metric]
-    leaders = [row.name for row in ranked if row.metrics[metric] == top]
-    low, high = (f"{factor * end:.{digits}f}" for end in ranked[0].intervals.get(metric, (0.0, 0.0)))
-    interval = f" (95\xa0% interval {low} to {high}{unit})" if metric in ranked[0].intervals else ""
-    against = [
-        f"{factor * row.metrics[metric]:.{digits}f}{unit} for {row.name}" for row in ranked[len(leaders) :]
-    ]
-    begin = (
-        f"{' and '.join(leaders)} {'are level' if len(leaders) > 1 else 'scores highest'}: "
-        if len(ranked) > 1
-        else ""
-    )
-    value = f"{factor * top:.{digits}f}{unit}"
-    k = int(metric[3:]) if is_share else 0
-    what = f"the true next title is among the first {WORDS.get(k, k)} for {value} of the users"
-    sentence = begin + (what if is_share else f"{metric} is {value}") + interval
+    k = int(metric[3:]) if metric.startswith("HR@") else 0
+    unit = "\xa0%" if k else ""
+    values = [f"{_said(metric, row.metrics[metric])}{unit}" for row in ranked]
+    leaders = [row.name for row in ranked if row.metrics[metric] == ranked[0].metrics[metric]]
+    what = f"the true next title is among the first {WORDS.get(k, k)} for {values[0]} of the users"
+    sentence = what if k else f"{metric} is {values[0]}"
+    if metric in ranked[0].intervals:
+        low, high = (_said(metric, end) for end in ranked[0].intervals[metric])
+        sentence += f" (95\xa0% interval {low} to {high}{unit})"
+    against = [f"{value} for {row.name}" for value, row in zip(values, ranked, strict=True)][len(leaders) :]
     sentence += f", against {' and '.join(against[:3])}." if against else "."
-    return sentence[0].upper() + sentence[1:] if not begin else sentence
+    if len(ranked) == 1:
+        return sentence[0].upper() + sentence[1:]
+    return f"{' and '.join(leaders)} {'are level' if len(leaders) > 1 else 'scores highest'}: {sentence}"
 
 
 def _differences(comparisons: Sequence[Comparison], metric: str) -> str:
     """Paired differences of one metric in words, and what their intervals say."""
-    factor, digits, is_share = _unit(metric)
-    points = " points" if is_share else ""
+    points = " points" if metric.startswith("HR@") else ""
     sentences = []
     for name in dict.fromkeys(c.a for c in comparisons):
         clauses = [
-            f"{factor * abs(c.difference):.{digits}f}{points} {'below' if c.difference < 0 else 'above'}"
-            f" that of {c.b}"
-            f" (95\xa0% interval {_signed(factor * c.low, digits)} to {_signed(factor * c.high, digits)})"
+            f"{_said(metric, abs(c.difference))}{points} {'below' if c.difference < 0 else 'above'} that of {c.b}"
+            f" (95\xa0% interval {_said(metric, c.low, '+')} to {_said(metric, c.high, '+')})"
             for c in comparisons
             if c.a == name
         ]
@@ -227,45 +216,45 @@ def _metrics(report: Report, colour: Mapping[str, str]) -> str:
     best = {name: max(row.metrics.get(name, -math.inf) for row in report.rows) for name in names}
     rows = []
     for row in report.rows:
-        cells = [
-            _cell(_value(row, n), row.intervals.get(n), ".3f", row.metrics[n] == best[n])
-            if n in row.metrics
-            else "–"
-            for n in names
-        ]
-        rows.append((_row_head(row, colour[row.name]), cells))
-    tables = (
-        f'{_table("method", names, rows)}<p class="note">{_METRICS_NOTE}</p>{_paired(report.comparisons)}'
-    )
-    more = _more(report.rows, colour)
-    return _section("Who finds the next title?", tables + _dots(report, names, colour) + more)
+        spread = {n: f" ± {deviation:.3f}" for n, deviation in row.deviations.items()}
+        cells = dict.fromkeys(names, "–")
+        for n, value in row.metrics.items():
+            cells[n] = _cell(value, row.intervals.get(n), ".3f", spread.get(n, ""), value == best.get(n))
+        rows.append((_row_head(row, colour), [cells[n] for n in names]))
+    table = f'{_table("method", names, rows)}<p class="note">{NOTES["metrics"]}</p>'
+    return table + _paired(report.comparisons) + _dots(report, names, colour) + _more(report.rows, colour)
 
 
-def _value(row: Row, name: str) -> str:
-    deviation = f" ± {row.deviations[name]:.3f}" if name in row.deviations else ""
-    return f"{row.metrics[name]:.3f}{deviation}"
+def more_columns(
+    rows: Sequence[Row], but: str = ""
+) -> tuple[list[str], dict[str, int], list[list[str | None]]]:
+    """Other cuts and coverage ``but`` one, and hits by popularity of the target.
+
+    Returns:
+        Names of the cuts, users by bucket of popularity, and the values of each row: cuts, then buckets.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row.more if name != but))
+    sizes = {bucket: n for row in rows for bucket, (n, _) in row.by_popularity.items()}
+    known = [row.more | {b: value for b, (_, value) in row.by_popularity.items()} for row in rows]
+    wanted = [*names, *sizes]
+    return names, sizes, [[f"{each[n]:.3f}" if n in each else None for n in wanted] for each in known]
 
 
 def _more(rows: Sequence[Row], colour: Mapping[str, str]) -> str:
-    """Other cuts, coverage, and hits by popularity of the target."""
-    names = list(dict.fromkeys(name for row in rows for name in row.more))
-    sizes = {bucket: n for row in rows for bucket, (n, _) in row.by_popularity.items()}
+    names, sizes, values = more_columns(rows)
     if not names and not sizes:
         return ""
-    lines = []
-    for row in rows:
-        values = [row.more.get(name) for name in names]
-        values += [row.by_popularity[b][1] if b in row.by_popularity else None for b in sizes]
-        key = f'<i class="key {colour[row.name]}"></i>{escape(row.name)}'
-        lines.append((key, ["–" if value is None else f"{value:.3f}" for value in values]))
+    lines = [
+        (_key(row, colour), [cell or "–" for cell in cells]) for row, cells in zip(rows, values, strict=True)
+    ]
     heads = [f"{bucket} seen ({n:,} users)" for bucket, n in sizes.items()]
-    return f'{_table("method", [*names, *heads], lines)}<p class="note">{_MORE_NOTE}</p>'
+    return f'{_table("method", [*names, *heads], lines)}<p class="note">{NOTES["more"]}</p>'
 
 
 def _paired(comparisons: Sequence[Comparison]) -> str:
     metrics = list(dict.fromkeys(c.metric for c in comparisons))
     cells = {
-        (c.a, c.b, c.metric): _cell(_signed(c.difference), (c.low, c.high), "+.3f", word=c.verdict)
+        (c.a, c.b, c.metric): _cell(c.difference, (c.low, c.high), "+.3f", word=c.verdict)
         for c in comparisons
     }
     pairs = dict.fromkeys((c.a, c.b) for c in comparisons)
@@ -279,52 +268,59 @@ def _table(corner: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequen
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         for first, cells in rows
     )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll" tabindex="0" role="group" aria-label="Table">{table}</div>'
+    return _scroll("Table", f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
-def _cell(value: str, interval: Interval | None, form: str, best: bool = False, word: str = "") -> str:
-    low, high = (format(end, form).replace("-", "−") for end in interval or (0.0, 0.0))
-    small = f"<small>{low} <wbr>to\xa0{high}</small>" if interval else ""
-    return (f"<b>{value}</b>" if best else value) + small + (f"<small>{word}</small>" if word else "")
+def _scroll(label: str, wide: str) -> str:
+    return f'<div class="scroll" tabindex="0" role="group" aria-label="{escape(label)}">{wide}</div>'
 
 
-def _row_head(row: Row, colour: str) -> str:
+def _cell(
+    value: float,
+    interval: tuple[float, float] | None,
+    form: str,
+    spread: str = "",
+    best: bool = False,
+    word: str = "",
+) -> str:
+    shown, *ends = (format(number, form).replace("-", "−") for number in (value, *(interval or ())))
+    shown = f"<b>{shown}{spread}</b>" if best else shown + spread
+    small = f"<small>{ends[0]} <wbr>to\xa0{ends[1]}</small>" if ends else ""
+    return shown + small + (f"<small>{word}</small>" if word else "")
+
+
+def _key(row: Row, colour: Mapping[str, str]) -> str:
+    return f'<i class="key {colour[row.name]}"></i>{escape(row.name)}'
+
+
+def _row_head(row: Row, colour: Mapping[str, str]) -> str:
     seconds = row.seconds
     took = "" if seconds is None else f"ranked in {seconds:.{1 if seconds < 10 else 0}f}\xa0s"
     note = "; ".join(part for part in (row.note, took) if part)
-    small = f"<small>{escape(note)}</small>" if note else ""
-    return f'<i class="key {colour}"></i>{escape(row.name)}{small}'
+    return _key(row, colour) + (f"<small>{escape(note)}</small>" if note else "")
 
 
 def _dots(report: Report, names: Sequence[str], colour: Mapping[str, str]) -> str:
     """Dots with whiskers: a panel for each kind of metric, and one for the paired differences."""
-    panels = []
-    for kind in dict.fromkeys(name.partition("@")[0] for name in names):
-        groups = []
-        for name in (n for n in names if n.partition("@")[0] == kind):
-            rows = [row for row in report.rows if name in row.metrics]
-            groups.append(
-                (name, [(r.name, colour[r.name], r.metrics[name], r.intervals.get(name)) for r in rows])
-            )
-        panels.append(dot_panel(groups))
-    pairs: dict[str, list[tuple[str, str, float, Interval | None]]] = {}
+    panels: dict[str, dict[str, list[Dot]]] = {}
+    for name in names:
+        rows = [row for row in report.rows if name in row.metrics]
+        dots = [(r.name, colour[r.name], r.metrics[name], r.intervals.get(name)) for r in rows]
+        panels.setdefault(name.partition("@")[0], {})[name] = dots
     for c in report.comparisons:
         line = (f"{c.a} − {c.b}", colour.get(c.a, "c0"), c.difference, (c.low, c.high))
+        pairs = panels.setdefault("user by user", {})
         pairs.setdefault(f"{c.metric}, user by user", []).append(line)
-    panels += [dot_panel(list(pairs.items()))] if pairs else []
     caption = "Dot: mean over users. Line: its 95\xa0% interval. Further right is better."
-    if pairs:
+    if report.comparisons:
         caption += " User by user: a difference whose line does not touch 0 is unlikely to be only luck."
-    return _figure("".join(panels), caption)
+    return _figure("".join(dot_panel(groups) for groups in panels.values()), caption)
 
 
 def _training(curves: Mapping[str, list[dict[str, Any]]], colour: Mapping[str, str]) -> str:
     measured = dict.fromkeys(key for rows in curves.values() for row in rows for key in row.get("valid", {}))
     watched = next((name for name in ("NDCG@10", "HR@10", *measured) if name in measured), "")
-    validations = {
-        run: [row["valid"] | row for row in rows if "valid" in row] for run, rows in curves.items()
-    }
+    valid = {run: [row["valid"] | row for row in rows if "valid" in row] for run, rows in curves.items()}
     panels = [
         curve_panel(title, {run: _series(rows, key, varies) for run, rows in logs.items()}, colour)
         for key, title, varies, logs in (
@@ -333,10 +329,10 @@ def _training(curves: Mapping[str, list[dict[str, Any]]], colour: Mapping[str, s
             ("loss_zero_gain", "Loss of zero-gain tokens", False, curves),
             ("temperature", "Temperature", True, curves),
             ("w", "Gradient weight w", True, curves),
-            (watched, f"Validation {watched}", False, validations),
+            (watched, f"Validation {watched}", False, valid),
         )
     ]
-    return _section("How the training went", _figure("".join(panels), _CURVES_NOTE)) if any(panels) else ""
+    return _figure("".join(panels), NOTES["curves"]) if any(panels) else ""
 
 
 def _series(rows: Iterable[Mapping[str, Any]], key: str, varies: bool) -> NDArray[np.float64]:
@@ -349,10 +345,10 @@ def _series(rows: Iterable[Mapping[str, Any]], key: str, varies: bool) -> NDArra
     return np.array([block.mean(axis=0) for block in np.array_split(points, min(len(points), POINTS))])
 
 
-def _catalogue(report: Report) -> str:
+def _catalogue(report: Report) -> tuple[str, str]:
     facts = _definitions((name, escape(value)) for name, value in fact_lines(report.facts))
     if report.forced is None or not np.sum(report.forced[1]) > 0:
-        return _section("The data", facts) if facts else ""
+        return "The data", facts
     share, weight = (np.asarray(part, dtype=np.float64) for part in report.forced)
     weight = weight / weight.sum()
     later = float(weight[POSITIONS:].sum())
@@ -363,9 +359,8 @@ def _catalogue(report: Report) -> str:
     if later:
         caption += f" Positions after {POSITIONS} hold {percent(later)} of the tokens and are not drawn."
     figure = _figure(forced_bars(share, weight), caption)
-    return _section(
-        "How much of a title is a choice?", f'<p>{_CHOICE_NOTE}</p><div class="panels">{figure}{facts}</div>'
-    )
+    body = f'<p>{NOTES["choice"]}</p><div class="panels">{figure}{facts}</div>'
+    return "How much of a title is a choice?", body
 
 
 def _examples(examples: Sequence[Example]) -> str:
@@ -380,24 +375,19 @@ def _examples(examples: Sequence[Example]) -> str:
     ranges = ("over 90", "50 to 90", "20 to 50", "5 to 20", "under 5")
     legend = " ".join(f'<span class="d{i}">{r}\xa0%</span>' for i, r in enumerate(ranges, 1))
     shades = f'<p class="legend">Probability of a decision: {legend} <span class="f">forced</span></p>'
-    return _section("What users get", f"<p>{_USERS_NOTE}</p>{shades}{''.join(cards)}")
+    return f"<p>{NOTES['users']}</p>{shades}{''.join(cards)}"
 
 
 def _card(example: Example, draw: bool) -> str:
     titles = [f"<li><bdi>{escape(title)}</bdi></li>" for title in example.history]
-    earlier, recent = "".join(titles[:-RECENT]), "".join(titles[-RECENT:])
-    n = len(titles) - RECENT
-    more = (
-        f'<details><summary>{n} earlier</summary><ol class="chips">{earlier}</ol></details>'
-        if earlier
-        else ""
-    )
-    rank = "not ranked" if example.target_rank < 0 else f"place {example.target_rank + 1:,} of the ranking"
+    earlier, recent = titles[:-RECENT], "".join(titles[-RECENT:])
+    chips = f'<ol class="chips">{"".join(earlier)}</ol>'
+    more = f"<details><summary>{len(earlier)} earlier</summary>{chips}</details>" if earlier else ""
     got = "".join(_recommended(place, r) for place, r in enumerate(example.recommendations, 1))
     return (
         f"<article><h3>User {escape(example.user)} <span>{escape(example.method)}</span></h3>"
         f'<h4>History, oldest first</h4>{more}<ol class="chips">{recent or "<li>nothing yet</li>"}</ol>'
-        f'<h4>True next title</h4><p class="next"><bdi>{escape(example.target)}</bdi> <span>{rank}</span>'
+        f'<h4>True next title</h4><p class="next"><bdi>{escape(example.target)}</bdi> <span>{example.place}</span>'
         f'</p><h4>Recommended</h4><ol class="recs">{got or "<li>nothing</li>"}</ol>'
         f"{_paths(example) if draw else ''}</article>"
     )
@@ -419,30 +409,19 @@ def _span(piece: Token) -> str:
     hint = f"{ways}; −ln p = {-piece.log_p:.2f}, gain = {piece.gain:.4f} nats"
     word = piece.text.lstrip() or piece.text
     shown = escape(word) if word else '<i class="stop" role="img" aria-label="end of the title"></i>'
-    space = piece.text[: len(piece.text) - len(word)]
+    space = piece.text.removesuffix(word)
     return f'{escape(space)}<span class="d{shade}" title="{escape(hint)}">{shown}</span>'
 
 
 def _paths(example: Example) -> str:
     found = example.recommendations
-    caption = _PATHS_NOTE
+    caption = NOTES["paths"]
     if any(not token.decides and token.log_p < -1e-4 for r in found for token in r.tokens):
         caption += " Here tokens that leave the catalogue have a probability too (vocabulary support)."
     if not any(r.is_target for r in found):
         caption += f" The true next title, {example.target}, is not among them."
-    label = f'aria-label="Decoding paths of user {escape(example.user)}; scrolls sideways"'
-    drawing = f'<div class="scroll" tabindex="0" role="group" {label}>{tree_drawing(found)}</div>'
+    drawing = _scroll(f"Decoding paths of user {example.user}; scrolls sideways", tree_drawing(found))
     return f'<figure class="tree">{drawing}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _list(heading: str, sentences: Sequence[str]) -> str:
-    points = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return _section(heading, f"<ul>{points}</ul>") if points else ""
-
-
-def _provenance(facts: Mapping[str, str]) -> str:
-    listed = _definitions((name, f"<code>{escape(value)}</code>") for name, value in facts.items())
-    return _section("Where this comes from", listed) if listed else ""
 
 
 def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
@@ -450,35 +429,5 @@ def _definitions(pairs: Iterable[tuple[str, str]]) -> str:
     return f"<dl>{listed}</dl>" if listed else ""
 
 
-def _signed(value: float, digits: int = 3) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _section(heading: str, body: str) -> str:
-    return f"<section><h2>{escape(heading)}</h2>{body}</section>"
-
-
 def _figure(panels: str, caption: str) -> str:
     return f'<figure><div class="panels">{panels}</div><figcaption>{escape(caption)}</figcaption></figure>'
-
-
-# Line breaks inside these are white space to HTML.
-_METRICS_NOTE = """HR@K: share of users whose true next title is among the first K. NDCG@K: the same,
-but a hit counts less the further down it stands. Small print: 95\xa0% interval. ±: standard
-deviation over seeds, of a mean over them. Bold: best of the column."""
-_MORE_NOTE = """Coverage: share of all titles that are in anybody's first ten. Last columns: HR@10 of the
-users whose true next title occurs so many times in training."""
-_CURVES_NOTE = """One line per run, over training steps; a point is the mean since the point before it.
-Losses in nats. Zero-gain tokens decide nothing: all training titles that begin so go on so. w = 1 − p
-of the target token says how strongly it still pulls. A loss over the valid tokens (MSL) and one over
-the whole vocabulary (LML) are not on one scale: compare their shapes, not their heights."""
-_CHOICE_NOTE = """A language model recommends here by writing a title, token by token. All titles
-together form a tree, and only tokens with which some title goes on are valid. Mostly there is just one:
-it is forced."""
-_USERS_NOTE = """What some users had, what they took next, and what was recommended. A coloured,
-underlined token was a decision: the stronger the colour, the less probable it was, so the more it
-decided. Grey letters were forced."""
-_PATHS_NOTE = """The paths of these titles through the tree of all titles, from left to right. In a box:
-how many ways the catalogue lets the title go on. Bold: the token chosen, with its probability below;
-the thicker the line, the likelier. Grey letters: forced. Dashed: the probability of all ways not drawn.
-At the end: place and probability of the whole title, the product along its path."""

@@ -2,12 +2,13 @@
 
 Titles are untrusted text and printed as they are: nothing in them is taken for markup, and control characters
 never reach the terminal. Where there is no colour (a file, a pipe), brackets say what colour and bold would.
+Every function prints to its ``console``, by default to stdout.
 """
 
 from __future__ import annotations
 
 import math
-import unicodedata
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from triewise.reports.description import fact_lines, percent
+from triewise.reports.description import fact_lines, legible, percent
 from triewise.reports.explanation import Example, Recommendation, pieces
-from triewise.reports.report import Comparison, Row, shown_metrics
+from triewise.reports.report import RECENT, Comparison, Row, more_columns, shown_metrics
 
-RECENT = 5  # titles of a history that are printed
 NARROWEST = 20  # columns that a wrapped text gets at least
 WIDEST_NAME = 40  # of a fact; its value stands beside it
 
@@ -28,19 +28,9 @@ WIDEST_NAME = 40  # of a fact; its value stands beside it
 def print_rows(
     rows: Sequence[Row], comparisons: Sequence[Comparison], console: Console | None = None
 ) -> None:
-    """Print a table of methods, each metric with its 95 % interval, and a line per comparison.
-
-    Args:
-        rows: The methods.
-        comparisons: Paired differences.
-        console: Where to print; default stdout.
-    """
-    console = console or Console()
-    names = shown_metrics(rows)
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column("method", overflow="fold")
-    for name in names:
-        table.add_column(Text(clean(name)), justify="right", no_wrap=True)
+    """Print a table of methods, each metric with its 95 % interval, and a line per comparison."""
+    console, names = console or Console(), shown_metrics(rows)
+    table = _table(names)
     for row in rows:
         first = Text(clean(row.name), style="bold")
         if row.note:
@@ -59,12 +49,7 @@ def print_rows(
 
 
 def print_examples(examples: Sequence[Example], console: Console | None = None) -> None:
-    """Print users with history, true next title and recommendations, the deciding tokens marked.
-
-    Args:
-        examples: The users.
-        console: Where to print; default stdout.
-    """
+    """Print users with history, true next title and recommendations, the deciding tokens marked."""
     if not examples:
         return
     console = console or Console()
@@ -72,15 +57,12 @@ def print_examples(examples: Sequence[Example], console: Console | None = None) 
     for example in examples:
         earlier = len(example.history) - RECENT
         before = f", {earlier} titles before these" if earlier > 0 else "" if example.history else ": nothing"
-        place = (
-            "not ranked" if example.target_rank < 0 else f"place {example.target_rank + 1:,} of the ranking"
-        )
         console.print()
         _hang(console, "", Text(f"User {clean(example.user)}, {clean(example.method)}", style="bold"))
         _hang(console, "  ", Text(f"history{before}"))
         for title in example.history[-RECENT:]:
             _hang(console, "    ", Text(clean(title)))
-        _hang(console, "  ", Text(f"true next title, {place}"))
+        _hang(console, "  ", Text(f"true next title, {example.place}"))
         _hang(console, "    ", Text(clean(example.target), style="bold"))
         _hang(console, "  ", Text("recommended"))
         for n, recommended in enumerate(example.recommendations, 1):
@@ -93,12 +75,7 @@ def print_examples(examples: Sequence[Example], console: Console | None = None) 
 def print_recommendations(
     titles: Sequence[tuple[str, float, Recommendation | None]], console: Console | None = None
 ) -> None:
-    """Print titles with place and score, the deciding tokens marked where they are known.
-
-    Args:
-        titles: Title, score, and which tokens decided, or None; best first.
-        console: Where to print; default stdout.
-    """
+    """Print titles, best first, with place and score; the deciding tokens are marked where they are not None."""
     console = console or Console()
     coloured = console.color_system is not None
     for place, (title, score, why) in enumerate(titles, 1):
@@ -109,12 +86,7 @@ def print_recommendations(
 
 
 def print_facts(facts: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print names and values, one a line, aligned.
-
-    Args:
-        facts: Numbers of `triewise.reports.description.describe`, or any others.
-        console: Where to print; default stdout.
-    """
+    """Print names and values of `describe`, or any others, one a line, aligned."""
     console = console or Console()
     lines = [(clean(name), clean(value)) for name, value in fact_lines(facts)]
     wide = min(max((len(name) for name, _ in lines), default=0), WIDEST_NAME)
@@ -127,29 +99,28 @@ def print_facts(facts: Mapping[str, Any], console: Console | None = None) -> Non
 
 def _print_more(rows: Sequence[Row], console: Console) -> None:
     """A second table: other cuts, coverage, and hits by popularity of the target."""
-    names = list(dict.fromkeys(name for row in rows for name in row.more if name != "NDCG@20"))
-    sizes = {bucket: n for row in rows for bucket, (n, _) in row.by_popularity.items()}
+    names, sizes, values = more_columns(rows, but="NDCG@20")
     if not names and not sizes:
         return
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
-    table.add_column("method", overflow="fold")
-    for name in (*names, *sizes):
-        table.add_column(Text(clean(name.replace("coverage@10", "cover"))), justify="right", no_wrap=True)
-    for row in rows:
-        values = [row.more.get(name) for name in names]
-        values += [row.by_popularity[b][1] if b in row.by_popularity else None for b in sizes]
-        cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        table.add_row(Text(clean(row.name), style="bold"), *cells)
+    table = _table([name.replace("coverage@10", "cover") for name in (*names, *sizes)])
+    for row, cells in zip(rows, values, strict=True):
+        table.add_row(Text(clean(row.name), style="bold"), *(cell or "-" for cell in cells))
     console.print()
     console.print(table)
-    said = ["cover: share of titles in anybody's first ten"] if "coverage@10" in names else []
+    if "coverage@10" in names:
+        _hang(console, "", Text("cover: share of titles in anybody's first ten", style="dim"))
     if sizes:
         users = ", ".join(f"{n:,}" for n in sizes.values())
-        said.append(
-            f"{' '.join(sizes)}: HR@10 by training interactions of the true next title ({users} users)"
-        )
-    for line in said:
-        _hang(console, "", Text(clean(line), style="dim"))
+        said = f"HR@10 by training interactions of the true next title ({users} users)"
+        _hang(console, "", Text(f"{clean(' '.join(sizes))}: {said}", style="dim"))
+
+
+def _table(columns: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
+    table.add_column("method", overflow="fold")
+    for name in columns:
+        table.add_column(Text(clean(name)), justify="right", no_wrap=True)
+    return table
 
 
 def _cell(row: Row, name: str) -> Text:
@@ -173,7 +144,7 @@ def _marked(recommended: Recommendation, coloured: bool) -> Text:
             text.append(word, style="dim")
             continue
         bare = word.lstrip() or word or "end"
-        text.append(word[: len(word) - len(bare)] if word else "")
+        text.append(word.removesuffix(bare))
         text.append(bare if coloured else f"[{bare}]", style="bold cyan" if word else "italic cyan")
     if recommended.is_target:
         text.append("  <- true next title", style="bold green")
@@ -182,9 +153,8 @@ def _marked(recommended: Recommendation, coloured: bool) -> Text:
 
 def _legend(coloured: bool) -> Text:
     mark = Text("bold", style="bold cyan") if coloured else Text("[brackets]")
-    return mark.append(
-        ": tokens that decided; all others were forced by the catalogue", style="not bold default"
-    )
+    said = ": tokens that decided; all others were forced by the catalogue"
+    return mark.append(said, style="not bold default")
 
 
 def _hang(console: Console, prefix: str, text: Text) -> None:
@@ -198,11 +168,4 @@ def _hang(console: Console, prefix: str, text: Text) -> None:
 
 def clean(text: object) -> str:
     """Control characters would move the cursor or set colours: line breaks become spaces, others U+FFFD."""
-    return "".join(
-        " "
-        if c in "\n\r\t"
-        else "\N{REPLACEMENT CHARACTER}"
-        if unicodedata.category(c) in ("Cc", "Cs")
-        else c
-        for c in str(text)
-    )
+    return legible(re.sub(r"[\n\r\t]", " ", str(text)))
