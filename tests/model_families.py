@@ -644,18 +644,12 @@ _CASES = {
 # fail; who mends a fault takes it out.
 KNOWN_FAULTS: dict[tuple[str, str, str], str] = {
     **{(name, "bfloat16", "load"): "A11" for name in FAMILIES if name not in _CASTS.split()},
-    **{("mpt", "bfloat16", column): "A1" for column in ("path", "exact")},
-    **{
-        ("gpt_neo", dtype, column): "A3"
-        for dtype in _BOTH
-        for column in ("path", "beams", "exact", "packing")
-    },
-    **{
-        (name, dtype, column): "A4"
-        for name in ("llama_dynamic", "phi3_longrope")
-        for dtype in _BOTH
-        for column in ("path", "beams", "exact", "packing")
-    },
+    **{("mpt", "bfloat16", column): "A1" for column in ("path", "beams", "exact")},
+    **{("gpt_neo", "float32", column): "A3" for column in ("path", "beams", "exact", "packing")},
+    **{("gpt_neo", "bfloat16", column): "A3" for column in ("path", "beams")},
+    **{("llama_dynamic", "float32", column): "A4" for column in ("path", "beams", "exact", "packing")},
+    **{("llama_dynamic", "bfloat16", column): "A4" for column in ("path", "packing")},
+    **{("phi3_longrope", dtype, column): "A4" for dtype in _BOTH for column in ("path", "beams", "packing")},
     **{
         (name, "bfloat16", column): "B2"
         for name in ("mamba", "mamba2", "falcon_mamba")
