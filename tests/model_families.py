@@ -560,9 +560,11 @@ def tokenizer(kind: str) -> Any:
         return tf.ByT5Tokenizer()
     classes = {"neox": "GPTNeoXTokenizer", "qwen2": "Qwen2Tokenizer", "qwen3.5": "Qwen3_5Tokenizer"}
     bytewise = kind in ("bytes", "prefixed", *classes)
-    # Few merges: a title has about six tokens.
+    # Few merges: a title has about six tokens. Vocabularies of the other kinds are spelt out, because training them
+    # gives others from run to run.
+    special, words, trainer = [PAD, START, END, UNKNOWN], " ".join(TITLES).split(), None
     options = {
-        "special_tokens": [PAD, START, END, UNKNOWN],
+        "special_tokens": special,
         "vocab_size": 300 if bytewise else 80,
         "show_progress": False,
     }
@@ -580,19 +582,24 @@ def tokenizer(kind: str) -> Any:
         backend.decoder = decoders.Metaspace(prepend_scheme="first")
         trainer = trainers.BpeTrainer(**options)
     elif kind == "unigram":
-        backend = Tokenizer(models.Unigram())
+        pieces = [*(("\u2581" + w)[:4] for w in words), *(w[-3:] for w in words), *"".join(words), "\u2581"]
+        scored = [(piece, -5.0 - (len(piece) > 1)) for piece in sorted(set(pieces))]
+        backend = Tokenizer(models.Unigram([*((piece, 0.0) for piece in special), *scored], unk_id=3))
         backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
         backend.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(unk_token=UNKNOWN, **options)
     else:
-        backend = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+        lower = [word.lower() for word in words]
+        pieces = [*(w[:3] for w in lower), *(w[0] for w in lower), *(f"##{c}" for c in "".join(lower))]
+        pieces += [*(f"##{w[-2:]}" for w in lower if len(w) > 2), *"()"]
+        known = {piece: i for i, piece in enumerate([*special, *sorted(set(pieces))])}
+        backend = Tokenizer(models.WordPiece(known, unk_token=UNKNOWN))
         backend.normalizer, backend.pre_tokenizer = (
             normalizers.BertNormalizer(),
             pre_tokenizers.BertPreTokenizer(),
         )
         backend.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(**options)
-    backend.train_from_iterator(TITLES, trainer)
+    if trainer is not None:
+        backend.train_from_iterator(TITLES, trainer)
     if kind in classes:
         model = json.loads(backend.to_str())["model"]
         merges = [tuple(merge) for merge in model["merges"]]
