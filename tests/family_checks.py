@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from triewise.training.forward import MicroBatches, TitleLoss
 
 from tests.model_families import TITLES, family, quiet, save, tokenizer
 from tests.reference import beam
@@ -44,7 +45,6 @@ from triewise.recipe import parse_recipe
 from triewise.recommenders import GenerativeRecommender
 from triewise.tokens import Trie, build_prompts, zero_gain
 from triewise.training import Examples, Objective, TrainConfig, packs, train
-from triewise.training.forward import MicroBatches, TitleLoss
 
 COLUMNS = ("load", "path", "beams", "exact", "reload", "packing", "lora")
 DTYPES = ("float32", "bfloat16")
