@@ -219,7 +219,7 @@ def _write(out: Path, catalog: Catalog, splits: Mapping[str, Rows], info: dict[s
         table = catalog.to_frame(targets)
         table.rechunk().write_parquet(folder / FILES[0], compression="zstd", row_group_size=_ROWS_IN_GROUP)
         n_rows = sum(rows.n_rows for rows in splits.values())
-        quiet: contextlib.AbstractContextManager[Callable[..., None]] = contextlib.nullcontext(lambda _: None)
+        quiet = contextlib.nullcontext(lambda _: None)
         with progress("writing", n_rows, "rows") if n_rows >= _MANY_ROWS else quiet as advance:
             for name in NAMES:
                 _write_rows(folder / f"{name}.parquet", splits[name], advance)

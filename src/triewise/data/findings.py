@@ -156,20 +156,16 @@ def _duplicates(splits: Mapping[str, Rows], say: _Sayer) -> Finding:
         ends = np.cumsum([rows.n_rows for rows in read.values()])
         which = int(np.searchsorted(ends, row, side="right"))
         where, rows = list(read.items())[which]
-        return say.row(
-            where, rows, row - int(ends[which]) + rows.n_rows, " after the same history in an earlier row"
-        )
+        row += rows.n_rows - int(ends[which])
+        return say.row(where, rows, row, " after the same history in an earlier row")
 
     return _found(name, again, sentence)
 
 
 def _short(test: Rows, say: _Sayer) -> Finding:
-    one = np.zeros(test.n_rows, dtype=bool)
-    for start, part in _parts(test):
-        one[start : start + part.n_rows] = part.history.lengths == 1
-    return _found(
-        "test_histories_of_one_item", one, lambda row: f"{say.who('test', test, row)} shows one item"
-    )
+    one = np.concatenate([np.zeros(0, dtype=bool), *(part.history.lengths == 1 for _, part in _parts(test))])
+    name = "test_histories_of_one_item"
+    return _found(name, one, lambda row: f"{say.who('test', test, row)} shows one item")
 
 
 def _repeated(interactions: Interactions, say: _Sayer) -> Finding:

@@ -67,10 +67,8 @@ def read_msl(folder: Path) -> Published:
     if "valid" not in files:
         rows, all_rows = splits["train"], splits["train"].n_rows
         n_valid = round(all_rows / 9)
-        splits |= {
-            "train": rows.part(0, all_rows - n_valid),
-            "valid": rows.part(all_rows - n_valid, all_rows),
-        }
+        n_train = all_rows - n_valid
+        splits["train"], splits["valid"] = rows.part(0, n_train), rows.part(n_train, all_rows)
         notes.append(
             f"no valid.csv: the last {n_valid:,} of the {all_rows:,} training rows in file order are the "
             "validation split; choose settings with them, then train on both"

@@ -69,8 +69,7 @@ class SequentialModel(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(I, D) weights of the head."""
-        weight: Tensor = self.items.weight[1:-1] if self.head is None else self.head.weight
-        return weight
+        return self.items.weight[1:-1] if self.head is None else self.head.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """States (B, L, D) of rows of numbers (B, L), int64."""

@@ -133,8 +133,7 @@ class Trie:
     @cached_property
     def n_children(self) -> Int64:
         """Number of children of each node, int64 (N,)."""
-        n_children: Int64 = np.subtract(self.child_ptr[1:], self.child_ptr[:-1], dtype=np.int64)
-        return n_children
+        return np.diff(self.child_ptr).astype(np.int64)
 
     @cached_property
     def branching(self) -> Bool:
@@ -319,8 +318,7 @@ class Trie:
 
         key = str(torch.device(device))
         if key not in self._on_device:
-            names = [f.name for f in fields(DeviceTrie)]
-            arrays = (getattr(self, name).astype(np.int64) for name in names)
+            arrays = (getattr(self, f.name).astype(np.int64) for f in fields(DeviceTrie))
             self._on_device[key] = DeviceTrie(*(torch.from_numpy(array).to(device) for array in arrays))
         return self._on_device[key]
 
