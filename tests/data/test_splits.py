@@ -18,7 +18,7 @@ def lists(ragged: Ragged) -> list[list[int]]:
 
 
 def spelled_out(interactions: Interactions, way: str, max_history: int = 20) -> list[Split]:
-    return [part.whole() for part in lazy_splits(interactions, way, max_history)]
+    return [part.part(0, part.n_rows) for part in lazy_splits(interactions, way, max_history)]
 
 
 def interactions(rows: list[tuple[int, int, int]], item_id: tuple[str, ...]) -> Interactions:
@@ -143,7 +143,7 @@ def test_no_history_item_comes_after_its_target(way: str, rows: list[tuple[int, 
     when = {number: (time, number) for _, number, time in unique}
     owner = {number: f"u{user}" for user, number, _ in unique}
     for part in lazy_splits(interactions(unique, item_id), way, max_history=3):
-        split = part.whole()
+        split = part.part(0, part.n_rows)
         for user, history, target in zip(split.user_id, split.history, split.target, strict=True):
             moments = [when[item] for item in (*history, target)]
             assert moments == sorted(moments)
@@ -195,7 +195,7 @@ def test_rows_of_all_users_are_in_order_of_time_and_ties_keep_theirs() -> None:
 def test_parts_are_the_rows_of_the_whole(way: str, rng: np.random.Generator) -> None:
     rows = [(int(u), int(i), int(t)) for u, i, t in rng.integers(0, [5, 9, 50], (60, 3))]
     for part in lazy_splits(interactions(rows, tuple(map(str, range(9)))), way, 3):
-        whole = part.whole()
+        whole = part.part(0, part.n_rows)
         assert part.n_rows == whole.n_rows
         assert part.target.tolist() == whole.target.tolist()
         assert part.timestamp.tolist() == whole.timestamp.tolist()

@@ -70,9 +70,8 @@ class Catalog:
         Raises:
             UserError: If there is no such title; names the nearest ones.
         """
-        item = self._item_of.get(title)
-        if item is not None:
-            return item
+        if title in self._item_of:
+            return self._item_of[title]
         folded = [known for known in self._item_of if known.casefold() == title.casefold()]
         near = folded or difflib.get_close_matches(title, self._item_of, n=3, cutoff=0.5)
         there = f"; the nearest are {', '.join(map(repr, near))}" if near else ""

@@ -42,9 +42,7 @@ class Dataset:
     Attributes:
         folder: Where it lies.
         catalog: The items.
-        train: Training rows.
-        valid: Validation rows.
-        test: Test rows.
+        train: Training rows; ``valid`` and ``test`` are the other two splits.
         info: What ``dataset.json`` says: source, settings, noun, verb, counts, repairs, lint, notes, sha256, ...
     """
 
@@ -85,14 +83,9 @@ class Dataset:
         These are the targets of the training rows and what the first row of each user has before its target; of rows
         without a user, those with one item of history are taken for first ones.
         """
-        first: dict[object, int] = {}
-        lengths = self.train.history.lengths
-        for row, (user, length) in enumerate(zip(self.train.user_id, lengths, strict=True)):
-            if user is not None:
-                first.setdefault(user, row)
-            elif length == 1:
-                first[row] = row
-        before = self.train.history.take(np.array(list(first.values()), dtype=np.int64)).values
+        history, user = self.train.history, pl.Series(self.train.user_id.tolist(), dtype=pl.String)
+        first = np.where(user.is_null(), history.lengths == 1, user.is_first_distinct())
+        before = history.take(np.flatnonzero(first)).values
         return self.train_targets + np.bincount(before, minlength=self.catalog.n_items)
 
     def __repr__(self) -> str:
@@ -225,19 +218,14 @@ def _write(out: Path, catalog: Catalog, splits: Mapping[str, Rows], info: dict[s
     with atomic_folder(out) as folder:
         table = catalog.to_frame(targets)
         table.rechunk().write_parquet(folder / FILES[0], compression="zstd", row_group_size=_ROWS_IN_GROUP)
-        with _progress(sum(rows.n_rows for rows in splits.values())) as advance:
+        n_rows = sum(rows.n_rows for rows in splits.values())
+        quiet = contextlib.nullcontext(lambda _: None)
+        with progress("writing", n_rows, "rows") if n_rows >= _MANY_ROWS else quiet as advance:
             for name in NAMES:
                 _write_rows(folder / f"{name}.parquet", splits[name], advance)
         info = info | {"sha256": {name: sha256_file(folder / name) for name in FILES}}
         write_json(folder / "dataset.json", info)
     return info
-
-
-def _progress(n_rows: int) -> contextlib.AbstractContextManager[Callable[..., None]]:
-    """Progress of writing where it takes long enough to be shown."""
-    if n_rows >= _MANY_ROWS:
-        return progress("writing", n_rows, "rows")
-    return contextlib.nullcontext(lambda _: None)
 
 
 def _write_rows(path: Path, rows: Rows, advance: Callable[[int], None]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
@@ -83,14 +84,8 @@ def fetch(name: str) -> Path:
     )
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Ratings and films inside an archive.
-
-    Attributes:
-        names: Of the two files.
-        read: Their bytes to tables.
-    """
+class Pair(NamedTuple):
+    """Ratings and films inside an archive: the names of the two files, and what makes tables of their bytes."""
 
     names: tuple[str, str]
     read: Callable[[bytes, bytes], Tables]

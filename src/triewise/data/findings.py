@@ -6,13 +6,15 @@ time, so that splits that are larger than the memory can be judged. Shape suffix
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
 
+from triewise.arrays import Bool
 from triewise.data.splits import LazySplit, Split
 
 if TYPE_CHECKING:
@@ -68,8 +70,7 @@ def count_findings(
     findings += [_in_history(name, splits[name], say) for name in splits]
     findings += [_after_test(splits, say), _duplicates(splits, say), _short(splits["test"], say)]
     empty = np.array([not title.strip() for title in catalog.title], dtype=bool)
-    example = f"item {catalog.item_id[int(empty.argmax())]} has no title" if empty.any() else ""
-    findings.append(Finding("empty_titles", int(empty.sum()), catalog.n_items, example))
+    findings.append(_found("empty_titles", empty, lambda item: f"item {catalog.item_id[item]} has no title"))
     if interactions is not None:
         findings.append(_repeated(interactions, say))
     return findings
@@ -102,42 +103,38 @@ class _Sayer:
             return f"time {timestamp}"
 
 
+def _found(name: str, hit: Bool, sentence: Callable[[int], str]) -> Finding:
+    """What ``hit`` says of all (R,), with a sentence about the first one."""
+    return Finding(name, int(hit.sum()), len(hit), sentence(int(hit.argmax())) if hit.any() else "")
+
+
 def _cold(name: str, splits: Mapping[str, Rows], say: _Sayer) -> Finding:
-    rows = splits[name]
+    rows, what = splits[name], ", which is no training row's target"
     trained = np.bincount(splits["train"].target, minlength=say.catalog.n_items) > 0
-    cold = np.flatnonzero(~trained[rows.target])
-    example = say.row(name, rows, int(cold[0]), ", which is no training row's target") if len(cold) else ""
-    return Finding(f"cold_{name}_targets", len(cold), rows.n_rows, example)
+    cold = ~trained[rows.target]
+    return _found(f"cold_{name}_targets", cold, lambda row: say.row(name, rows, row, what))
 
 
 def _in_history(name: str, rows: Rows, say: _Sayer) -> Finding:
-    count, example = 0, ""
+    hit, what = np.zeros(rows.n_rows, dtype=bool), ", which is in the history"
     for start, part in _parts(rows):
         row = np.repeat(np.arange(part.n_rows), part.history.lengths)
-        hit = np.zeros(part.n_rows, dtype=bool)
-        hit[row[part.history.values == part.target[row]]] = True
-        if hit.any() and not count:
-            example = say.row(name, rows, start + int(hit.argmax()), ", which is in the history")
-        count += int(hit.sum())
-    return Finding(f"targets_in_history_{name}", count, rows.n_rows, example)
+        hit[start + row[part.history.values == part.target[row]]] = True
+    return _found(f"targets_in_history_{name}", hit, lambda row: say.row(name, rows, row, what))
 
 
 def _after_test(splits: Mapping[str, Rows], say: _Sayer) -> Finding:
-    name = "train_targets_after_first_test"
-    train, test = splits["train"], splits["test"]
-    known = test.timestamp[test.timestamp >= 0]
-    if not len(known):
-        return Finding(name, 0, train.n_rows, "")
-    late = np.flatnonzero(train.timestamp > known.min())
-    example = ""
-    if len(late):
-        row = int(late[0])
+    train, tested = splits["train"], splits["test"].timestamp
+    first = int(tested[tested >= 0].min(initial=np.iinfo(np.int64).max))
+
+    def sentence(row: int) -> str:
         title, day = say.title(int(train.target[row])), say.day(int(train.timestamp[row]))
-        example = (
+        return (
             f"{say.who('train', train, row)} is trained on {title} of {day}; "
-            f"the first test target is of {say.day(int(known.min()))}"
+            f"the first test target is of {say.day(first)}"
         )
-    return Finding(name, len(late), train.n_rows, example)
+
+    return _found("train_targets_after_first_test", train.timestamp > first, sentence)
 
 
 def _duplicates(splits: Mapping[str, Rows], say: _Sayer) -> Finding:
@@ -152,39 +149,38 @@ def _duplicates(splits: Mapping[str, Rows], say: _Sayer) -> Finding:
     frames = [part.to_frame().select(_COMPARED) for rows in read.values() for _, part in _parts(rows)]
     prints = np.concatenate([frame.hash_rows().to_numpy() for frame in frames])
     known = np.concatenate([frame["user_id"].is_not_null().to_numpy() for frame in frames])
-    place = np.flatnonzero(known)
-    order = place[np.argsort(prints[place], kind="stable")]
-    again = order[1:][prints[order[1:]] == prints[order[:-1]]]
-    if not len(again):
-        return Finding(name, 0, len(place), "")
-    ends = np.cumsum([rows.n_rows for rows in read.values()])
-    which = int(np.searchsorted(ends, again.min(), side="right"))
-    where, rows = list(read.items())[which]
-    row = int(again.min() - ends[which]) + rows.n_rows
-    example = say.row(where, rows, row, " after the same history in an earlier row")
-    return Finding(name, len(again), len(place), example)
+    again = ~pl.Series(prints[known]).is_first_distinct().to_numpy()
+
+    def sentence(first: int) -> str:
+        row = int(np.flatnonzero(known)[first])
+        ends = np.cumsum([rows.n_rows for rows in read.values()])
+        which = int(np.searchsorted(ends, row, side="right"))
+        where, rows = list(read.items())[which]
+        row += rows.n_rows - int(ends[which])
+        return say.row(where, rows, row, " after the same history in an earlier row")
+
+    return _found(name, again, sentence)
 
 
 def _short(test: Rows, say: _Sayer) -> Finding:
-    one = np.zeros(test.n_rows, dtype=bool)
-    for start, part in _parts(test):
-        one[start : start + part.n_rows] = part.history.lengths == 1
-    example = f"{say.who('test', test, int(one.argmax()))} shows one item" if one.any() else ""
-    return Finding("test_histories_of_one_item", int(one.sum()), test.n_rows, example)
+    one = np.concatenate([np.zeros(0, dtype=bool), *(part.history.lengths == 1 for _, part in _parts(test))])
+    name = "test_histories_of_one_item"
+    return _found(name, one, lambda row: f"{say.who('test', test, row)} shows one item")
 
 
 def _repeated(interactions: Interactions, say: _Sayer) -> Finding:
     n_items = len(interactions.item_id)
     pair = interactions.user.astype(np.int64) * n_items + interactions.item
     pair.sort()
-    again = pair[1:] == pair[:-1]
-    example = ""
-    if again.any():
-        first = pair[int(again.argmax())]
-        user, item = divmod(int(first), n_items)
-        times = np.searchsorted(pair, first, side="right") - np.searchsorted(pair, first)
-        example = f"user {interactions.user_id[user]} has {say.title(item)} {times} times"
-    return Finding("repeated_interactions", int(again.sum()), len(pair), example)
+    again = np.zeros(len(pair), dtype=bool)
+    again[1:] = pair[1:] == pair[:-1]
+
+    def sentence(row: int) -> str:
+        user, item = divmod(int(pair[row]), n_items)
+        times = int((pair == pair[row]).sum())
+        return f"user {interactions.user_id[user]} has {say.title(item)} {times} times"
+
+    return _found("repeated_interactions", again, sentence)
 
 
 def _parts(rows: Rows) -> Iterator[tuple[int, Split]]:

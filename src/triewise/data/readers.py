@@ -1,8 +1,7 @@
 """Raw data in the shapes people have it: MovieLens folders, RecBole atomic files, CSV or Parquet tables.
 
 Every reader gives the same thing: interactions in the order of the file and a title for each item. Sorting,
-duplicates, k-core and splits are the same for all of them and come later. The files may be larger than the
-memory: three columns of the interactions are read, a piece at a time, and ids become numbers on the way.
+duplicates, k-core and splits are the same for all of them and come later.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
+from triewise.arrays import Int64
 from triewise.data.fetch import CITATION, fetch
 from triewise.data.interactions import Events, ordered_ids
 from triewise.data.movielens_files import INTERACTIONS, TITLES, film_titles, movies_dat, u_item
@@ -28,7 +27,7 @@ from triewise.data.tables import (
     open_table,
     read_bytes,
     read_rows,
-    refuse_empty,
+    refuse,
     shown,
 )
 from triewise.errors import UserError
@@ -53,7 +52,7 @@ class Raw:
         events: The interactions in the order of the file.
         title: Title of each raw item id.
         files: The files that were read.
-        repairs: What was left out or put right, and how often.
+        repairs: As in :class:`triewise.data.interactions.Interactions`.
     """
 
     events: Events
@@ -87,11 +86,11 @@ def movielens_folder(folder: Path) -> Raw:
     note(CITATION)
     there = {path.name.removesuffix(".gz") for path in entries(folder)}
     if "u.data" in there:
-        return _films(folder, "u.data", "u.item", u_item, "\t", _RATING)
+        return _films(folder, ("u.data", "u.item"), u_item, "\t", _RATING)
     if "ratings.dat" in there:
         # The double colon is read as a colon with an empty column behind it.
         double = [name for column in _RATING for name in (column, "")][:-1]
-        return _films(folder, "ratings.dat", "movies.dat", movies_dat, ":", double)
+        return _films(folder, ("ratings.dat", "movies.dat"), movies_dat, ":", double)
     if "ratings.csv" not in there:
         raise UserError(
             f"wanted u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv in {folder}, "
@@ -107,17 +106,16 @@ def movielens_folder(folder: Path) -> Raw:
 
 def _films(
     folder: Path,
-    ratings_name: str,
-    films_name: str,
+    pair: tuple[str, str],
     read: Callable[[bytes], pl.DataFrame],
-    separator: str,
+    sep: str,
     header: Sequence[str],
 ) -> Raw:
-    """A release without headers."""
-    ratings, films = find_file(folder, ratings_name), find_file(folder, films_name)
+    """A release without headers; ``pair`` names its ratings and its films."""
+    ratings, films = (find_file(folder, name) for name in pair)
     repairs: dict[str, int] = {}
     title = _film_titles(lambda: read(read_bytes(films)), films, repairs)
-    table = open_table(ratings, separator=separator, quote=None, header=header)
+    table = open_table(ratings, separator=sep, quote=None, header=header)
     return Raw(read_events(table, "user", "item", "timestamp", repairs), title, (ratings, films), repairs)
 
 
@@ -224,18 +222,15 @@ def read_events(table: Table, user: str, item: str, time: str, repairs: dict[str
     )
     rows = table.collect(*coded, table.seconds(time).alias("time")).with_row_index(ROW, offset=1)
     blank = rows["user"].is_null() & rows["item"].is_null() & rows["time"].is_null()
-    if blank.any():  # a table may be large
-        counted(repairs, "blank_rows", blank.sum())
-        rows = rows.filter(~blank)
+    counted(repairs, "blank_rows", blank.sum())
+    rows = rows.filter(~blank) if blank.any() else rows  # a table may be large
     for name, column in (("user", user), ("item", item)):
-        refuse_empty(rows, rows[name].is_null(), column, table.path)
+        refuse(rows, rows[name].is_null(), column, table.path)
     seconds = _whole_seconds(table, time, rows, repairs)
     return Events(rows["user"].to_numpy(), rows["item"].to_numpy(), seconds, tuple(ids[0]), tuple(ids[1]))
 
 
-def _whole_seconds(
-    table: Table, column: str, rows: pl.DataFrame, repairs: dict[str, int]
-) -> NDArray[np.int64]:
+def _whole_seconds(table: Table, column: str, rows: pl.DataFrame, repairs: dict[str, int]) -> Int64:
     """Whole Unix seconds, int64 (R,), from numbers that may be milliseconds or have fractions."""
     time = rows["time"].fill_null(np.nan).to_numpy(writable=True)
     large = time > _MILLISECONDS
@@ -244,12 +239,7 @@ def _whole_seconds(
     bad = ~((time >= 0) & (time <= _MILLISECONDS))
     if bad.any():
         row = int(rows[ROW][int(bad.argmax())])
-        got = table.cell(column, row - 1)
-        wanted = "Unix seconds or an ISO date such as 2020-12-31T23:59:59Z"
-        raise UserError(
-            f"{table.path}, row {row}: wanted {wanted} in column {column}, got "
-            + ("an empty cell; fill it in" if got in (None, "") else f"{shown(got)}; repair the cell")
-        )
+        table.refuse(column, row, "Unix seconds or an ISO date such as 2020-12-31T23:59:59Z")
     counted(repairs, "milliseconds", large.sum())
     counted(repairs, "fractions_of_a_second", fractions.sum())
     return time.astype(np.int64)
@@ -276,24 +266,20 @@ def read_titles(table: Table, item: str, title: str, repairs: dict[str, int]) ->
     counted(repairs, "blank_rows", blank.sum())
     counted(repairs, "catalogue_rows_without_title", (untitled & ~blank).sum())
     rows = rows.filter(~untitled)
-    refuse_empty(rows, rows["item"].is_null(), item, table.path)
+    refuse(rows, rows["item"].is_null(), item, table.path)
     return _one_title_each(zip(rows["item"], rows["title"], strict=True), table.path, repairs)
 
 
 def _one_title_each(pairs: Iterable[tuple[str, str]], path: Path, repairs: dict[str, int]) -> dict[str, str]:
     title_of: dict[str, str] = {}
-    repeated = 0
-    for item, title in pairs:
-        if item not in title_of:
-            title_of[item] = title
-        elif title_of[item] == title:
-            repeated += 1
-        else:
+    n_rows = 0
+    for n_rows, (item, title) in enumerate(pairs, start=1):  # noqa: B007
+        if title_of.setdefault(item, title) != title:
             raise UserError(
                 f"{path}: wanted one title for each item, got {shown(title_of[item])} and {shown(title)} for "
                 f"{item!r}; drop one of the two rows"
             )
-    counted(repairs, "catalogue_rows_repeated", repeated)
+    counted(repairs, "catalogue_rows_repeated", n_rows - len(title_of))
     if not title_of:
         raise UserError(f"wanted titles in {path}, found none; copy or download it again")
     return title_of

@@ -15,6 +15,7 @@ from triewise.data.interactions import Interactions
 from triewise.data.published import Published, read_d3, read_msl
 from triewise.data.readers import Raw, csv_folder, movielens, movielens_folder, recbole
 from triewise.data.splits import NAMES, WAYS, LazySplit, Split, lazy_splits
+from triewise.data.tables import counted
 from triewise.errors import UserError
 from triewise.files import sha256_file
 
@@ -59,8 +60,7 @@ class Prepared:
         users: Number of users.
         n_interactions: Number of interactions behind the rows.
         words: What the items are and what users did with them, for prompts.
-        repairs: What was left out or put right, and how often.
-        notes: What a reader of the numbers should know.
+        repairs: As in :class:`Interactions`, and so are the notes.
         citation: Whom to cite, if the source says.
         raw_sha256: Hash of each file that was read.
     """
@@ -137,8 +137,8 @@ def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
             f"first {emptied[0]!r}; repair them"
         )
     leaves_one_out = settings["split"] == WAYS[0]
-    short = int((np.bincount(interactions.user) < (3 if leaves_one_out else 2)).sum())
-    missed = "users_without_test_row" if leaves_one_out else "users_without_row"
+    short = (np.bincount(interactions.user) < (3 if leaves_one_out else 2)).sum()
+    counted(repairs, "users_without_test_row" if leaves_one_out else "users_without_row", short)
     films = kind in RELEASES or kind == "movielens"
     parts = lazy_splits(interactions, settings["split"], settings["max_history"])
     return Prepared(
@@ -148,7 +148,7 @@ def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
         users=len(interactions.user_id),
         n_interactions=len(interactions.item),
         words=_FILMS if films else _words(_OTHER_WORDS, folder, raw.files),
-        repairs=repairs | ({missed: short} if short else {}),
+        repairs=repairs,
         notes=("every rating is an interaction, whatever its value",) * films + interactions.notes,
         citation=CITATION if films else None,
         raw_sha256=dict(RELEASES[kind].sha256) if kind in RELEASES else _hashes(folder, raw.files),
@@ -157,16 +157,16 @@ def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
 
 def _published(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
     published = _PUBLISHED[kind](folder)
-    repairs = dict(published.repairs)
-    title = _cleaned(published.titles.title, settings["clean"], repairs)
+    title = _cleaned(published.titles.title, settings["clean"], published.repairs)
+    rows, longest = published.splits, settings["max_history"]
     return Prepared(
         catalog=Catalog.from_titles([str(item) for item in published.titles.item_id], title),
-        splits={name: _cut(published.splits[name], settings["max_history"]) for name in NAMES},
+        splits={name: replace(rows[name], history=rows[name].history.last(longest)) for name in NAMES},
         interactions=None,
         users=published.users,
         n_interactions=published.interactions,
         words=_words(_MSL_WORDS if kind == "msl" else _D3_WORDS, folder, published.files),
-        repairs=repairs,
+        repairs=published.repairs,
         notes=published.notes,
         citation=None,
         raw_sha256=_hashes(folder, published.files),
@@ -176,23 +176,15 @@ def _published(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared
 def _cleaned(titles: tuple[str, ...], clean: str, repairs: dict[str, int]) -> tuple[str, ...]:
     """Cleaned titles; counts how many changed, and how many fewer different ones there are."""
     cleaned = clean_titles(titles, clean)
-    changed = sum(new != old for new, old in zip(cleaned, titles, strict=True))
-    merged = len(set(titles)) - len(set(cleaned))
-    repairs.update({k: n for k, n in (("titles_cleaned", changed), ("titles_merged", merged)) if n})
+    counted(repairs, "titles_cleaned", sum(new != old for new, old in zip(cleaned, titles, strict=True)))
+    counted(repairs, "titles_merged", len(set(titles)) - len(set(cleaned)))
     return cleaned
-
-
-def _cut(split: Split, max_history: int) -> Split:
-    return replace(split, history=split.history.last(max_history))
 
 
 def _words(words: Mapping[str, tuple[str, str]], folder: Path, files: tuple[Path, ...]) -> tuple[str, str]:
     """Noun and verb for prompts, by the name of the folder or else of its files."""
-    for name in (folder.resolve().name.lower(), *(file.name.lower() for file in files)):
-        for word, noun_and_verb in words.items():
-            if word in name:
-                return noun_and_verb
-    return _UNKNOWN_WORDS
+    names = (folder.resolve().name.lower(), *(file.name.lower() for file in files))
+    return next((words[word] for name in names for word in words if word in name), _UNKNOWN_WORDS)
 
 
 def _hashes(folder: Path, files: tuple[Path, ...]) -> dict[str, str]:

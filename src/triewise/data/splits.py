@@ -1,7 +1,6 @@
 """Histories and targets: leave-one-out, sliding windows and growing histories of interactions.
 
-A split of many rows is first only the places of its targets among the interactions (:class:`LazySplit`); histories
-are spelled out a part at a time. Shape suffixes: R rows, I items, U users.
+Shape suffixes: R rows, I items, U users.
 """
 
 from __future__ import annotations
@@ -99,14 +98,12 @@ def _shared(column: pl.Series) -> NDArray[Any]:
     """A column of strings as objects, each different string once in memory."""
     known = column.drop_nulls().unique()
     code = column.cast(pl.Enum(known)).to_physical().cast(pl.Int64).fill_null(len(known))
-    ids = np.array([*known.to_list(), None], dtype=object)
-    shared: NDArray[Any] = ids[code.to_numpy()]
-    return shared
+    return np.array([*known.to_list(), None], dtype=object).take(code.to_numpy())
 
 
 @dataclass(frozen=True, eq=False)
 class LazySplit:
-    """A split whose rows are not spelled out yet.
+    """A split of many rows: the places of its targets; histories are spelled out a part at a time.
 
     Attributes:
         interactions: Where the rows come from, sorted.
@@ -158,14 +155,8 @@ class LazySplit:
         user = self.interactions.user[self.place[start:stop]]
         return _frame(pl.Series(self.user_id, dtype=pl.String).gather(user), self.part(start, stop))
 
-    def whole(self) -> Split:
-        """All rows, spelled out."""
-        return self.part(0, self.n_rows)
 
-
-def lazy_splits(
-    interactions: Interactions, way: str, max_history: int = 20
-) -> tuple[LazySplit, LazySplit, LazySplit]:
+def lazy_splits(interactions: Interactions, way: str, max_history: int = 20) -> tuple[LazySplit, ...]:
     """Train, validation and test rows, by the places of their targets.
 
     * ``leave-one-out``: a user's last item is for the test, the one before it for validation, the items from the
@@ -203,18 +194,12 @@ def lazy_splits(
         place = place[np.argsort(interactions.timestamp[place], kind="stable")]
         parts = np.split(place, [8 * len(place) // 10, 9 * len(place) // 10])
     user_id = np.array(interactions.user_id, dtype=object)
-    train, valid, test = (
-        LazySplit(
-            interactions, _narrow(part), max_history, way == WAYS[0] and name != "train", first, user_id
-        )
+    if len(user) <= 2**31:
+        parts = [part.astype(np.int32) for part in parts]  # half the memory
+    return tuple(
+        LazySplit(interactions, part, max_history, way == WAYS[0] and name != "train", first, user_id)
         for name, part in zip(NAMES, parts, strict=True)
     )
-    return train, valid, test
-
-
-def _narrow(place: Int64) -> Int32 | Int64:
-    """The same numbers in half the memory, where they fit."""
-    return place.astype(np.int32) if place.max(initial=0) < 2**31 else place
 
 
 def first_rows(split: Split, n: int | None) -> Split:

@@ -25,14 +25,8 @@ from triewise.errors import UserError
 ROW = "row number"  # column with the number of a data row: the first row after the header is 1
 _INTEGER = r"^\s*-?[0-9]+(?:\.0*)?\s*$"
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
-_DATES = (  # a time without a zone is UTC
-    "%Y-%m-%d",
-    "%Y-%m-%d %H:%M:%S%.f",
-    "%Y-%m-%dT%H:%M:%S%.f",
-    "%+",
-    "%Y-%m-%d %H:%M:%S%.f%#z",
-    "%Y-%m-%dT%H:%M:%S%.f%#z",
-)
+# A time without a zone is UTC.
+_DATES = ("%+", "%Y-%m-%d", *(f"%Y-%m-%d{t}%H:%M:%S%.f{zone}" for zone in ("", "%#z") for t in " T"))
 _CHUNK = 1 << 24  # bytes
 
 
@@ -60,7 +54,7 @@ def find_file(folder: Path, name: str) -> Path:
 
 def read_bytes(path: Path) -> bytes:
     """All bytes of a file, plain or gzip."""
-    with _readable(path), _open(path) as handle:
+    with _reading(path), _open(path) as handle:
         return handle.read()
 
 
@@ -75,7 +69,7 @@ def check_text(path: Path) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = line = 0
     try:
-        with _readable(path), _open(path) as handle:
+        with _reading(path), _open(path) as handle:
             while chunk := handle.read(_CHUNK):
                 decoder.decode(chunk)
                 line += chunk.count(b"\n")
@@ -103,14 +97,6 @@ def shown(value: object) -> str:
     return text if len(text) <= 70 else f"{text[:67]}..."
 
 
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}; copy or download it again") from None
-
-
 def _is_gzip(path: Path) -> bool:
     with path.open("rb") as handle:
         return path.suffix == ".gz" or handle.read(2) == b"\x1f\x8b"
@@ -125,9 +111,11 @@ def _unpacked(path: Path) -> Path | bytes:
 
 
 @contextlib.contextmanager
-def _parsed(path: Path, kind: str) -> Iterator[None]:
+def _reading(path: Path, kind: str = "CSV") -> Iterator[None]:
     try:
         yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}; copy or download it again") from None
     except pl.exceptions.PolarsError as error:
         raise UserError(
             f"cannot read {path} as {kind}: {' '.join(str(error).split())[:200]}; repair or download it again"
@@ -153,7 +141,7 @@ def read_rows(
     """
     check_text(path)
     source = _unpacked(path)
-    with _parsed(path, "CSV"):
+    with _reading(path):
         header = pl.read_csv(source, n_rows=0, infer_schema=False).columns
         missing = [name for name in columns if name not in header]
         if missing:
@@ -163,13 +151,12 @@ def read_rows(
         wanted = [name for name in header if name in columns or name in optional]
         rows = pl.read_csv(source, columns=wanted, infer_schema=False, row_index_name=ROW, row_index_offset=1)
     blank = rows.select(pl.all_horizontal(pl.col(wanted).is_null())).to_series()
-    if blank.any():
-        counted(repairs, "blank_rows", blank.sum())
-        rows = rows.filter(~blank)
+    counted(repairs, "blank_rows", blank.sum())
+    rows = rows.filter(~blank)
     if rows.is_empty():
         raise UserError(f"wanted rows in {path}, found only a header; copy or download it again")
     for name in wanted:
-        refuse_empty(rows, rows[name].is_null() | (rows[name] == ""), name, path)
+        refuse(rows, rows[name].is_null() | (rows[name] == ""), name, path)
     return rows
 
 
@@ -182,22 +169,13 @@ def integers(rows: pl.DataFrame, column: str, path: Path) -> NDArray[np.int64]:
     return values.to_numpy(writable=True)
 
 
-def refuse(rows: pl.DataFrame, bad: pl.Series, column: str, path: Path, wanted: str) -> None:
-    """Raise one line for the first row in which ``bad`` is true; ``rows`` has :data:`ROW` and ``column``."""
+def refuse(rows: pl.DataFrame, bad: pl.Series, column: str, path: Path, wanted: str = "a value") -> None:
+    """Raise one line for the first row in which ``bad`` is true; ``rows`` lacks a column only where cells are empty."""
     if bad.any():
         first = rows.row(int(bad.arg_true()[0]), named=True)
-        raise UserError(
-            f"{path}, row {first[ROW]}: wanted {wanted} in column {column}, got {shown(first[column])}; repair the cell"
-        )
-
-
-def refuse_empty(rows: pl.DataFrame, bad: pl.Series, column: str, path: Path) -> None:
-    """Raise one line for the first row in which ``bad`` is true."""
-    if bad.any():
-        raise UserError(
-            f"{path}, row {rows[ROW][int(bad.arg_true()[0])]}: wanted a value in column {column}, "
-            "got an empty cell; fill it in"
-        )
+        cell = first.get(column)
+        got = "an empty cell; fill it in" if cell in (None, "") else f"{shown(cell)}; repair the cell"
+        raise UserError(f"{path}, row {first[ROW]}: wanted {wanted} in column {column}, got {got}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +196,7 @@ class Table:
 
     def collect(self, *columns: pl.Expr) -> pl.DataFrame:
         """Some columns, in the order of the file."""
-        with _parsed(self.path, self.kind):
+        with _reading(self.path, self.kind):
             return self.rows.select(columns).collect(engine="streaming")
 
     def check(self, *read: str) -> None:
@@ -289,7 +267,7 @@ class Table:
             )
         text = cell.str.strip_chars()
         first = self.rows.select(text).filter(pl.col(column) != "").head(1)
-        with _parsed(self.path, self.kind):
+        with _reading(self.path, self.kind):
             example = first.collect(engine="streaming").to_series()
         if len(example) and not example.str.contains(_NUMBER)[0]:
             for form in _DATES:
@@ -298,9 +276,10 @@ class Table:
                     return dates.dt.timestamp("ms").cast(pl.Float64) / 1000
         return text.cast(pl.Float64, strict=False)
 
-    def cell(self, column: str, row: int) -> object:
-        """One cell as it stands in the file; rows count from 0."""
-        return self.rows.select(column).slice(row, 1).collect(engine="streaming").item()
+    def refuse(self, column: str, row: int, wanted: str) -> None:
+        """Raise one line about a cell; rows count from 1."""
+        cell = self.rows.select(pl.lit(row).alias(ROW), column).slice(row - 1, 1).collect(engine="streaming")
+        refuse(cell, pl.Series([True]), column, self.path, wanted)
 
 
 def open_table(
@@ -318,25 +297,23 @@ def open_table(
         UserError: If the file is empty or cannot be read, or has other columns than ``header``.
     """
     if path.suffix == ".parquet":
-        with _parsed(path, "Parquet"), _readable(path):
+        with _reading(path, "Parquet"):
             rows = pl.scan_parquet(path)
             return Table(path, "Parquet", rows, dict(rows.collect_schema()))
-    with _readable(path):
+    with _reading(path):
         source = _unpacked(path)
         if not (source if isinstance(source, bytes) else path.stat().st_size):
             raise UserError(f"wanted rows in {path}, which is empty; copy or download it again")
-    with _parsed(path, "CSV"):
         rows = pl.scan_csv(
             source, separator=separator, quote_char=quote, has_header=header is None, infer_schema=False
         )
         columns = dict(rows.collect_schema())
-    if header is None:
-        return Table(path, "CSV", rows, columns)
-    if len(columns) != len(header):
-        raise UserError(
-            f"wanted {', '.join(filter(None, header))} in each row of {path}, found {len(columns)} columns; "
-            "download it again"
-        )
-    wanted = {column: name for column, name in zip(columns, header, strict=True) if name}
-    rows = rows.select(pl.col(column).alias(name) for column, name in wanted.items())
-    return Table(path, "CSV", rows, {name: columns[column] for column, name in wanted.items()})
+    if header is not None:
+        if len(columns) != len(header):
+            raise UserError(
+                f"wanted {', '.join(filter(None, header))} in each row of {path}, found {len(columns)} columns; "
+                "download it again"
+            )
+        rows = rows.select(pl.col(c).alias(name) for c, name in zip(columns, header, strict=True) if name)
+        columns = dict.fromkeys(filter(None, header), pl.String())
+    return Table(path, "CSV", rows, columns)

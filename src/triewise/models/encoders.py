@@ -69,8 +69,7 @@ class SequentialModel(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(I, D) weights of the head."""
-        weight: Tensor = self.items.weight[1:-1] if self.head is None else self.head.weight
-        return weight
+        return self.items.weight[1:-1] if self.head is None else self.head.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """States (B, L, D) of rows of numbers (B, L), int64."""
@@ -139,14 +138,14 @@ class _Attention(nn.Module):
 class _Positions(nn.Module):
     """Adds a learned vector to each place, then dropout."""
 
-    def __init__(self, settings: EncoderSettings, places: int, scale: float = 1.0) -> None:
+    def __init__(self, settings: EncoderSettings, places: int) -> None:
         super().__init__()
-        self.position, self.scale = nn.Embedding(places, settings.width), scale
+        self.position = nn.Embedding(places, settings.width)
         self.dropout = nn.Dropout(settings.dropout)
         nn.init.normal_(self.position.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        summed: Tensor = self.dropout(x * self.scale + self.position.weight[: x.shape[1]])
+        summed: Tensor = self.dropout(x + self.position.weight[: x.shape[1]])
         return summed
 
 
@@ -159,18 +158,16 @@ class _SASRec(nn.Module):
         self.positions = _Positions(settings, max_length)
         self.attention = nn.ModuleList(_Attention(settings) for _ in range(n))
         self.query_norm, self.norm = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
-        self.feed_forward = nn.ModuleList(_feed_forward(d, d, nn.ReLU, settings.dropout) for _ in range(n))
+        self.feed_forward = _feed_forward(settings, d, nn.ReLU)
         self.last_norm = nn.LayerNorm(d)
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         x = self.positions(x)
-        for attention, query_norm, norm, feed_forward in zip(
-            self.attention, self.query_norm, self.norm, self.feed_forward, strict=True
-        ):
-            query = query_norm(x)
-            x = norm(query + self.dropout(attention(query, x, None)))
-            x = x + feed_forward(x)
+        for n, attention in enumerate(self.attention):
+            query = self.query_norm[n](x)
+            x = self.norm[n](query + self.dropout(attention(query, x, None)))
+            x = x + self.feed_forward[n](x)
         states: Tensor = self.last_norm(x)
         return states
 
@@ -184,20 +181,16 @@ class _BERT4Rec(nn.Module):
         self.positions = _Positions(settings, max_length + 1)
         self.attention = nn.ModuleList(_Attention(settings) for _ in range(n))
         self.before, self.between = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
-        self.feed_forward = nn.ModuleList(
-            _feed_forward(d, 4 * d, nn.GELU, settings.dropout) for _ in range(n)
-        )
+        self.feed_forward = _feed_forward(settings, 4 * d, nn.GELU)
         self.last_norm = nn.LayerNorm(d)
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         x = self.positions(x)
-        for attention, before, between, feed_forward in zip(
-            self.attention, self.before, self.between, self.feed_forward, strict=True
-        ):
-            y = before(x)
+        for n, attention in enumerate(self.attention):
+            y = self.before[n](x)
             x = x + self.dropout(attention(y, y, real))
-            x = x + feed_forward(between(x))
+            x = x + self.feed_forward[n](self.between[n](x))
         states: Tensor = self.last_norm(x)
         return states
 
@@ -211,18 +204,14 @@ class _LRURec(nn.Module):
         self.first_norm = nn.LayerNorm(d)
         self.unit = nn.ModuleList(_LinearRecurrence(d) for _ in range(n))
         self.norm, self.last_norm = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
-        self.feed_forward = nn.ModuleList(
-            _feed_forward(d, 4 * d, nn.GELU, settings.dropout) for _ in range(n)
-        )
+        self.feed_forward = _feed_forward(settings, 4 * d, nn.GELU)
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         x = self.first_norm(self.dropout(x))
-        for unit, norm, feed_forward, last_norm in zip(
-            self.unit, self.norm, self.feed_forward, self.last_norm, strict=True
-        ):
-            x = norm(x + self.dropout(unit(x)))
-            x = last_norm(x + feed_forward(x))
+        for n, unit in enumerate(self.unit):
+            x = self.norm[n](x + self.dropout(unit(x)))
+            x = self.last_norm[n](x + self.feed_forward[n](x))
         return x
 
 
@@ -253,19 +242,15 @@ class _LinearRecurrence(nn.Module):
         return mixed
 
 
-def _feed_forward(width: int, inner: int, activation: Callable[[], nn.Module], dropout: float) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(width, inner),
-        activation(),
-        nn.Dropout(dropout),
-        nn.Linear(inner, width),
-        nn.Dropout(dropout),
+def _feed_forward(
+    settings: EncoderSettings, inner: int, activation: Callable[[], nn.Module]
+) -> nn.ModuleList:
+    """One for each block."""
+    d, p = settings.width, settings.dropout
+    return nn.ModuleList(
+        nn.Sequential(nn.Linear(d, inner), activation(), nn.Dropout(p), nn.Linear(inner, d), nn.Dropout(p))
+        for _ in range(settings.blocks)
     )
 
 
-BODIES: dict[str, Callable[[EncoderSettings, int], nn.Module]] = {
-    "gru4rec": _GRU,
-    "sasrec": _SASRec,
-    "bert4rec": _BERT4Rec,
-    "lrurec": _LRURec,
-}
+BODIES = {"gru4rec": _GRU, "sasrec": _SASRec, "bert4rec": _BERT4Rec, "lrurec": _LRURec}

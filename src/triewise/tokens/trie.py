@@ -1,10 +1,9 @@
 """The prefix tree of the catalogue's titles as a few flat arrays: what every method counts on.
 
-Two orderings replace node objects. Nodes are numbered breadth first by (parent, token), so the children of
-a node are the id range ``child_ptr[n]:child_ptr[n + 1]``, in ascending order of their tokens. Items are
-also kept in lexicographic order of their token sequences, so the items under a node are
-``item_order[item_lo[n]:item_hi[n]]``. A title token is the edge into one node; a title is a leaf; items
-with equal sequences share their leaf and form a group.
+Two orderings replace node objects. Nodes are numbered breadth first by (parent, token), and items are also kept
+in lexicographic order of their token sequences, so the children of a node and the items under it are ranges; see
+`Trie`. A title token is the edge into one node; a title is a leaf; items with equal sequences share their leaf and
+form a group.
 
 Shape key: N nodes, I items, L tokens of all titles, D levels.
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import chain
@@ -66,7 +65,6 @@ class DeviceTrie:
         return self.token.device
 
     def __repr__(self) -> str:
-        """One line, without the tensors."""
         return f"DeviceTrie({self.n_items} items, {self.n_nodes} nodes, on {self.device})"
 
 
@@ -135,8 +133,7 @@ class Trie:
     @cached_property
     def n_children(self) -> Int64:
         """Number of children of each node, int64 (N,)."""
-        n_children: Int64 = np.subtract(self.child_ptr[1:], self.child_ptr[:-1], dtype=np.int64)
-        return n_children
+        return np.diff(self.child_ptr).astype(np.int64)
 
     @cached_property
     def branching(self) -> Bool:
@@ -156,49 +153,40 @@ class Trie:
     @cached_property
     def next_decision(self) -> Int32:
         """The first decision or leaf that forced tokens lead to from each node, itself included; int32 (N,)."""
-        next_N = np.arange(self.n_nodes, dtype=np.int32)
-        single = self.n_children == 1
-        for d in reversed(range(len(self.level_ptr) - 2)):
-            level = np.arange(self.level_ptr[d], self.level_ptr[d + 1])
-            forced = level[single[level]]
-            next_N[forced] = next_N[self.child_ptr[forced]]
-        return next_N
+        itself = np.arange(self.n_nodes, dtype=np.int32)
+        return _ends(np.where(self.n_children == 1, self.child_ptr[:-1], itself))
 
     @cached_property
     def forced_depth(self) -> Int32:
         """Number of forced tokens from the last decision to each node: 0 right behind a decision; int32 (N,)."""
-        run_N = np.zeros(self.n_nodes, dtype=np.int32)
-        for d in range(1, len(self.level_ptr) - 1):
-            level = slice(int(self.level_ptr[d]), int(self.level_ptr[d + 1]))
-            above = self.parent[level]
-            run_N[level] = np.where(self.branching[above] | (above == 0), 0, run_N[above] + 1)
-        return run_N
+        itself, above = np.arange(self.n_nodes, dtype=np.int32), np.maximum(self.parent, 0)
+        return self.depth - self.depth[_ends(np.where(self.branching[above] | (above == 0), itself, above))]
 
     @cached_property
     def place(self) -> Int64:
         """Place of each item in ``item_order``, int64 (I,)."""
-        place = np.empty(self.n_items, dtype=np.int64)
-        place[self.item_order] = np.arange(self.n_items)
-        return place
+        return np.argsort(self.item_order)
 
     @cached_property
     def longest(self) -> Int32:
         """Tokens of the longest title under each node, counted from the root, terminator included; int32 (N,)."""
-        return self._extreme_depth(np.maximum)
+        return self._from_below(self.depth.copy(), np.maximum)
 
     @cached_property
     def shortest(self) -> Int32:
         """Tokens of the shortest title under each node, counted from the root, terminator included; int32 (N,)."""
-        return self._extreme_depth(np.minimum)
+        return self._from_below(self.depth.copy(), np.minimum)
 
-    def _extreme_depth(self, extreme: np.ufunc) -> Int32:
-        depth_N = self.depth.copy()
-        for inner, low, high in self._levels_upwards():
-            depth_N[inner] = extreme.reduceat(depth_N[low:high], self.child_ptr[inner] - low)
-        return depth_N
+    def _from_below(self, value_N: NDArray[Any], join: np.ufunc) -> NDArray[Any]:
+        """Put in the place of each inner node's value what ``join`` makes of its children's, deepest level first."""
+        inner = np.flatnonzero(self.n_children)
+        split = np.searchsorted(inner, self.level_ptr)
+        for d in reversed(range(len(self.level_ptr) - 2)):
+            above, low = inner[split[d] : split[d + 1]], self.level_ptr[d + 1]
+            value_N[above] = join.reduceat(value_N[low : self.level_ptr[d + 2]], self.child_ptr[above] - low)
+        return value_N
 
     def __repr__(self) -> str:
-        """One line with the sizes."""
         return (
             f"Trie({self.n_groups} titles of {self.n_items} items, {self.n_nodes} nodes, "
             f"{int(self.branching.sum())} branching, depth {len(self.level_ptr) - 2})"
@@ -254,11 +242,9 @@ class Trie:
         return np.array(nodes, dtype=np.int32)
 
     def _off(self, position: int, token: int, valid: Int32) -> str:
-        if not len(valid):
-            wanted = "the end of the title"
-        else:
-            more = f" and {len(valid) - SHOWN} more" if len(valid) > SHOWN else ""
-            wanted = f"one of the tokens {valid[:SHOWN].tolist()}{more}"
+        more = f" and {len(valid) - SHOWN} more" if len(valid) > SHOWN else ""
+        some = f"one of the tokens {valid[:SHOWN].tolist()}{more}"
+        wanted = some if len(valid) else "the end of the title"
         return (
             f"at position {position} wanted {wanted}, got the token {token}; "
             f"the title is not one of the {self.n_groups} in the trie"
@@ -303,16 +289,7 @@ class Trie:
         value_I = self._per_item(values_per_item).astype(np.float64)
         sum_N = np.zeros(self.n_nodes)
         np.add.at(sum_N, self.leaf, value_I)
-        for inner, low, high in self._levels_upwards():
-            sum_N[inner] = np.add.reduceat(sum_N[low:high], self.child_ptr[inner] - low)
-        return sum_N
-
-    def _levels_upwards(self) -> Iterator[tuple[Int64, int, int]]:
-        """For each level from the deepest up: its nodes with children, and the id range of those children."""
-        inner = np.flatnonzero(self.n_children)
-        split = np.searchsorted(inner, self.level_ptr)
-        for d in reversed(range(len(self.level_ptr) - 2)):
-            yield inner[split[d] : split[d + 1]], int(self.level_ptr[d + 1]), int(self.level_ptr[d + 2])
+        return self._from_below(sum_N, np.add)
 
     def subtree_count(self, counts_per_item: ArrayLike) -> Int64:
         """Sum of integer counts (I,) of the items under each node, exact, int64 (N,).
@@ -341,10 +318,8 @@ class Trie:
 
         key = str(torch.device(device))
         if key not in self._on_device:
-            names = [f.name for f in fields(DeviceTrie)]
-            arrays = {name: getattr(self, name).astype(np.int64) for name in names}
-            tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-            self._on_device[key] = DeviceTrie(**tensors)
+            arrays = (getattr(self, f.name).astype(np.int64) for f in fields(DeviceTrie))
+            self._on_device[key] = DeviceTrie(*(torch.from_numpy(array).to(device) for array in arrays))
         return self._on_device[key]
 
     def fingerprint(self) -> str:
@@ -384,9 +359,20 @@ class Trie:
         return cls(**arrays)
 
 
+def _ends(step_N: Int32) -> Int32:
+    """Where one comes from each node by going on to ``step_N[node]`` until that is the node itself; int32 (N,)."""
+    while not np.array_equal(step_N, further_N := step_N[step_N]):
+        step_N = further_N
+    return step_N
+
+
 def _flat(sequences: Sequences) -> tuple[Int32, Int64]:
     """Bring both accepted forms to ``(tokens (L,), offsets (I+1,))`` and check all that needs no tree."""
-    tokens, offsets = sequences if _is_flat(sequences) else _concatenate(sequences)
+    if _is_flat(sequences):
+        tokens, offsets = sequences
+    else:
+        offsets = offsets_of(np.fromiter(map(len, sequences), np.int64, len(sequences)))
+        tokens = np.fromiter(chain.from_iterable(sequences), np.int64, int(offsets[-1]))
     if any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (tokens, offsets)):
         raise UserError(
             f"wanted flat integer arrays (tokens, offsets), got {tokens.dtype} of shape {tokens.shape} and "
@@ -415,11 +401,6 @@ def _flat(sequences: Sequences) -> tuple[Int32, Int64]:
 def _is_flat(sequences: Sequences) -> TypeGuard[tuple[NDArray[Any], NDArray[Any]]]:
     pair = isinstance(sequences, tuple) and len(sequences) == 2
     return pair and all(isinstance(part, np.ndarray) for part in sequences)
-
-
-def _concatenate(sequences: Sequences) -> tuple[NDArray[Any], NDArray[Any]]:
-    offsets = offsets_of(np.fromiter(map(len, sequences), np.int64, len(sequences)))
-    return np.fromiter(chain.from_iterable(sequences), np.int64, int(offsets[-1])), offsets
 
 
 def _grow(token_L: Int32, offsets_I1: Int64) -> Trie:
@@ -467,9 +448,7 @@ def _grow(token_L: Int32, offsets_I1: Int64) -> Trie:
 
 def _refuse_prefix(token_L: Int32, offsets_I1: Int64, item: Int64, node: Int64, ended: Bool) -> None:
     """Raise when a title ends at a node where another goes on."""
-    here = np.zeros(int(node[-1]) + 1, dtype=np.bool_)
-    here[node[ended]] = True
-    clash = here[node] & ~ended
+    clash = np.isin(node, node[ended]) & ~ended
     if not clash.any():
         return
     at = int(np.argmax(clash))

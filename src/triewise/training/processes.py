@@ -24,8 +24,6 @@ from triewise.errors import UserError
 from triewise.recipe import TrainingSettings
 
 T = TypeVar("T")
-
-
 # One process prepares data and validates while the others wait; one that has died is noticed at once.
 PATIENCE = timedelta(hours=2)
 
@@ -147,7 +145,7 @@ def on_first(call: Callable[[], T]) -> T:
     """
     if count() == 1:
         return call()
-    outcome: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # what it gave, and what the others raise
     raised: Exception | None = None
     if is_first():
         try:

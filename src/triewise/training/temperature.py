@@ -199,7 +199,6 @@ class AdaptiveTemperature:
         self.value = float(state["value"])
 
     def __repr__(self) -> str:
-        """The settings and the value now."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
         return f"AdaptiveTemperature(value={self.value:.4g}, {settings})"
 
