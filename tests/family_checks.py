@@ -29,22 +29,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from triewise.training.forward import MicroBatches, TitleLoss
 
 from tests.model_families import TITLES, family, quiet, save, tokenizer
 from tests.reference import beam
 from tests.reference.losses import dense_trie_nll
 from tests.reference.trie import DictTrie
 from triewise import load
-from triewise.app.assemble import Parts, assemble
+from triewise.app.assemble import Assembly, assemble
 from triewise.data import Dataset, prepare
 from triewise.errors import UserError
 from triewise.models import load_backbone
 from triewise.ranking import Ranking
-from triewise.recipe import parse_recipe
+from triewise.recipe import TrainingSettings, parse_recipe
 from triewise.recommenders import GenerativeRecommender
 from triewise.tokens import Trie, build_prompts, zero_gain
-from triewise.training import Examples, Objective, TrainConfig, packs, train
+from triewise.training import Examples, Objective, packs, train
+from triewise.training.objective import MicroBatches, TitleLoss
 
 COLUMNS = ("load", "path", "beams", "exact", "reload", "packing", "lora")
 DTYPES = ("float32", "bfloat16")
@@ -128,7 +128,7 @@ def dataset(folder: Path, titles: Sequence[str] = TITLES) -> Dataset:
     return listened(lambda: prepare(f"msl:{source}", folder / "data", max_history=20))[0]
 
 
-def assembled(model: Path, dtype: str, data: Dataset, lora: bool = False, **backbone: Any) -> Parts:
+def assembled(model: Path, dtype: str, data: Dataset, lora: bool = False, **backbone: Any) -> Assembly:
     """What a recipe with this model becomes before anything is trained or ranked."""
     settings = {"name": str(model), "template": "plain", "device": "cpu", "dtype": dtype, **backbone}
     if lora:
@@ -139,12 +139,12 @@ def assembled(model: Path, dtype: str, data: Dataset, lora: bool = False, **back
     return assemble(recipe, data)
 
 
-def recommender(parts: Parts, data: Dataset) -> GenerativeRecommender:
+def recommender(parts: Assembly, data: Dataset) -> GenerativeRecommender:
     """The language model as a recommender."""
     return GenerativeRecommender(parts.backbone, data.catalog, parts.prompts, parts.trie, parts.counts)
 
 
-def examples(parts: Parts) -> Examples:
+def examples(parts: Assembly) -> Examples:
     """Training examples with weight 1."""
     return Examples(parts.windows, parts.prompts, parts.trie, None, zero_gain(parts.trie, parts.counts))
 
@@ -256,7 +256,7 @@ class Reference:
                 found += [apart(np.array(other), alone) for other in others]
         return max(found)
 
-    def train(self, model: Any, parts: Parts, made: Examples) -> tuple[float, dict[str, Tensor]]:
+    def train(self, model: Any, parts: Assembly, made: Examples) -> tuple[float, dict[str, Tensor]]:
         """Loss and gradients of all windows in trie support, one unpadded row after the other, summed."""
         model.zero_grad()
         total = 0.0
@@ -279,7 +279,7 @@ class Subject:
     dtype: str
     data: Dataset
     scratch: Path
-    parts: Parts
+    parts: Assembly
     made: GenerativeRecommender
     said: list[str]
 
@@ -446,7 +446,7 @@ class Subject:
         parts, _ = listened(lambda: assembled(self.folder, self.dtype, self.data, lora=True))
         model = parts.backbone.model
         made = recommender(parts, self.data)
-        config = TrainConfig(
+        config = TrainingSettings(
             steps=1, learning_rate=0.02, batch_size=len(ROWS), warmup_steps=0, schedule="constant"
         )
         with light_heap():
@@ -585,7 +585,7 @@ def check_refused(name: str, data: Dataset, scratch: Path) -> Cell:
         subject = Subject.of(folder, "float32", data, scratch)
         if name in ("bart", "llama_without_head"):
             return Cell("accepted with a new, random head", "wrong")
-        config = TrainConfig(steps=1, learning_rate=1e-3, batch_size=len(ROWS), warmup_steps=0)
+        config = TrainingSettings(steps=1, learning_rate=1e-3, batch_size=len(ROWS), warmup_steps=0)
         cells = [answered(subject.path), answered(subject.exact)]
         step = lambda: train(  # noqa: E731
             subject.parts.backbone.model, examples(subject.parts), Objective("trie"), config, scratch / "run"
@@ -614,7 +614,7 @@ def half_precision_training(scratch: Path) -> Cell:
     """Full training in float16 has no scaler: it has to be refused."""
     data = dataset(scratch / "data")
     parts, _ = listened(lambda: assembled(save("llama", scratch / "model"), "float16", data))
-    config = TrainConfig(steps=2, learning_rate=1e-3, batch_size=len(ROWS), warmup_steps=0)
+    config = TrainingSettings(steps=2, learning_rate=1e-3, batch_size=len(ROWS), warmup_steps=0)
     listened(lambda: train(parts.backbone.model, examples(parts), Objective("trie"), config, scratch / "run"))
     return Cell("trained", "wrong")
 
@@ -622,7 +622,7 @@ def half_precision_training(scratch: Path) -> Cell:
 def bf16_training(scratch: Path) -> Cell:
     """Full training with dtype = bfloat16 moves the weights as far as with float32, every tensor of them."""
     data, folder, moved = dataset(scratch / "data"), save("llama", scratch / "model"), {}
-    config = TrainConfig(
+    config = TrainingSettings(
         steps=20, learning_rate=2e-5, batch_size=len(ROWS), warmup_steps=0, schedule="constant"
     )
     for dtype in DTYPES:
