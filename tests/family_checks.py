@@ -632,7 +632,12 @@ def bf16_training(scratch: Path) -> Cell:
         with light_heap():
             listened(
                 lambda parts=parts, dtype=dtype: train(
-                    parts.backbone.model, examples(parts), Objective("trie"), config, scratch / dtype
+                    parts.backbone.model,
+                    examples(parts),
+                    Objective("trie"),
+                    config,
+                    scratch / dtype,
+                    autocast=parts.autocast,
                 )
             )
         moved[dtype] = {

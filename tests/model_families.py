@@ -616,58 +616,22 @@ def tokenizer(kind: str) -> Any:
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
-# Families without buffers that a cast to bfloat16 changes.
-_CASTS = (
-    "gpt2 gpt_bigcode opt opt_350m biogpt xglm openai_gpt bert_decoder gpt_neo bloom mpt mamba mamba2 falcon_mamba "
-    "rwkv jamba granitemoehybrid nemotron_h zamba2 qwen3_5_text qwen3_next"
-)
 _BOTH = ("float32", "bfloat16")
-_LORA = {
-    "B3": "ctrl gemma3n_text zamba2",
-    "B4": "mamba mamba2 falcon_mamba falcon_h1 nemotron_h",
-    "B5": "glm4_moe deepseek_v2 deepseek_v3 longcat qwen3_next",
-    "B6": "phimoe llama4_text",
-}
-_OUTCOMES = {
-    "bert": "A2",
-    "roberta": "A2",
-    "bart": "A6",
-    "t5": "C5",
-    "qwen2_vl": "C5",
-    "llama_without_head": "A6",
-    "gpt2_short": "B1",
-    "llama_small_embedding": "B8",
-    "llama_slow_tokenizer": "B7",
-}
+_OUTCOMES = {"llama_slow_tokenizer": "B7"}
 _CASES = {
-    "full training in float16": "A5",
-    "full training in bfloat16": "A5",
     "titles that a tokenizer makes equal": "A7",
     "GLM's two tokens in front": "A10",
     "grounding with OPT-350m's shape": "B9",
-    "PEFT folder, DoRA": "A9",
 }
 # What is known to be wrong today, by family, dtype and column: the code of docs/models.md. Tests of these cells have to
 # fail; who mends a fault takes it out.
 KNOWN_FAULTS: dict[tuple[str, str, str], str] = {
-    **{(name, "bfloat16", "load"): "A11" for name in FAMILIES if name not in _CASTS.split()},
     **{("mpt", "bfloat16", column): "A1" for column in ("path", "beams", "exact")},
     **{("gpt_neo", "float32", column): "A3" for column in ("path", "beams", "exact", "packing")},
     **{("gpt_neo", "bfloat16", column): "A3" for column in ("path", "beams")},
     **{("llama_dynamic", "float32", column): "A4" for column in ("path", "beams", "exact", "packing")},
     **{("llama_dynamic", "bfloat16", column): "A4" for column in ("path", "packing")},
     **{("phi3_longrope", dtype, column): "A4" for dtype in _BOTH for column in ("path", "beams", "packing")},
-    **{
-        (name, "bfloat16", column): "B2"
-        for name in ("mamba", "mamba2", "falcon_mamba")
-        for column in ("path", "beams", "exact", "reload", "packing")
-    },
-    **{
-        (name, dtype, "lora"): code
-        for code, names in _LORA.items()
-        for name in names.split()
-        for dtype in _BOTH
-    },
     **{(name, "any", "outcome"): code for name, code in _OUTCOMES.items()},
     **{(name, "case", "outcome"): code for name, code in _CASES.items()},
 }

@@ -8,16 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.worlds import write_msl_folder
 from triewise import load
 from triewise.app import comparisons, evaluate_run, open_run, train_run
+from triewise.app.assemble import assemble
 from triewise.app.compare import collect, example_rows
+from triewise.app.folders import open_data
 from triewise.decoding import rank_catalogue
 from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
 from triewise.ranking import load_evaluation
 from triewise.recipe import Recipe, dump_recipe, parse_recipe
+from triewise.tokens import zero_gain
+from triewise.training import Examples, Objective, train
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +317,38 @@ def test_what_is_refused(cycle: Path, runs: tuple[Path, Path], tmp_path: Path) -
         open_run(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         train_run(recipe(cycle), tmp_path / "run.json")
+
+
+def test_full_training_in_bfloat16_moves_the_weights_as_float32_does(cycle: Path, tmp_path: Path) -> None:
+    """Weights stay float32 under autocast; bfloat16 weights, the control, lose most of so small steps."""
+    moved = {}
+    for dtype in ("float32", "bfloat16", "weights"):
+        small = {
+            "steps": 60,
+            "learning_rate": 2e-5,
+            "batch_size": 8,
+            "warmup_steps": 0,
+            "schedule": "constant",
+        }
+        chosen = recipe(cycle, training=small, backbone={"dtype": dtype if dtype != "weights" else "float32"})
+        parts = assemble(chosen, open_data(chosen))
+        model = parts.backbone.model
+        assert parts.autocast is (dtype == "bfloat16")
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        if dtype == "weights":
+            model.to(torch.bfloat16)
+        before = [p.detach().clone() for p in model.parameters()]
+        gain = zero_gain(parts.trie, parts.counts)
+        examples = Examples(parts.windows, parts.prompts, parts.trie, None, gain)
+        train(model, examples, Objective(), chosen.training, tmp_path / dtype, autocast=parts.autocast)
+        moved[dtype] = np.array(
+            [float((p.detach() - old).abs().sum()) for p, old in zip(model.parameters(), before, strict=True)]
+        )
+    assert moved["bfloat16"].sum() == pytest.approx(moved["float32"].sum(), rel=0.05)
+    assert (moved["bfloat16"] > 0).all()
+    assert moved["weights"].sum() < 0.5 * moved["float32"].sum() and (moved["weights"] == 0).any()
+
+
+def test_full_training_in_float16_is_refused(cycle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="float32 or bfloat16 to train every weight, got 'float16'"):
+        train_run(recipe(cycle, backbone={"dtype": "float16"}), tmp_path / "run")

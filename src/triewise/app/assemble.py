@@ -27,6 +27,7 @@ from triewise.models import (
     load_backbone,
     max_positions,
     resolve_device,
+    training_dtype,
     unfreeze_lora,
 )
 from triewise.progress import note
@@ -77,6 +78,7 @@ class Assembly:
     trie: Trie
     windows: Windows
     counts: NDArray[np.int64]
+    autocast: bool = False  # forwards of the training compute in bfloat16
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,13 @@ def learner_of(recipe: Recipe, dataset: Dataset) -> Learner:
 def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     """Backbone, prompts, trie, training windows and target counts of a recipe."""
     settings, reference = recipe.backbone, recipe.objective.preference.reference
+    how, autocast = settings.model_dump(include=_HOW), False
+    if not settings.lora.rank:  # every weight is trained
+        how["dtype"], autocast = training_dtype(settings.dtype, resolve_device(settings.device))
     if reference is not None:
-        backbone = _reference_backbone(recipe, reference)
+        backbone = _reference_backbone(recipe, reference, how)
     else:
-        how = {"tiny": settings.tiny, "lora": settings.lora} | settings.model_dump(include=_HOW)
+        how |= {"tiny": settings.tiny, "lora": settings.lora}
         backbone = load_backbone(settings.name, titles=dataset.catalog.title, seed=recipe.seed, **how)
     if not any(p.requires_grad for p in backbone.model.parameters()):
         raise UserError(
@@ -134,7 +139,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     counts = target_counts(windows, dataset.catalog.n_items)
     for line in training_warnings(recipe.objective, prompts, trie, windows, counts):
         note(line)
-    return Assembly(backbone, prompts, trie, windows, counts)
+    return Assembly(backbone, prompts, trie, windows, counts, autocast)
 
 
 def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
@@ -167,7 +172,7 @@ def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
     return build(max_tokens=room)
 
 
-def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
+def _reference_backbone(recipe: Recipe, reference: Path, how: dict[str, Any]) -> Backbone:
     """The model of a run as a start: all its weights, a new adapter on them, or its adapter trained on."""
     started_from = open_run(reference)[0]
     if started_from.sequential is not None:
@@ -187,8 +192,8 @@ def _reference_backbone(recipe: Recipe, reference: Path) -> Backbone:
                 f"wanted backbone.{key} = {getattr(theirs, key)} as in the reference {reference}, got "
                 f"{getattr(ours, key)}; give the same, or train a reference for this recipe"
             )
-    how: dict[str, Any] = ours.model_dump(include=_HOW) | ({} if adapted else {"lora": ours.lora})
-    backbone = load_backbone(str(folder), seed=recipe.seed, **how)
+    lora = None if adapted else ours.lora
+    backbone = load_backbone(str(folder), seed=recipe.seed, lora=lora, **how)
     if adapted:
         unfreeze_lora(backbone.model)
     return backbone
@@ -204,7 +209,8 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
 
     def fit_it(out: Path, **how: Any) -> TrainResult:
         learned = _learned(recipe, model, examples, rejected, out / REFERENCE)
-        return train(model, examples, learned, recipe.training, out, seed=recipe.seed, **how)
+        how |= {"seed": recipe.seed, "autocast": parts.autocast}
+        return train(model, examples, learned, recipe.training, out, **how)
 
     made = GenerativeRecommender(parts.backbone, dataset.catalog, parts.prompts, parts.trie, parts.counts)
     recommender = made.configured(recipe.evaluation)

@@ -14,6 +14,7 @@ from .anatomy import (
     head_weight as head_weight,
     own_mask as own_mask,
     resolve_device as resolve_device,
+    training_dtype as training_dtype,
 )
 from .backbones import load_backbone as load_backbone, load_tokenizer as load_tokenizer
 from .checks import check_model as check_model, max_positions as max_positions

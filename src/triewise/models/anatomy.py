@@ -43,6 +43,23 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return kinds[dtype]
 
 
+def training_dtype(dtype: str, device: torch.device) -> tuple[str, bool]:
+    """In which dtype weights are loaded that are all trained, and whether forwards run under bfloat16 autocast.
+
+    A step of the optimiser is lost where weights have few digits: at a learning rate of 2e-5 bfloat16 weights move a
+    fifth of what float32 ones do, and norms never. So they are float32, and ``bfloat16`` is what is computed in.
+
+    Raises:
+        UserError: float16, whose gradients would need a scaler.
+    """
+    if dtype == "float16":
+        raise UserError(
+            "wanted backbone.dtype auto, float32 or bfloat16 to train every weight, got 'float16', in which small "
+            "gradients vanish; change it, or set backbone.lora.rank > 0"
+        )
+    return "float32", resolve_dtype(dtype, device) == torch.bfloat16
+
+
 def causal_lm(model: Any) -> Any:
     """The causal LM itself, without an adapter's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -50,6 +50,7 @@ def train(
     out: Path,
     *,
     seed: int = 0,
+    autocast: bool = False,
     validate: Validate | None = None,
     resume: bool = False,
     title: str = "",
@@ -71,6 +72,7 @@ def train(
         settings: Budget and optimiser.
         out: Folder for the log, checkpoints and best weights.
         seed: Of data order and dropout.
+        autocast: Whether forwards compute in bfloat16; weights, gradients and the optimiser stay as they are.
         validate: From the model to metrics; called every ``evaluate_every`` steps. It may raise `state.Stop`.
         resume: Go on from the newest whole checkpoint in ``out``, or from the start where there is none;
             ``model`` and ``objective`` as they were when the run was started. False: start anew; what an
@@ -84,7 +86,7 @@ def train(
     """
     processes.start()
     with processes.together():
-        trainer = TrieTrainer(model, examples, objective, settings, out, seed, validate)
+        trainer = TrieTrainer(model, examples, objective, settings, out, seed, validate, autocast)
         result = trainer.run.conduct(trainer.go_on, trainer.take_steps, resume, title)
         if settings.gradient_checkpointing:
             compute_again(model, False)
@@ -111,14 +113,16 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         out: Path,
         seed: int = 0,
         validate: Validate | None = None,
+        autocast: bool = False,
     ) -> None:
         self.titles = objective.module(model, examples.trie)
-        super().__init__(self.titles, _arguments(model, settings, seed, out))
+        super().__init__(self.titles, _arguments(model, settings, seed, out, autocast))
         self.lm, self.examples, self.learned, self.settings = model, examples, objective, settings
         learned = {
             "objective": objective.settings(),
             "trained parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "examples": examples.fingerprint(),
+            **({"autocast": "bfloat16"} if autocast else {}),
         }
         self.run = TrainingState(model, self.args.device, learned, settings, seed, out, validate)
         if settings.gradient_checkpointing:
@@ -291,7 +295,9 @@ def _random_file(process: int) -> str:
     return f"rng-{process}.pt" if process else "rng.pt"
 
 
-def _arguments(model: Any, settings: TrainingSettings, seed: int, out: Path) -> TrainingArguments:
+def _arguments(
+    model: Any, settings: TrainingSettings, seed: int, out: Path, autocast: bool
+) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=settings.steps,
@@ -303,6 +309,7 @@ def _arguments(model: Any, settings: TrainingSettings, seed: int, out: Path) -> 
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         seed=seed,
+        bf16=autocast,
         optim="adamw_torch" if model.device.type == "mps" else "adamw_torch_fused",
         use_cpu=model.device.type == "cpu",
         logging_strategy="no",
