@@ -38,16 +38,7 @@ class TitleFilter:
 
     @classmethod
     def of(cls, trie: Trie, exclude: Items | None, allow: Items | None) -> TitleFilter | None:
-        """The filter of one user, None where everything may be returned.
-
-        Args:
-            trie: The catalogue.
-            exclude: Items that may not be returned.
-            allow: The only items that may be.
-
-        Raises:
-            UserError: Not item indices of this catalogue.
-        """
+        """The filter of one user, None where everything may be returned; lists as of `Recommender.recommend`, items as `checked_items`."""
         nothing = np.zeros(0, dtype=np.int64)
         without = nothing if exclude is None else checked_items(exclude, trie.n_items)
         if allow is None:
