@@ -81,8 +81,12 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
             f"the {changed} changed since {out} was started; restore it, or start anew with --overwrite"
         )
     result = learner.fit(out, validate=validate, resume=going_on is not None, title=recipe.name)
-    kept = ("stopped", "best_step", "best_metric")
-    training = {"steps": result.steps_done} | {name: getattr(result, name) for name in kept}
+    training = {
+        "steps": result.steps_done,
+        "stopped": result.stopped,
+        "best_step": result.best_step,
+        "best_metric": result.best_metric,
+    }
     if recommender.dropped is not None:
         n_dropped = sum(processes.gather_objects(recommender.dropped.titles))
         if n_dropped:

@@ -38,7 +38,10 @@ class TitleFilter:
 
     @classmethod
     def of(cls, trie: Trie, exclude: Items | None, allow: Items | None) -> TitleFilter | None:
-        """The filter of one user, None where everything may be returned; lists as of `Recommender.recommend`, items as `checked_items`."""
+        """The filter of one user, None where everything may be returned.
+
+        Lists are those of `Recommender.recommend`, errors those of `checked_items`.
+        """
         nothing = np.zeros(0, dtype=np.int64)
         without = nothing if exclude is None else checked_items(exclude, trie.n_items)
         if allow is None:

@@ -85,7 +85,9 @@ def choose_search(
         )
         tried[search] = {METRIC: judged.metrics[METRIC]}
     chosen = max(settings.choose, key=lambda search: tried[search][METRIC])
-    changes = {"search": chosen} | {n: v for n, v in tried[chosen].items() if n == "gamma"}
+    changes: dict[str, Any] = {"search": chosen}
+    if chosen == "grounding":
+        changes["gamma"] = tried[chosen]["gamma"]
     said = ", ".join(f"{search} {values[METRIC]:.4f}" for search, values in tried.items())
     note(f"{chosen} is chosen on {split.n_rows} validation rows by {METRIC}: {said}")
     return settings.model_copy(update=changes), {"by": METRIC, "rows": split.n_rows, "tried": tried}
@@ -158,9 +160,10 @@ def _values(
         for start in range(0, split.n_rows, ROWS_AT_ONCE):
             rows = range(start, min(start + ROWS_AT_ONCE, split.n_rows))
             scores = judged([split.history[r] for r in rows])
-            hidden = [groups.permitted(None if without is None else without[r], allow) < 0 for r in rows]
+            own = [None if without is None else without[r] for r in rows]
+            hidden = np.array([groups.permitted(one, allow) < 0 for one in own])
             target = groups.of_item[split.target[start : rows.stop]]
-            gone = np.array(hidden)[np.arange(len(rows)), target]
+            gone = hidden[np.arange(len(rows)), target]
             for g, point in enumerate(grid):
                 found = rank_of_target(np.where(hidden, -np.inf, scores(point)), target)
                 rank[g, start : rows.stop] = np.where(gone, -1, found)
