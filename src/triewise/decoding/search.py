@@ -129,7 +129,7 @@ def beam_search(
       user's beams at a ``step``, before any is dropped (IGD's text).
 
     Returns:
-        A `Ranking`; ``certified`` where nothing that was dropped can be among the best ``k``; never by ``step``.
+        A `Ranking`; ``certified`` where nothing dropped can be among the best ``k``, never with ``scope="step"``.
 
     Raises:
         UserError: As `rank_catalogue`, and ``beams < k``.

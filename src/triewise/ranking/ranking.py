@@ -238,9 +238,9 @@ def rank_groups(
     Args:
         scores: (B, G), any float dtype.
         groups: The groups, in the order of the columns.
-        k: As `Recommender.recommend`, like the filters, which may be None for some users.
-        exclude: Per user.
-        allow: Per user.
+        k: How many to return, or None for all.
+        exclude: Per user, as in `Recommender.recommend`, or None.
+        allow: Likewise.
 
     Returns:
         Items (B, K) int32 padded with -1 and scores (B, K) float32 padded with -inf.
