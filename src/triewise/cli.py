@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -273,41 +273,35 @@ def report(
 
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit status 2, an interrupt is 130."""
-    atexit.register(
-        gc.freeze
-    )  # else Python looks through all of torch for cycles before it ends: a second and more
+    # Else Python looks through all of torch for cycles before it ends: a second and more.
+    atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # a Windows console in a legacy code page would stop at the first odd title
+        # A Windows console in a legacy code page would stop at the first odd title.
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
-        raise SystemExit(_complain(str(error))) from None
+        _complain(str(error))
     except USAGE_ERROR as error:
-        raise SystemExit(
-            _complain(f"{error.format_message()} (triewise COMMAND --help lists the options)")
-        ) from None
+        _complain(f"{error.format_message()} (triewise COMMAND --help lists the options)")
     except OSError as error:
-        raise SystemExit(
-            _complain(f"{error.strerror or error}: {error.filename or 'no file named'}")
-        ) from None
+        _complain(f"{error.strerror or error}: {error.filename or 'no file named'}")
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("polars", "safetensors", "safetensors_rust"):
             raise
-        raise SystemExit(_complain(f"a file cannot be read ({error}); restore it or make it again")) from None
+        _complain(f"a file cannot be read ({error}); restore it or make it again")
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(status or 0)
 
 
-def _complain(message: str) -> int:
-    """Print one line and give the exit status of a user's mistake."""
+def _complain(message: str) -> NoReturn:
+    """Print one line and end with the exit status of a user's mistake."""
     who = "error" if is_first_process() else f"error in process {os.environ['RANK']}"
     print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    raise SystemExit(2) from None
 
 
 @contextlib.contextmanager

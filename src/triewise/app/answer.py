@@ -128,9 +128,7 @@ def answer(
     answers = []
     for b, items in enumerate(known):
         best = [int(i) for i in ranking.items[b] if i >= 0]
-        told: Sequence[Recommendation | None] = (
-            recommender.explain(items, best) if explain else [None] * len(best)
-        )
+        told = recommender.explain(items, best) if explain else [None] * len(best)
         titles = tuple(
             Recommended(i, catalog.item_id[i], catalog.title[i], float(s), why)
             for i, s, why in zip(best, ranking.scores[b], told, strict=False)

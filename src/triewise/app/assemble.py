@@ -203,8 +203,7 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
     parts = assemble(recipe, dataset)
     model = parts.backbone.model
     examples, rejected = _examples(recipe, parts), None
-    if recipe.objective.preference.negatives:
-        n = recipe.objective.preference.negatives
+    if n := recipe.objective.preference.negatives:
         rejected = draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed)
 
     def fit_it(out: Path, **how: Any) -> TrainResult:
@@ -294,16 +293,13 @@ def _learned(
     recipe: Recipe, model: Any, examples: Examples, rejected: NDArray[np.int32] | None, kept: Path
 ) -> Learned:
     """What is trained; the reference of S-DPO is read from ``kept``, or computed and written there."""
-    settings, contrast, temperature = (
-        recipe.objective,
-        recipe.objective.contrast,
-        recipe.objective.temperature,
-    )
+    settings, contrast = recipe.objective, recipe.objective.contrast
     if rejected is not None:
         packing = recipe.training.packing and packs(model, examples)
         at_once = processes.share(recipe.training)
         reference, key = kept_reference(kept, model, examples, rejected, settings.support, at_once, packing)
         return Preferences(rejected, reference, settings.preference.beta, settings.support, key)
+    temperature = settings.temperature
     ats = AdaptiveTemperature(**settings.adaptive.model_dump()) if temperature == "adaptive" else temperature
     objective = Objective(settings.support, ats, settings.normaliser, settings.expand_negatives)
     return Contrast(objective, **contrast.model_dump()) if contrast.strength else objective

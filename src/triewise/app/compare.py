@@ -85,12 +85,7 @@ def baselines(dataset: Dataset, like: Evaluation) -> list[Evaluation]:
             k=like.items.shape[1],
             exclude=shared["exclude"],
             allow=allow,
-            facts={
-                "search": "catalogue",
-                "support": "none",
-                "allow": shared["allow"],
-                "seed": shared["seed"],
-            },
+            facts={"search": "catalogue", "support": "none"} | {n: shared[n] for n in ("allow", "seed")},
             train_targets=dataset.train_targets,
             train_interactions=counts,
             seed=shared["seed"],
@@ -246,9 +241,7 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
         notes += ["neighbours of the history's items, of train", "counts of train"]
     # Tokens, forced shares and decisions are those of the first run that writes titles, where there is one.
     writes = next((i for i, (r, _) in enumerate(opened) if r.sequential is None), None)
-    looks = {}
-    if writes is not None:
-        looks = _looks(runs[writes], opened[writes][0], evaluations[writes], dataset)
+    looks = {} if writes is None else _looks(runs[writes], opened[writes][0], evaluations[writes], dataset)
     return Report(
         title=f"{dataset.info['source']}: {', '.join(e.name for e in named)}",
         subtitle=_protocol(evaluations, dataset),

@@ -22,9 +22,8 @@ from triewise.tokens import Trie, build_prompts
 
 def open_data(recipe: Recipe) -> Dataset:
     """The prepared folder of a recipe; prepared first where it is absent."""
-    folder = recipe.data.folder or Path("data") / recipe.data.source.replace(":", "-").replace(
-        "/", "-"
-    ).strip("-.")
+    name = recipe.data.source.replace(":", "-").replace("/", "-").strip("-.")
+    folder = recipe.data.folder or Path("data", name)
     choices = recipe.data.model_dump(include={"max_history", "clean", "k_core", "split"})
     if (folder / "dataset.json").is_file():
         dataset = load_dataset(folder)
@@ -105,13 +104,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "source tree"
-
-
-def n_threads() -> int:
-    """Threads that torch computes with."""
-    import torch
-
-    return torch.get_num_threads()
 
 
 def commit_of_source() -> str | None:

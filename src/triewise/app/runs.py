@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from triewise.app.assemble import Learner, learner_of
-from triewise.app.folders import commit_of_source, n_threads, open_data, open_run, versions
+from triewise.app.folders import commit_of_source, open_data, open_run, versions
 from triewise.data import Dataset, Split, allowed_items, data_hash, first_rows, load_dataset
 from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
@@ -75,9 +75,8 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
     if going_on is None:
         processes.on_first(lambda: _begin(recipe, out, record))
     elif going_on["hashes"] != record["hashes"]:
-        changed = next(
-            part for part, value in record["hashes"].items() if going_on["hashes"].get(part) != value
-        )
+        before = going_on["hashes"]
+        changed = next(part for part, value in record["hashes"].items() if before.get(part) != value)
         raise UserError(
             f"the {changed} changed since {out} was started; restore it, or start anew with --overwrite"
         )
@@ -168,9 +167,8 @@ def evaluate_run(
     if settings.choose:
         settings, chosen = choose_search(recommender, valid, settings, allow)
         recommender = recommender.configured(settings)
-        name += (
-            f" ({settings.search}{f', gamma {settings.gamma:g}' if settings.search == 'grounding' else ''})"
-        )
+        gamma = f", gamma {settings.gamma:g}" if settings.search == "grounding" else ""
+        name += f" ({settings.search}{gamma})"
     judge = functools.partial(
         evaluate,
         split=split,
@@ -200,7 +198,8 @@ def evaluate_run(
     known = {"data": dataset.info, "run": record, "metrics": evaluation.metrics}
     ranked = recipe.model_copy(update={"evaluation": settings})
     card = card_facts(recommender, recipe.title or recipe.name, recipe=ranked, **known)
-    write_text(run / CARD, model_card(card, _shown(run)))
+    shown = run.resolve().name if run.is_absolute() else run.as_posix()  # no path of this machine
+    write_text(run / CARD, model_card(card, shown))
     return evaluation
 
 
@@ -252,9 +251,8 @@ def _assisted(
             "train, or a number as assistant_weight"
         )
     helper = load(place, assistant=False, trust_remote_code=recipe.backbone.trust_remote_code)
-    recommender = recommender.with_settings(
-        assistant=helper, assistant_weight=0.5 if weight == "choose" else weight
-    )
+    start = 0.5 if weight == "choose" else weight
+    recommender = recommender.with_settings(assistant=helper, assistant_weight=start)
     if weight != "choose" or not weighs:
         return recommender, None
     best, tried = choose_weight(recommender, valid, settings.exclude, allow)
@@ -304,9 +302,8 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
     if out.exists() and not out.is_dir():
         raise UserError(f"wanted a folder for the run, but {out} is a file; choose another --out")
     if not (out / "run.json").is_file():
-        foreign = (
-            [] if not out.is_dir() else [p.name for p in out.iterdir() if not p.name.startswith(".tmp-")]
-        )
+        there = out.iterdir() if out.is_dir() else ()
+        foreign = [p.name for p in there if not p.name.startswith(".tmp-")]
         if set(foreign) - {"recipe.toml", "log.jsonl"}:
             raise UserError(
                 f"wanted a new or empty folder for the run, but {out} holds {sorted(foreign)[0]}; choose another --out"
@@ -329,6 +326,8 @@ def _settled(recipe: Recipe) -> dict[str, Any]:
 
 def _record(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]:
     """What ``run.json`` says before training starts."""
+    import torch
+
     return {
         "format": 1,
         "name": recipe.name,
@@ -337,13 +336,8 @@ def _record(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any
         "versions": versions(),
         "commit": commit_of_source(),
         "processes": processes.count(),
-        "machine": f"{platform.system()} {platform.machine()}, {n_threads()} threads",
+        "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "data": {"folder": str(dataset.folder.resolve()), "source": dataset.info["source"]},
         **learner.facts,
         "hashes": {"data": data_hash(dataset), **learner.facts["hashes"]},
     }
-
-
-def _shown(run: Path) -> str:
-    """A run folder as a reader of its card may give it: no path of this machine."""
-    return run.resolve().name if run.is_absolute() else run.as_posix()

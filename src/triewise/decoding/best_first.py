@@ -10,17 +10,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from triewise.arrays import Int64
 from triewise.decoding.growth import Edges, Growth, forced_runs
 from triewise.decoding.scoring import Hypotheses, Rule, best_of_each, bounds, divided, kth_score, place_among
 
 if TYPE_CHECKING:
     from triewise.decoding.beams import Beams
     from triewise.decoding.filters import TitleFilter
-
-Int64 = NDArray[np.int64]
-
 
 # Times k: prefixes of a user in one round. No expansion was wasted up to 3, and a round less costs more.
 WIDTH = 2

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triewise.arrays import Int64
 from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, common_length, pad
 from triewise.errors import UserError
 from triewise.models import (
@@ -36,9 +37,6 @@ from triewise.models import (
     relative,
 )
 from triewise.tokens import Trie
-
-Int64 = NDArray[np.int64]
-
 
 Support = Literal["trie", "vocabulary"]
 AT_ONCE = 16

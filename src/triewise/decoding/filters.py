@@ -40,13 +40,7 @@ class TitleFilter:
     def of(cls, trie: Trie, exclude: Items | None, allow: Items | None) -> TitleFilter | None:
         """The filter of one user, None where everything may be returned.
 
-        Args:
-            trie: The catalogue.
-            exclude: Items that may not be returned.
-            allow: The only items that may be.
-
-        Raises:
-            UserError: Not item indices of this catalogue.
+        Lists are those of `Recommender.recommend`, errors those of `checked_items`.
         """
         nothing = np.zeros(0, dtype=np.int64)
         without = nothing if exclude is None else checked_items(exclude, trie.n_items)

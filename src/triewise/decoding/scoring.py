@@ -168,8 +168,7 @@ class Hypotheses:
     @classmethod
     def joined(cls, parts: Sequence[Hypotheses]) -> Hypotheses:
         """Several, one after the other."""
-        user, node = (np.concatenate([getattr(p, name) for p in parts]) for name in ("user", "node"))
-        return cls(user, node, np.concatenate([p.total for p in parts]))
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0])))
 
     def then(self, other: Hypotheses) -> Hypotheses:
         """These and those."""

@@ -31,6 +31,7 @@ from triewise.ranking import (
     check_lists,
     checked_items,
     rank_groups,
+    resolve_filters,
 )
 from triewise.tokens import Trie
 
@@ -128,8 +129,7 @@ def beam_search(
       user's beams at a ``step``, before any is dropped (IGD's text).
 
     Returns:
-        A `Ranking`; ``certified`` where no dropped prefix or title can belong to the best
-        ``k``, never with ``scope="step"``.
+        A `Ranking`; ``certified`` where nothing dropped can be among the best ``k``, never with ``scope="step"``.
 
     Raises:
         UserError: As `rank_catalogue`, and ``beams < k``.
@@ -142,7 +142,7 @@ def beam_search(
     if beams < k:
         raise UserError(f"wanted beams >= k, got {beams} beams for k = {k}; raise beams or lower k")
     rule = Rule.of(engine.trie, len(prompts), alpha, scope, gain, assistant, assistant_weight)
-    filters, counters = _filters(engine.trie, len(prompts), exclude, allow), Counters()
+    filters, counters = _filters(engine.trie, prompts, exclude, allow), Counters()
     search = Beams(engine.trie, rule, filters, beams, length_penalty)
     _drive(Growth(engine, prompts, counters), search)
     items, scores = _returned(engine.trie, search.results, k, filters, counts)
@@ -197,7 +197,7 @@ def exact_search(
         raise UserError(f"wanted max_expansions of at least 1 or None, got {max_expansions}")
     trie, counters = engine.trie, Counters()
     rule = Rule.of(trie, len(prompts), alpha, scope, gain, assistant, assistant_weight)
-    filters = _filters(trie, len(prompts), exclude, allow)
+    filters = _filters(trie, prompts, exclude, allow)
     growth, first = Growth(engine, prompts, counters), Beams(trie, rule, filters, k, length_penalty)
     if engine.support == "vocabulary":
         max_expansions = max_expansions or MAX_EXPANSIONS
@@ -213,10 +213,10 @@ def score(engine: TrieEngine, prompts: TokenLists, candidates: ItemLists) -> Flo
     Args:
         engine: Model, trie and support.
         prompts: Token ids of each user.
-        candidates: Per user, item indices; lists may differ in length, items may repeat.
+        candidates: Per user, item indices; lists may differ in length C, items may repeat.
 
     Returns:
-        float32 (B, C), nats, in the order given; C is the length of the longest list, shorter ones end in -inf.
+        float32 (B, C), nats, in the order given; shorter lists end in -inf.
 
     Raises:
         UserError: Not one list per user, unknown items.
@@ -303,13 +303,10 @@ def _check(
         raise UserError(f"wanted a finite length_penalty, got {length_penalty}; 0 switches it off")
 
 
-def _filters(trie: Trie, n_users: int, exclude: Filters, allow: Filters) -> list[TitleFilter | None]:
-    nothing: list[Items | None] = [None] * n_users
+def _filters(trie: Trie, prompts: TokenLists, exclude: Filters, allow: Filters) -> list[TitleFilter | None]:
     known: dict[tuple[int, int], TitleFilter | None] = {}  # a list that is given for many users is read once
     # Kept, so that no id is used twice.
-    pairs = list(
-        zip(nothing if exclude is None else exclude, nothing if allow is None else allow, strict=True)
-    )
+    pairs = list(zip(*resolve_filters(prompts, exclude, allow), strict=True))
     for a, b in pairs:
         if (id(a), id(b)) not in known:
             known[id(a), id(b)] = TitleFilter.of(trie, a, b)

@@ -17,11 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from triewise.arrays import Int64
 from triewise.models import body, cache_of, head_weight, own_mask
 from triewise.tokens import Trie
-
-Int64 = NDArray[np.int64]
-
 
 TokenLists = Sequence[Sequence[int]]
 NOTHING = -1  # a place of the cache that holds no node

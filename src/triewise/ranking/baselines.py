@@ -15,25 +15,11 @@ import numpy as np
 
 from triewise.arrays import Float32, Float64, Int32, Int64, Ragged, among_best, offsets_of, place_in_run
 from triewise.data import Split
-from triewise.ranking.ranking import Groups, ItemLists, ItemScorer, Ranking, check_histories, rank_items
-
-
-class _ByScores:
-    """What baselines recommend: the allowed groups with the highest scores; a group counts as its best member."""
-
-    def recommend(
-        self: ItemScorer,
-        histories: ItemLists,
-        k: int | None = 10,
-        exclude: ItemLists | str | None = None,
-        allow: ItemLists | None = None,
-    ) -> Ranking:
-        """See `Recommender`."""
-        return rank_items(self, histories, k, exclude, allow)
+from triewise.ranking.ranking import Groups, ItemLists, check_histories, rank_items
 
 
 @dataclass(frozen=True)
-class MostPopular(_ByScores):
+class MostPopular:
     """Everybody gets the items with most training interactions; the row every method has to beat.
 
     Attributes:
@@ -43,6 +29,7 @@ class MostPopular(_ByScores):
 
     groups: Groups
     counts: Int64
+    recommend = rank_items
 
     def item_scores(self, histories: ItemLists) -> Float32:
         """(B, I) the counts, for everybody alike; a view that takes no memory."""
@@ -55,7 +42,7 @@ TINY = 1e-12  # popularity orders what no neighbour speaks for, and nothing else
 
 
 @dataclass(frozen=True)
-class ItemKNN(_ByScores):
+class ItemKNN:
     """A recommender of neighbours; deterministic, nothing is drawn.
 
     Attributes:
@@ -71,6 +58,7 @@ class ItemKNN(_ByScores):
     cosine: Float32
     counts: Int64
     decay: float = 0.6
+    recommend = rank_items
 
     @classmethod
     def fit(cls, train: Split, groups: Groups, *, neighbours: int = 50, decay: float = 0.6) -> ItemKNN:

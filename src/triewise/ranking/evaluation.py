@@ -117,13 +117,11 @@ def evaluate(
         k: Items kept per user.
         depth: How many items are asked for per user; None ranks the whole catalogue. A target behind them is not
             ranked, and metrics at cuts above both this and 10 are left out.
-        exclude: ``none``, ``history`` (items of the row's history) or ``seen`` (everything the user had
-            before).
+        exclude: ``none``, ``history`` (items of the row's history) or ``seen`` (all that the user had before).
         allow: The only items that may be returned, to any user; None for all. A row whose target is not among
             them is a miss.
         facts: Further keys of ``metrics.json`` (support, search, ...).
-        train_targets: (I,) how often each item is a training target; splits metrics into warm and cold
-            targets.
+        train_targets: (I,) how often each item is a training target; splits metrics into warm and cold ones.
         train_interactions: (I,) how often each item occurs in training; splits metrics by popularity of the target.
             Unlike ``train_targets`` it does not depend on a recipe: parts have the same users for every row.
         seed: Seed of the bootstrap.

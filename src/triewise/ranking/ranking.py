@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from triewise.arrays import nth_largest
+from triewise.arrays import blank_lists, nth_largest
 from triewise.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,11 +30,9 @@ class Ranking:
 
     Attributes:
         items: (B, K) int32, the representative item of each group; -1 where fewer than K groups are allowed.
-        scores: (B, K) float32, descending; -inf where ``items`` is -1. Natural-log probabilities for language
-            models.
+        scores: (B, K) float32, descending; -inf where ``items`` is -1. Of language models log-probabilities, nats.
         certified: (B,) bool, whether no group that is missing can belong there.
-        counters: Work done, counted where it happens; token-forwards are positions pushed through a model's
-            body.
+        counters: Work done, see `Counters`.
     """
 
     items: NDArray[np.int32]
@@ -92,8 +90,7 @@ class Groups:
 
     Attributes:
         of_item: (I,) int32, the group of each item, in [0, G).
-        priority: (I,) int64, training targets of each item: the allowed member with most represents its
-            group.
+        priority: (I,) int64, training targets of each item: the allowed member with most represents its group.
     """
 
     of_item: NDArray[np.int32]
@@ -217,7 +214,7 @@ def check_histories(histories: ItemLists, groups: Groups) -> None:
 
 
 def resolve_filters(
-    histories: ItemLists, exclude: ItemLists | str | None, allow: ItemLists | None
+    histories: ItemLists, exclude: Sequence[Items | None] | str | None, allow: Sequence[Items | None] | None
 ) -> tuple[list[Items | None], list[Items | None]]:
     """One exclude list and one allow list (or None) for each user."""
     if isinstance(exclude, str):
@@ -242,8 +239,8 @@ def rank_groups(
         scores: (B, G), any float dtype.
         groups: The groups, in the order of the columns.
         k: How many to return, or None for all.
-        exclude: Per user, items that are not returned, or None.
-        allow: Per user, the only items returned, or None.
+        exclude: Per user, as in `Recommender.recommend`, or None.
+        allow: Likewise.
 
     Returns:
         Items (B, K) int32 padded with -1 and scores (B, K) float32 padded with -inf.
@@ -257,8 +254,7 @@ def rank_groups(
     n_users, n_groups = scores.shape
     columns = k or n_groups
     width = min(columns, n_groups)
-    items = np.full((n_users, columns), -1, dtype=np.int32)
-    best = np.full((n_users, columns), -np.inf, dtype=np.float32)
+    items, best = blank_lists(n_users, columns)
     everything = groups.permitted()
     for b in range(n_users):
         without, only = (None if given is None else given[b] for given in (exclude, allow))
@@ -282,12 +278,11 @@ def rank_items(
     exclude: ItemLists | str | None = None,
     allow: ItemLists | None = None,
 ) -> Ranking:
-    """What ``recommend`` of an item scorer returns: its scores, sorted; a group counts as its best member."""
+    """``recommend`` of an item scorer, see `Recommender`: its scores, sorted; a group counts as its best member."""
     groups = scorer.groups
     without, only = resolve_filters(histories, exclude, allow)
     check_k(k)
-    items = np.full((len(histories), k or groups.n_groups), -1, dtype=np.int32)
-    ranked = np.full(items.shape, -np.inf, dtype=np.float32)
+    items, ranked = blank_lists(len(histories), k or groups.n_groups)
     block = max(1, SCORES_AT_ONCE // groups.n_items)
     for start in range(0, len(histories), block):
         part = slice(start, start + block)

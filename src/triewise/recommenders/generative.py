@@ -202,18 +202,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
         return by_group(own.recommend(histories, None), self.groups), theirs / length**self.length_penalty
 
     def score(self, histories: ItemLists, candidates: ItemLists) -> NDArray[np.float32]:
-        """Log-probability of given items for each history, by the model alone.
-
-        Args:
-            histories: Item indices, oldest first.
-            candidates: Per user, item indices; lists may differ in length.
-
-        Returns:
-            float32 (B, C), nats, in the order given; shorter lists end in -inf.
-
-        Raises:
-            UserError: An item outside the catalogue, or not one list of candidates for each history.
-        """
+        """(B, C) log-probabilities of given items after each history, by the model alone; see `decoding.score`."""
         check_histories(histories, self.groups)
         check_lists(len(histories), candidates=candidates)
         return score(self.engine, [self.prompts.encode(history) for history in histories], candidates)

@@ -181,12 +181,9 @@ def inject(distance: NDArray[np.floating], weight: NDArray[np.floating], gamma: 
 
 @torch.inference_mode()
 def last_states(model: Any, texts: TokenLists, counters: Counters | None = None) -> Tensor:
-    """The last hidden state (after the final norm) at the last token of each text, float32 (T, D).
+    """The last hidden state (after the final norm) of a causal LM at the last token of each text, float32 (T, D).
 
-    Args:
-        model: A causal LM.
-        texts: Token ids, at least one a text.
-        counters: Receives the work done.
+    ``texts`` are token ids, at least one each; ``counters`` receive the work done.
     """
     device, width = head_weight(model).device, int(causal_lm(model).config.get_text_config().hidden_size)
     made = torch.zeros(len(texts), width, device=device)
@@ -208,14 +205,8 @@ def generate(
     """Unconstrained beam search of ``transformers.generate``: the best text of each prompt, without terminator.
 
     Sums of log-probabilities are divided by the length (``length_penalty`` 1), as the authors' settings do. No
-    setting of the model's own ``generation_config`` has any effect.
-
-    Args:
-        backbone: Model and tokenizer.
-        prompts: Token ids of each user.
-        beams: Number of beams; 1 is greedy.
-        max_tokens: Most new tokens.
-        counters: Receives the work done.
+    setting of the model's own ``generation_config`` has any effect. ``prompts`` are token ids of each user, ``beams``
+    and ``max_tokens`` those of `GroundedRecommender`; ``counters`` receive the work done.
     """
     from transformers import GenerationConfig
 

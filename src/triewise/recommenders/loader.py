@@ -41,9 +41,8 @@ def load(
     folder = local_folder(run, revision)
     manifest = read_json(folder / MANIFEST)
     recipe = load_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
-    named = (
-        _assistant(folder, manifest, recipe) if assistant else None
-    )  # asked first: models take time to load
+    # Asked first: models take time to load.
+    named = _assistant(folder, manifest, recipe) if assistant else None
     if manifest.get("kind") == "sequential":
         from triewise.recommenders.sequential import SequentialRecommender
 

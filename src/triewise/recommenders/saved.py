@@ -154,12 +154,9 @@ class Saved:
 
 @contextlib.contextmanager
 def saving(recommender: SavedRecommender, folder: Path | str, manifest: Mapping[str, Any]) -> Iterator[Path]:
-    """Write a recommender's folder; the model is written inside the block. Each file is whole or absent.
+    """Write a folder, made where it is absent; the model is written inside the block. Each file is whole or absent.
 
-    Args:
-        recommender: What is saved.
-        folder: Made where it is absent.
-        manifest: Content of ``recommender.json`` beside the format.
+    ``manifest`` is the content of ``recommender.json`` beside the format.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

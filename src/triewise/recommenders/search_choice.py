@@ -98,16 +98,10 @@ def choose_gamma(
 ) -> tuple[float, float]:
     """The gamma of BIGRec's grid with the best NDCG@10 on these rows, and that NDCG@10; of equals the smallest.
 
-    Every text is generated once. 0, no injection, is among the gammas.
-
-    Args:
-        grounded: The model; its own gamma plays no part.
-        split: Validation rows.
-        exclude: ``none``, ``history`` or ``seen``.
-        allow: The only items that may be returned, or None.
+    Every text is generated once. 0, no injection, is among the gammas; the model's own plays no part. Filters as for
+    `evaluate`.
     """
-    gammas = POPULARITY_GAMMAS if grounded.collaborator is None else (0.0, *COLLABORATIVE_GAMMAS)
-    gammas = tuple(sorted(set(gammas)))
+    gammas = POPULARITY_GAMMAS if grounded.collaborator is None else (0.0, *sorted(set(COLLABORATIVE_GAMMAS)))
 
     def judged(histories: ItemLists) -> Callable[[float], NDArray[np.float64]]:
         distance, weight = grounded.distances(histories), grounded.weights(histories)
@@ -124,13 +118,7 @@ def choose_weight(
     """The weight of the model beside its assistant with the best NDCG@10; of equals the larger.
 
     Weights 1, .9, ... 0 are tried on full rankings, which exact search and the catalogue have; a beam search is not run
-    for each. Model and assistant are asked once.
-
-    Args:
-        recommender: The model with its assistant; its own weight plays no part.
-        split: Validation rows.
-        exclude: ``none``, ``history`` or ``seen``.
-        allow: The only items that may be returned, or None.
+    for each. Model and assistant are asked once; the weight they have now plays no part. Filters as for `evaluate`.
 
     Returns:
         The weight, and for ``metrics.json``: the metric, the rows and what each weight reached.
@@ -172,17 +160,12 @@ def _values(
         for start in range(0, split.n_rows, ROWS_AT_ONCE):
             rows = range(start, min(start + ROWS_AT_ONCE, split.n_rows))
             scores = judged([split.history[r] for r in rows])
-            hidden = [groups.permitted(None if without is None else without[r], allow) < 0 for r in rows]
+            own = [None if without is None else without[r] for r in rows]
+            hidden = np.array([groups.permitted(one, allow) < 0 for one in own])
             target = groups.of_item[split.target[start : rows.stop]]
+            gone = hidden[np.arange(len(rows)), target]
             for g, point in enumerate(grid):
-                rank[g, start : rows.stop] = _ranks(scores(point), np.array(hidden), target)
+                found = rank_of_target(np.where(hidden, -np.inf, scores(point)), target)
+                rank[g, start : rows.stop] = np.where(gone, -1, found)
             advance(len(rows))
     return [float(metrics_from_rank(r, (10,))[METRIC].mean()) for r in rank]
-
-
-def _ranks(
-    scores: NDArray[np.float64], hidden: NDArray[np.bool_], target: NDArray[np.int32]
-) -> NDArray[np.int32]:
-    """Ranks of target groups, -1 where the target is hidden."""
-    rank = rank_of_target(np.where(hidden, -np.inf, scores), target)
-    return np.where(hidden[np.arange(len(target)), target], -1, rank).astype(np.int32)

@@ -20,7 +20,7 @@ from triewise.arrays import Ragged, padded
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import SequentialModel, load_trained, resolve_device
-from triewise.ranking import Groups, ItemLists, Items, Ranking, check_histories, rank_items
+from triewise.ranking import Groups, ItemLists, Items, check_histories, rank_items
 from triewise.recommenders.assistants import Assisted, Doubles, once_a_title, title_log_probabilities
 from triewise.recommenders.saved import Saved, hash_of, saving
 
@@ -52,6 +52,7 @@ class SequentialRecommender(Assisted):
     batch_users: int = 256
     origin: dict[str, Any] = field(default_factory=dict)
     card: str = field(default="", repr=False)
+    recommend = rank_items
 
     def __post_init__(self) -> None:
         """Refuse an assistant that does not belong here."""
@@ -80,11 +81,7 @@ class SequentialRecommender(Assisted):
         """Every item is scored anyway."""
 
     def with_settings(self, **changes: Any) -> SequentialRecommender:
-        """The same with another assistant: it scores every item and has no settings of its search.
-
-        Raises:
-            UserError: Any other setting than those of `Assisted` and ``search = "catalogue"``.
-        """
+        """The same with another assistant; UserError for settings of a search, which it has not."""
         changes = {name: value for name, value in changes.items() if (name, value) != ("search", "catalogue")}
         for name, value in changes.items():
             if name not in ("assistant", "assistant_weight"):
@@ -94,21 +91,13 @@ class SequentialRecommender(Assisted):
         return replace(self, **changes)
 
     def configured(self, settings: EvaluationSettings) -> SequentialRecommender:
-        """The same: of ``[evaluation]`` it has no use for what says how titles are searched.
-
-        Raises:
-            UserError: As `with_settings`.
-        """
+        """The same; of ``[evaluation]`` only ``search`` is looked at, as in `with_settings`."""
         return self.with_settings(search=settings.search)
 
     def explain(
         self, history: Items, items: Sequence[int], target: int | None = None
     ) -> tuple[Recommendation, ...]:
-        """There is nothing to explain.
-
-        Raises:
-            UserError: Always.
-        """
+        """UserError: there is nothing to explain."""
         raise UserError(
             "wanted the tokens that decided, got a sequential model, which scores items and writes no titles; leave "
             "explain out"
@@ -163,16 +152,6 @@ class SequentialRecommender(Assisted):
                 scores[start : start + len(part)] = found.cpu().numpy()
         self.model.train(was_training)
         return scores
-
-    def recommend(
-        self,
-        histories: ItemLists,
-        k: int | None = 10,
-        exclude: ItemLists | str | None = None,
-        allow: ItemLists | None = None,
-    ) -> Ranking:
-        """The ``k`` best groups for each history, which may be empty; see `Recommender.recommend`."""
-        return rank_items(self, histories, k, exclude, allow)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent."""
