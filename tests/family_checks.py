@@ -400,8 +400,15 @@ class Subject:
 
     def reload(self) -> Cell:
         """Whether what was saved and loaded gives the scores it gave before."""
-        before = scores(listened(lambda: self.made.recommend(HISTORIES, k=None))[0])
-        gap = apart(before, scores(self.catalogue[0]))
+        if self.dtype == "float32":
+            again = self.made
+        else:  # trained in float32, decoded in this dtype
+            with quiet():
+                self.decoder.save_pretrained(self.scratch / "again")
+                again = load(self.scratch / "again", device="cpu", dtype=self.dtype)  # type: ignore[assignment]
+        gap = apart(
+            scores(listened(lambda: again.recommend(HISTORIES, k=None))[0]), scores(self.catalogue[0])
+        )
         limit = 1e-6 if self.dtype == "float32" else self.tolerance
         return Cell("ok") if gap <= limit else Cell(f"off {amount(gap)}", "wrong")
 

@@ -626,6 +626,7 @@ _CASES = {
 # What is known to be wrong today, by family, dtype and column: the code of docs/models.md. Tests of these cells have to
 # fail; who mends a fault takes it out.
 KNOWN_FAULTS: dict[tuple[str, str, str], str] = {
+    ("ctrl", "bfloat16", "load"): "A11",
     **{("mpt", "bfloat16", column): "A1" for column in ("path", "beams", "exact")},
     **{("gpt_neo", "float32", column): "A3" for column in ("path", "beams", "exact", "packing")},
     **{("gpt_neo", "bfloat16", column): "A3" for column in ("path", "beams")},
