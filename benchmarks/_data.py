@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.prepare import write
-
 from triewise.app import train_run
 from triewise.data import Dataset, load_dataset, prepare
 from triewise.data.splits import NAMES

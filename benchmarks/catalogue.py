@@ -32,11 +32,11 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
+from tests.reference.trie import DictTrie  # noqa: E402
+
 from benchmarks._command import parsed  # noqa: E402
 from benchmarks._data import SYNTHETIC, prepared  # noqa: E402
 from benchmarks.decode import Hook  # noqa: E402
-from tests.reference.trie import DictTrie  # noqa: E402
-
 from triewise.decoding import TrieEngine, rank_catalogue  # noqa: E402
 from triewise.models import load_backbone  # noqa: E402
 from triewise.progress import note, progress  # noqa: E402

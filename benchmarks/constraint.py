@@ -39,10 +39,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks._command import parsed  # noqa: E402
-from benchmarks.trie_build import as_lists, synthetic_titles  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks.trie_build import as_lists, synthetic_titles  # noqa: E402
 from triewise.decoding import Counters, TrieEngine  # noqa: E402
 from triewise.decoding.engine import Children  # noqa: E402
 from triewise.models import head_weight  # noqa: E402

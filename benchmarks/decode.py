@@ -32,11 +32,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks._command import parsed  # noqa: E402
-from benchmarks._data import SYNTHETIC, prepared  # noqa: E402
 from tests.reference import beam as reference  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
+from benchmarks._command import parsed  # noqa: E402
+from benchmarks._data import SYNTHETIC, prepared  # noqa: E402
 from triewise.decoding import Counters, TrieEngine, beam_search, exact_search  # noqa: E402
 from triewise.decoding.growth import Growth  # noqa: E402
 from triewise.models import body, load_backbone  # noqa: E402

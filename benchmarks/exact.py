@@ -32,7 +32,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from benchmarks._command import parsed  # noqa: E402
 from benchmarks._data import quick_run  # noqa: E402
-
 from triewise.app import open_run, train_run  # noqa: E402
 from triewise.data import Split, load_dataset, prepare  # noqa: E402
 from triewise.data.splits import NAMES  # noqa: E402

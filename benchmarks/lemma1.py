@@ -21,7 +21,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from benchmarks._command import parsed  # noqa: E402
 from benchmarks._data import quick_run  # noqa: E402
-
 from triewise import load  # noqa: E402
 from triewise.app import open_run  # noqa: E402
 from triewise.data import load_dataset  # noqa: E402

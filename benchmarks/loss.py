@@ -32,7 +32,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from benchmarks._command import parsed  # noqa: E402
 from benchmarks._data import SHARED, SYNTHETIC, prepared  # noqa: E402
-
 from triewise.models import head_rows, load_tokenizer  # noqa: E402
 from triewise.tokens import Trie, build_prompts  # noqa: E402
 from triewise.training import trie_nll  # noqa: E402

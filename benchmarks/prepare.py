@@ -26,9 +26,9 @@ import polars as pl
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks._command import parsed, peak_bytes  # noqa: E402
 from tests.reference import splits as slow  # noqa: E402
 
+from benchmarks._command import parsed, peak_bytes  # noqa: E402
 from triewise.data import load_dataset, prepare  # noqa: E402
 from triewise.progress import note  # noqa: E402
 

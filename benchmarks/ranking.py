@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from benchmarks._command import parsed  # noqa: E402
-
 from triewise.ranking import Groups, ItemLists, Ranking, metrics_from_rank, rank_items  # noqa: E402
 from triewise.ranking.target_ranks import Places, count_places  # noqa: E402
 

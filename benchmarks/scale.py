@@ -40,7 +40,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from benchmarks._command import parsed, peak_bytes  # noqa: E402
 from benchmarks.trie_build import synthetic_titles  # noqa: E402
-
 from triewise.decoding import Counters, TrieEngine, beam_search, exact_search, rank_catalogue  # noqa: E402
 from triewise.decoding.beams import Beams  # noqa: E402
 from triewise.decoding.filters import TitleFilter  # noqa: E402

@@ -30,7 +30,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from benchmarks._command import parsed  # noqa: E402
 from benchmarks._data import SHARED, SYNTHETIC, prepared  # noqa: E402
-
 from triewise.models import load_backbone  # noqa: E402
 from triewise.recipe import TrainingSettings  # noqa: E402
 from triewise.tokens import Trie, build_prompts, zero_gain  # noqa: E402

@@ -27,9 +27,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
-from benchmarks._command import parsed, peak_bytes  # noqa: E402
 from tests.reference.trie import DictTrie  # noqa: E402
 
+from benchmarks._command import parsed, peak_bytes  # noqa: E402
 from triewise.progress import note  # noqa: E402
 from triewise.tokens import Trie  # noqa: E402
 
