@@ -37,6 +37,8 @@ from tests.family_checks import (  # noqa: E402
 )
 from tests.model_families import FAMILIES, KNOWN_FAULTS, REFUSED, family  # noqa: E402
 
+from benchmarks._command import parsed  # noqa: E402
+
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 ANY, CASE = "any", "case"  # in the place of a dtype: models that are to be refused, and one thing each
 OUTCOME = "outcome"
@@ -52,7 +54,7 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--jobs", type=int, default=1, help="processes, one thread each")
     parser.add_argument("--write", type=Path, help="file whose tables are replaced")
-    options = parser.parse_args()
+    options = parsed(parser, only=["llama", "bert"], dtype=["float32"])
     if options.write and (options.only or set(options.dtype) != set(DTYPES)):
         parser.error("--write wants all families and dtypes; leave out --only and --dtype")
     started = time.monotonic()

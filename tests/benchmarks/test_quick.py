@@ -25,6 +25,7 @@ PROMISED: dict[str, set[str]] = {
         "certified_trie",
     },
     "exact": {"equal", "largest_gap", "expansion_share", "token_forwards", "beam_10", "beam_20"},
+    "families": {"families", "cells", "known", "new", "gone"},
     "lemma1": {"holds", "users", "max_ndcg_minus_msl", "max_msl_minus_lml"},
     "loss": {"same_results", "time_ratio", "memory_ratio", "rows"},
     "prepare": {"n", "seconds", "peak_gb", "users", "items", "train_rows"},
