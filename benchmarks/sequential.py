@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 from benchmarks._command import parsed  # noqa: E402
 from benchmarks._data import SYNTHETIC, prepared  # noqa: E402
 from triewise.models import SequentialModel  # noqa: E402
-from triewise.recipe import SequentialSettings  # noqa: E402
+from triewise.settings import SequentialSettings  # noqa: E402
 from triewise.training import Sequences, make_windows, target_counts  # noqa: E402
 from triewise.training.item_tasks import item_loss, shifted_task, task_loss  # noqa: E402
 

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 from benchmarks._command import parsed  # noqa: E402
 from benchmarks._data import SHARED, SYNTHETIC, prepared  # noqa: E402
 from triewise.models import load_backbone  # noqa: E402
-from triewise.recipe import TrainingSettings  # noqa: E402
+from triewise.settings import TrainingSettings  # noqa: E402
 from triewise.tokens import Trie, build_prompts, zero_gain  # noqa: E402
 from triewise.training import Examples, Objective, make_windows, target_counts  # noqa: E402
 from triewise.training.objective import MicroBatches, TitleLoss  # noqa: E402

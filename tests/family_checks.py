@@ -40,8 +40,9 @@ from triewise.data import Dataset, prepare
 from triewise.errors import UserError
 from triewise.models import load_backbone
 from triewise.ranking import Ranking
-from triewise.recipe import TrainingSettings, parse_recipe
+from triewise.recipe import parse_recipe
 from triewise.recommenders import GenerativeRecommender
+from triewise.settings import TrainingSettings
 from triewise.tokens import Trie, build_prompts, zero_gain
 from triewise.training import Examples, Objective, packs, train
 from triewise.training.objective import MicroBatches, TitleLoss

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG as WHOLE, small_model, some_metric
 from triewise.errors import UserError
-from triewise.recipe import TrainingSettings
+from triewise.settings import TrainingSettings
 from triewise.tokens import binary_weights, zero_gain
 from triewise.training import (
     AdaptiveTemperature,

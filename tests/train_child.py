@@ -15,7 +15,7 @@ import triewise.training.checkpoints
 import triewise.training.objective
 import triewise.training.state
 from tests.token_worlds import cycle_world
-from triewise.recipe import TrainingSettings
+from triewise.settings import TrainingSettings
 from triewise.training import AdaptiveTemperature, Objective, train
 from triewise.training.trainer import TrainResult
 

@@ -10,8 +10,8 @@ import numpy as np
 from triewise.arrays import Ragged
 from triewise.data import Catalog, Split
 from triewise.models import Backbone, load_backbone
-from triewise.recipe import TinyModel
 from triewise.recommenders import GenerativeRecommender
+from triewise.settings import TinyModel
 from triewise.testing import RecommenderContract
 from triewise.tokens import Trie, build_prompts
 

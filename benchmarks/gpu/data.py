@@ -22,7 +22,7 @@ import torch
 from triewise.data import Dataset, load_dataset, prepare
 from triewise.files import read_json, write_json
 from triewise.models import load_tokenizer
-from triewise.recipe import TinyModel
+from triewise.settings import TinyModel
 from triewise.tokens import Prompts, Trie, build_prompts
 
 SOURCES = {"amazon_books": "msl", "amazon_office": "msl", "amazon_games_d3": "d3"}

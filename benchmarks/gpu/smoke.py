@@ -20,8 +20,8 @@ from benchmarks.gpu.data import Options, dataset
 from benchmarks.gpu.report import Report, Row
 from triewise.data import Dataset
 from triewise.models import load_backbone
-from triewise.recipe import LoraSettings, TinyModel, TrainingSettings
 from triewise.recommenders import GenerativeRecommender
+from triewise.settings import LoraSettings, TinyModel, TrainingSettings
 from triewise.tokens import Trie, binary_weights, build_prompts, zero_gain
 from triewise.training import (
     AdaptiveTemperature,

@@ -21,7 +21,7 @@ from benchmarks.gpu.data import Options, dataset, prompts_of
 from benchmarks.gpu.report import Report, Row, ceilings, peak_gb, synchronise
 from benchmarks.gpu.shapes import build, shape_of
 from benchmarks.train_step import InOrder, PlainRows, collate
-from triewise.recipe import TrainingSettings
+from triewise.settings import TrainingSettings
 from triewise.tokens import zero_gain
 from triewise.training import Examples, Objective, make_windows, target_counts
 from triewise.training.objective import MicroBatches

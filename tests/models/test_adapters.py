@@ -31,8 +31,9 @@ from triewise.files import read_json
 from triewise.models import Backbone, hand_head_matches, load_backbone
 from triewise.models.adapters import add_lora, describe_lora, freeze_unused
 from triewise.models.merging import is_quantised, merged, without_adapter
-from triewise.recipe import LoraSettings, TrainingSettings, load_recipe, parse_recipe
+from triewise.recipe import load_recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender
+from triewise.settings import LoraSettings, TrainingSettings
 from triewise.testing import RecommenderContract
 from triewise.tokens import Trie, build_prompts, zero_gain
 from triewise.training import Examples, Objective, make_windows, target_counts, train

@@ -20,10 +20,11 @@ from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models import SequentialModel
 from triewise.ranking import Groups, ItemLists, Ranking, rank_items
-from triewise.recipe import EncoderSettings, Recipe, parse_recipe
+from triewise.recipe import Recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender, SequentialRecommender, choose_search, choose_weight
 from triewise.recommenders.assistants import by_group, log_probabilities, title_log_probabilities
 from triewise.recommenders.search_choice import choose_gamma
+from triewise.settings import EncoderSettings
 from triewise.testing import RecommenderContract
 
 # Titles 3 and 4 are equal: the better of them, 6, counts once. Together 36.

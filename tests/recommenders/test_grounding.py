@@ -23,10 +23,11 @@ from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models import Backbone
 from triewise.models.adapters import add_lora
-from triewise.recipe import LoraSettings, Recipe, parse_recipe
+from triewise.recipe import Recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender, GroundedRecommender
 from triewise.recommenders.grounding import generate, inject, last_states
 from triewise.recommenders.search_choice import choose_gamma
+from triewise.settings import LoraSettings
 from triewise.testing import RecommenderContract
 
 

@@ -22,11 +22,12 @@ from triewise.app import evaluate_run, train_run
 from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models import load_backbone
-from triewise.recipe import LoraSettings, parse_recipe
+from triewise.recipe import parse_recipe
 from triewise.recommenders import GenerativeRecommender
 from triewise.recommenders.saved import PARTS
 from triewise.reports import CardFacts, addressed, model_card
 from triewise.reports.card import IGD_BIBTEX, MSL_BIBTEX, escape, without_folders
+from triewise.settings import LoraSettings
 
 ROOT = Path(__file__).parents[2]
 

@@ -211,7 +211,7 @@ def metaspace() -> Any:
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     """Byte-level BPE with so few merges that characters are spread over tokens."""
-    from triewise.recipe import TinyModel
+    from triewise.settings import TinyModel
 
     return load_tokenizer("tiny", titles=TITLES[:2], tiny=TinyModel(vocabulary=262))
 

@@ -19,8 +19,8 @@ from triewise.arrays import Ragged, padded
 from triewise.errors import UserError
 from triewise.files import read_json, write_json
 from triewise.models import SequentialModel
-from triewise.recipe import EncoderSettings, SequentialSettings, TrainingSettings
 from triewise.recommenders import SequentialRecommender
+from triewise.settings import EncoderSettings, SequentialSettings, TrainingSettings
 from triewise.testing import RecommenderContract
 from triewise.training import Sequences, Windows, fit, make_windows, target_counts
 from triewise.training.item_fit import learning_rate

@@ -17,7 +17,7 @@ from tests.token_worlds import make_prompts, make_split
 from triewise.data import Split, prepare
 from triewise.errors import UserError
 from triewise.models import compute_again, computes_again
-from triewise.recipe import TrainingSettings
+from triewise.settings import TrainingSettings
 from triewise.tokens import Trie, zero_gain
 from triewise.training import (
     AdaptiveTemperature,

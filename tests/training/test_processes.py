@@ -30,7 +30,7 @@ from tests.process_child import (
 )
 from tests.worlds import write_msl_folder
 from triewise.errors import UserError
-from triewise.recipe import TrainingSettings
+from triewise.settings import TrainingSettings
 from triewise.training import processes
 from triewise.training.checkpoints import WEIGHTS, checkpoints, remove
 

@@ -23,7 +23,8 @@ from tests.train_child import CONFIG, KILLED_STEP, PLACES, adaptive_run, die, sm
 from tests.worlds import write_msl_folder
 from triewise.app import train_run
 from triewise.errors import UserError
-from triewise.recipe import TrainingSettings, load_recipe, recipe_folder
+from triewise.recipe import load_recipe, recipe_folder
+from triewise.settings import TrainingSettings
 from triewise.tokens import binary_weights, zero_gain
 from triewise.training import AdaptiveTemperature, Examples, Objective, along_titles, target_counts, train
 from triewise.training.checkpoints import WEIGHTS, checkpoints

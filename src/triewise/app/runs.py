@@ -24,7 +24,7 @@ from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
 from triewise.progress import note
 from triewise.ranking import SHOWN, Evaluation, Items, evaluate
-from triewise.recipe import EvaluationSettings, Recipe, dump_recipe, load_recipe
+from triewise.recipe import Recipe, dump_recipe, load_recipe
 from triewise.recommenders import (
     CARD,
     MANIFEST,
@@ -35,6 +35,7 @@ from triewise.recommenders import (
     load,
 )
 from triewise.reports import model_card
+from triewise.settings import EvaluationSettings
 from triewise.training import MAY_CHANGE, TrainResult, processes, resume_point
 
 

@@ -19,7 +19,7 @@ from triewise.models.hub import download
 from triewise.models.loading import BASE, BASE_FACTS, Backbone, How, from_pretrained, quantised, tokenizer_of
 from triewise.models.smollm2 import SMOLLM2, converted_smollm2, explain_stand_in, smollm2
 from triewise.models.tiny import build_tiny, train_tokenizer
-from triewise.recipe import LoraSettings, TinyModel
+from triewise.settings import LoraSettings, TinyModel
 
 ADAPTER_FILES = [
     "adapter_*",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from triewise.recipe import EncoderSettings
+from triewise.settings import EncoderSettings
 
 PAD = 0
 

@@ -12,7 +12,7 @@ import torch
 
 from triewise.errors import UserError
 from triewise.models.loading import Backbone
-from triewise.recipe import TinyModel
+from triewise.settings import TinyModel
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 FREQUENT = 5  # titles with a number before it becomes a token of its own

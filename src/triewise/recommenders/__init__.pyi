@@ -10,8 +10,8 @@ from .saved import (
     local_folder as local_folder,
 )
 from .search_choice import choose_search as choose_search, choose_weight as choose_weight
+from .search_settings import SETTINGS as SETTINGS
 from .sequential import SequentialRecommender as SequentialRecommender
-from .settings import SETTINGS as SETTINGS
 
 __all__ = [
     "GenerativeRecommender",

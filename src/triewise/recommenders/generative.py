@@ -42,13 +42,13 @@ from triewise.recommenders.assistants import (
 )
 from triewise.recommenders.grounding import GroundedRecommender
 from triewise.recommenders.saved import TRIE, Saved, card_facts, hash_of, saving
-from triewise.recommenders.settings import SEARCHES, SETTINGS, SearchSettings
+from triewise.recommenders.search_settings import SEARCHES, SETTINGS, SearchSettings
 from triewise.reports import Recommendation, addressed, describe, explain, forced_by_position, model_card
 from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_gain
 
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
-    from triewise.recipe import EvaluationSettings
+    from triewise.settings import EvaluationSettings
 
 
 @dataclass(frozen=True)

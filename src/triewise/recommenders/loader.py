@@ -7,8 +7,9 @@ from typing import Any
 
 from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.recipe import BackboneSettings, Recipe, load_recipe
+from triewise.recipe import Recipe, load_recipe
 from triewise.recommenders.saved import MANIFEST, SavedRecommender, local_folder
+from triewise.settings import BackboneSettings
 
 
 def load(

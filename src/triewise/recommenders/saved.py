@@ -26,7 +26,7 @@ from triewise.reports import CardFacts, Recommendation
 
 if TYPE_CHECKING:
     from triewise.arrays import Int64
-    from triewise.recipe import EvaluationSettings
+    from triewise.settings import EvaluationSettings
     from triewise.tokens import Dropped
 
 FORMAT = 1

@@ -34,8 +34,8 @@ from triewise.recommenders.grounding import (
 
 if TYPE_CHECKING:
     from triewise.data import Split
-    from triewise.recipe import EvaluationSettings
     from triewise.recommenders.saved import SavedRecommender
+    from triewise.settings import EvaluationSettings
 
 METRIC = "NDCG@10"
 ROWS_AT_ONCE = 256

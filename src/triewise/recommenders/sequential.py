@@ -26,8 +26,8 @@ from triewise.recommenders.saved import Saved, hash_of, saving
 
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
-    from triewise.recipe import EvaluationSettings
     from triewise.reports import Recommendation
+    from triewise.settings import EvaluationSettings
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.recipe import ObjectiveSettings
+from triewise.settings import ObjectiveSettings
 from triewise.tokens import Dropped, Prompts, Trie, zero_gain
 from triewise.training.windows import Windows
 

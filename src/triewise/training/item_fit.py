@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from triewise.errors import UserError
 from triewise.models import SequentialModel
-from triewise.recipe import SequentialSettings, TrainingSettings
+from triewise.settings import SequentialSettings, TrainingSettings
 from triewise.training.checkpoints import random_state, set_random_state
 from triewise.training.item_tasks import ItemLoss, Sequences, cloze_task, item_loss, shifted_task, task_loss
 from triewise.training.state import TrainingState, TrainResult, Validate

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from triewise.arrays import padded
 from triewise.models import PAD, SequentialModel
-from triewise.recipe import SequentialSettings
+from triewise.settings import SequentialSettings
 from triewise.training.windows import Windows
 
 Bools = NDArray[np.bool_]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triewise.errors import UserError
-from triewise.recipe import TrainingSettings
+from triewise.settings import TrainingSettings
 
 T = TypeVar("T")
 # One process prepares data and validates while the others wait; one that has died is noticed at once.

@@ -22,7 +22,7 @@ from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import load_trained, save_trained
 from triewise.progress import progress
-from triewise.recipe import TrainingSettings
+from triewise.settings import TrainingSettings
 from triewise.training import processes
 from triewise.training.checkpoints import (
     BEST,

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from triewise.models import compute_again
-from triewise.recipe import TrainingSettings
+from triewise.settings import TrainingSettings
 from triewise.training import processes
 from triewise.training.checkpoints import random_state, set_random_state
 from triewise.training.examples import Examples

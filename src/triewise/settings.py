@@ -1,0 +1,329 @@
+"""The sections of a recipe: every key with its limits and its default.
+
+The paper's value is the default where there is one. A section object travels as it is to what needs it. What two
+sections have to agree on is in `triewise.recipe`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _key(default: Any, what: str, **limits: Any) -> Any:
+    return Field(default, description=what, **limits)
+
+
+class Section(BaseModel):
+    """A frozen table of a recipe in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Section):
+    """What is learned from."""
+
+    source: str = Field(description="ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR")
+    folder: Path | None = _key(None, "prepared folder; default data/NAME, made when absent")
+    max_history: int = _key(20, "titles of a history that a prompt may hold (papers: 10)", ge=1)
+    split: Literal["leave-one-out", "time-windows", "time-growing"] = _key(
+        "leave-one-out", "time-windows: BIGRec and MSL; time-growing: D3 and IGD; msl: and d3: have theirs"
+    )
+    k_core: int = _key(0, "users and items with fewer interactions are left out (papers: 5)", ge=0)
+    clean: Literal["none", "html+space"] = _key(
+        "none", "html+space: entities and spaces of titles are repaired"
+    )
+
+
+class TinyModel(Section):
+    """Shape of the ``tiny`` backbone."""
+
+    vocabulary: int = _key(2048, "tokens of its tokenizer, trained on the titles", ge=260)
+    width: int = _key(96, "of its hidden states", ge=8)
+    layers: int = _key(2, "blocks of attention and feed-forward", ge=1)
+    heads: int = _key(4, "of attention", ge=1)
+    feed_forward: int = _key(416, "width inside a block", ge=8)
+    dropout: float = _key(0.0, "of attention weights, in training", ge=0, lt=1)
+
+
+class LoraSettings(Section):
+    """Low-rank adapters on the body's linear layers (arXiv:2106.09685); the head and embeddings never get one."""
+
+    rank: int = _key(0, "0: no adapter, every weight is trained (MSL 8, IGD 32)", ge=0)
+    alpha: float = _key(16.0, "the adapter's output is scaled by alpha / rank", gt=0)
+    dropout: float = _key(0.05, "of an adapter's input, in training", ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = _key(
+        "all-linear", "or ends of layer names such as ['q_proj', 'v_proj']"
+    )
+    experts: bool = _key(False, "adapt the fused experts of a mixture too (dropout = 0)")
+
+
+class BackboneSettings(Section):
+    """The language model and its prompt."""
+
+    name: str = _key("tiny", "tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder")
+    template: Literal["plain", "msl", "d3"] | None = _key(None, "default: plain for tiny, else msl")
+    chat: bool = _key(False, "the prompt is put into the tokenizer's chat template")
+    max_tokens: int | None = _key(None, "of a prompt; default: 1024, or the model's positions", ge=8)
+    device: str = _key("auto", "auto: cuda, mps, cpu in this order; or cpu, cuda, cuda:1, mps")
+    dtype: str = _key("auto", "auto: bfloat16 where the device computes in it, else float32")
+    trust_remote_code: bool = _key(False, "run code of the model's repository")
+    quantisation: Literal["none", "8bit", "4bit"] = _key(
+        "none", "of the frozen base: LLM.int8(), or NF4 with double quantisation"
+    )
+    lora: LoraSettings = LoraSettings()
+    tiny: TinyModel = TinyModel()
+
+    @model_validator(mode="after")
+    def _trainable(self) -> BackboneSettings:
+        if self.quantisation != "none" and not self.lora.rank:
+            raise ValueError("a quantised base is frozen: wanted lora.rank > 0 to train, got 0")
+        return self
+
+
+class AdaptiveSettings(Section):
+    """ATS of MSL; the defaults are the authors' (arXiv:2504.04178 and its code)."""
+
+    eta: float = _key(0.25, "probability of the true token that the temperature aims at", gt=0, lt=1)
+    initial: float = _key(1.5, "temperature before the first step", gt=0)
+    momentum: float = _key(0.95, "share of the old temperature in the new one", ge=0, lt=1)
+    clamp: tuple[float, float] = _key((1.5, 5.0), "least and largest temperature")
+    root: Literal["plus", "minus", "exact"] = _key(
+        "plus", "the paper prints minus; exact: bisection of mean P_valid = eta"
+    )
+    rows: Literal["widest", "root", "all"] = _key(
+        "widest", "tokens looked at; released code: root, paper: all"
+    )
+    scope: Literal["global", "token"] = _key("global", "token: each token its own (Eq. 11)")
+
+    @model_validator(mode="after")
+    def _range(self) -> AdaptiveSettings:
+        if not 0 < self.clamp[0] <= self.clamp[1]:
+            raise ValueError(f"clamp must be two ascending temperatures > 0, got {list(self.clamp)}")
+        return self
+
+
+class ContrastSettings(Section):
+    """CFT: what the history adds to the logits is trained to predict the target too."""
+
+    strength: float = _key(0.0, "lambda; 0: off (CFT's code 0.1, IGD's script 0.025)", ge=0)
+    without_history: Literal["no-input", "unknown"] = _key(
+        "no-input", "the second prompt: the instruction alone (CFT), or one word as history (IGD)"
+    )
+
+
+class PreferenceSettings(Section):
+    """S-DPO: the target against titles that were not chosen, relative to the model of an earlier run."""
+
+    negatives: int = _key(0, "rejected titles of each row; 0: off (S-DPO 3)", ge=0)
+    beta: float = _key(1.0, "what a nat counts (S-DPO 1)", gt=0)
+    reference: Path | None = _key(
+        None, "folder of the run whose model is the reference and what training starts from"
+    )
+
+
+class ObjectiveSettings(Section):
+    """Support x temperature x weight, and what CFT and S-DPO add."""
+
+    support: Literal["trie", "vocabulary"] = _key(
+        "trie", "what a token competes with: the valid next tokens (MSL), or all (LML)"
+    )
+    temperature: float | Literal["adaptive"] = _key(1.0, "logits are divided by it; adaptive: ATS of MSL")
+    weight: Literal["uniform", "igd", "igd-linear", "position"] = _key(
+        "uniform", "of a token: by its information gain (IGD) or by its place in the title (Pos)"
+    )
+    beta: float = _key(
+        0.1,
+        "weight of a token without information gain (igd, igd-linear) or of a title's last (position)",
+        ge=0,
+        le=1,
+    )
+    normaliser: Literal["weights", "decisions", "sum"] = _key(
+        "weights",
+        "what a batch's loss is divided by: all weights, those where several tokens are valid, or nothing",
+    )
+    expand_negatives: bool = _key(False, "MSL + alpha: the other valid tokens weigh as much as a vocabulary")
+    adaptive: AdaptiveSettings = AdaptiveSettings()
+    contrast: ContrastSettings = ContrastSettings()
+    preference: PreferenceSettings = PreferenceSettings()
+
+    @model_validator(mode="after")
+    def _positive(self) -> ObjectiveSettings:
+        if self.temperature != "adaptive" and self.temperature <= 0:
+            raise ValueError(f"temperature must be > 0 or 'adaptive', got {self.temperature}")
+        if self.temperature == "adaptive" and self.support != "trie":
+            raise ValueError("temperature = 'adaptive' needs support = 'trie'")
+        if self.expand_negatives and self.support != "trie":
+            raise ValueError("expand_negatives = true needs support = 'trie'")
+        return self
+
+    @model_validator(mode="after")
+    def _added(self) -> ObjectiveSettings:
+        if self.contrast.strength and self.temperature == "adaptive":
+            raise ValueError(
+                "contrast.strength > 0 needs a fixed temperature: 'adaptive' is found for other logits"
+            )
+        if (self.preference.negatives > 0) != (self.preference.reference is not None):
+            raise ValueError(
+                "preference.negatives > 0 and preference.reference, the run to start from, go together"
+            )
+        if not self.preference.negatives:
+            return self
+        if self.contrast.strength:
+            raise ValueError("preference.negatives > 0 and contrast.strength > 0 are two objectives; use one")
+        # The loss is a mean over rows of a function of whole titles: no token has a weight or temperature.
+        for name in ("temperature", "weight", "normaliser", "expand_negatives"):
+            default = type(self).model_fields[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"preference.negatives > 0 compares whole titles; leave {name} at {default!r}"
+                )
+        return self
+
+
+class TrainingSettings(Section):
+    """The budget and the optimiser. The budget is steps, never seconds; ``time_limit_s`` only stops early."""
+
+    supervision: Literal["last", "every"] = _key("last", "every: each title after the first is a target")
+    rows: Literal["train", "train+valid"] = _key(
+        "train", "train+valid: the final fit, after settings are chosen"
+    )
+    sample: int | None = _key(None, "so many rows of train, drawn once with the seed (MSL: 10000)", ge=1)
+    steps: int = _key(1000, "optimiser steps of the whole run", ge=1)
+    batch_size: int = _key(16, "rows of one optimiser step", ge=1)
+    accumulation: int = _key(1, "micro-batches of one step: memory, not the gradient", ge=1)
+    order: Literal["rows", "chains"] = _key(
+        "rows", "chains: the rows of one user follow each other; less to run, a noisier gradient"
+    )
+    packing: bool = _key(True, "run what rows of a micro-batch begin with alike once: only faster")
+    gradient_checkpointing: bool = _key(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
+    learning_rate: float = _key(1e-4, "the peak, after the warm-up", gt=0)
+    warmup_steps: int = _key(20, "steps of linear warm-up", ge=0)
+    schedule: Literal["linear", "constant", "cosine"] = _key("linear", "linear and cosine go down to 0")
+    weight_decay: float = _key(0.0, "of AdamW; none on norms and biases", ge=0)
+    max_grad_norm: float = _key(1.0, "longer gradients are scaled down to this norm", gt=0)
+    log_every: int = _key(25, "steps between rows of the log", ge=1)
+    log_parts: bool = _key(
+        False, "log both parts of LML and the norms of their gradients (MSL, Fig. 3), at about a step a row"
+    )
+    evaluate_every: int = _key(0, "steps between validations, and one after the last step; 0: never", ge=0)
+    patience: int = _key(0, "validations without improvement before the end; 0: no early stop", ge=0)
+    metric: Literal["NDCG@5", "NDCG@10", "HR@5", "HR@10", "MRR@10"] = _key(
+        "NDCG@10", "of validations: which one is the best"
+    )
+    valid_users: int = _key(500, "rows of a validation, drawn once with the seed", ge=1)
+    checkpoint_every: int = _key(0, "steps between checkpoints, and one at the end; 0: only that", ge=0)
+    keep_checkpoints: int = _key(2, "so many of the newest stay", ge=1)
+    time_limit_s: float | None = _key(None, "seconds of one call, looked at after each step", gt=0)
+
+    @model_validator(mode="after")
+    def _together(self) -> TrainingSettings:
+        b, n = self.batch_size, self.accumulation
+        if b % n:
+            raise ValueError(f"batch_size must be a multiple of accumulation, got {b} and {n}")
+        if self.patience and not self.evaluate_every:
+            raise ValueError("patience counts validations: wanted evaluate_every > 0, got 0")
+        return self
+
+
+class EvaluationSettings(Section):
+    """How a trained model is ranked and counted."""
+
+    split: Literal["valid", "test"] = _key("test", "rows that are ranked")
+    search: Literal["beam", "exact", "catalogue", "grounding"] = _key(
+        "catalogue",
+        "catalogue: every title is scored; exact: only the best k, same result; beam: the papers'; "
+        "grounding: the titles nearest to a free text (BIGRec)",
+    )
+    choose: tuple[Literal["beam", "exact", "catalogue", "grounding"], ...] = _key(
+        (), "searches of which validation rows choose one, by NDCG@10; gamma of grounding is chosen too"
+    )
+    beams: int = _key(10, "of the beam search; at least k, and 10 for metrics at 10", ge=10)
+    support: Literal["trie", "vocabulary"] = _key("trie", "what probabilities are normalised over")
+    exclude: Literal["none", "history", "seen"] = _key("none", "items never returned; seen: all earlier ones")
+    k: int = _key(10, "length of a ranking, and of HR, NDCG and MRR", ge=1)
+    length_penalty: float = _key(0.0, "BIGRec 1, D3 and ours 0")
+    alpha: float = _key(0.0, "IGD-decoding; 0: off", ge=0, le=1)
+    scope: Literal["node", "step"] = _key(
+        "node", "IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
+    )
+    text_beams: int = _key(4, "grounding: beams of the free generation; the best is used", ge=1)
+    text_tokens: int = _key(128, "grounding: most tokens of the free text", ge=1)
+    gamma: float = _key(0.0, "grounding: how much popularity or assistant counts", ge=0, allow_inf_nan=False)
+    assistant: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+        None, "folder of a run on the same catalogue that has a say in each title (D3)"
+    )
+    assistant_weight: Annotated[float, Field(ge=0, le=1)] | Literal["choose"] = _key(
+        "choose", "of the model itself; choose: one of 0, .1, ... 1, by validation rows"
+    )
+    allow: Path | None = _key(None, "text file of raw item ids, one a line: only these are returned")
+    against_exact: bool = _key(False, "also say how often the search gave the exact best k")
+    users: int | None = _key(None, "only the first so many rows", ge=1)
+    batch_users: int = _key(16, "users that share a forward; no ranking depends on it", ge=1)
+    merge_adapter: bool | None = _key(None, "fold the adapter into its base; default: unless that is 4bit")
+
+    @model_validator(mode="after")
+    def _together(self) -> EvaluationSettings:
+        if "beam" in (self.search, *self.choose) and self.beams < self.k:
+            raise ValueError(f"beams must be at least k, got {self.beams} beams for k = {self.k}")
+        if self.scope == "step" and self.search != "beam":
+            raise ValueError("scope = 'step' needs search = 'beam': other searches have no steps")
+        if self.against_exact and "grounding" in (self.search, *self.choose):
+            raise ValueError("grounding is no search along the trie; set against_exact = false")
+        if self.scope == "step" and set(self.choose) - {"beam"}:
+            raise ValueError("scope = 'step' needs the beam search: choose = ['beam'] or none")
+        if self.scope == "step" and self.against_exact:
+            raise ValueError("scope = 'step' has no exact search to compare with; set against_exact = false")
+        return self
+
+
+class EncoderSettings(Section):
+    """Shape of an encoder of item ids."""
+
+    encoder: Literal["gru4rec", "sasrec", "bert4rec", "lrurec"]
+    width: int = _key(64, "of item embeddings and states", ge=1)
+    blocks: int = _key(2, "layers", ge=1)
+    heads: int = _key(2, "of attention: sasrec and bert4rec", ge=1)
+    dropout: float = _key(0.2, "of embeddings, attention and layers, in training", ge=0, lt=1)
+    head: Literal["tied", "linear"] = _key(
+        "tied", "tied: scores with the item embeddings; linear: with weights of its own"
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> EncoderSettings:
+        if self.encoder in ("sasrec", "bert4rec") and self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        return self
+
+
+class SequentialSettings(EncoderSettings):
+    """An encoder of item ids with its loss, in the place of a language model and its objective."""
+
+    loss: Literal["cross-entropy", "bce", "cloze"] = _key(
+        "cross-entropy", "cross-entropy: over all items; cloze: the same at masks, for bert4rec"
+    )
+    negatives: int = _key(1, "uniform ones of each target, never itself (bce)", ge=1)
+    label_smoothing: float = _key(0.0, "share of the target that all items get (not bce)", ge=0, lt=1)
+    mask_probability: float = _key(0.15, "share of masked places (cloze)", ge=0, le=1)
+    mask_last: float = _key(
+        0.5, "share of sequences with one mask, behind which nothing follows (cloze)", ge=0, le=1
+    )
+    dros_alpha: float = _key(0.0, "weight of DROS, added to the loss; 0: none", ge=0)
+    dros_beta0: float = _key(1.0, "its temperature", gt=0)
+    half_life_days: float | None = _key(
+        None, "a row that much older than the newest weighs half; supervision = 'last'", gt=0
+    )
+    optimizer: Literal["adamw", "adam"] = _key(
+        "adamw", "adam: training.weight_decay is an L2 term of the gradient"
+    )
+    device: str = _key("auto", "as in [backbone]")
+
+    @model_validator(mode="after")
+    def _cloze(self) -> SequentialSettings:
+        if (self.loss == "cloze") != (self.encoder == "bert4rec"):
+            raise ValueError(f"loss = 'cloze' and encoder = 'bert4rec' need each other, got {self.loss!r}")
+        return self
