@@ -35,6 +35,7 @@ class Batch:
             target.
         target: int64 (M,); token ids.
         node: int64 (M,); trie node before the target.
+        title: int64 (M,); which of the batch's target titles the target is a token of, from 0.
         weight: float32 (M,); weight of the target in the loss.
         zero_gain: bool (M,); whether the target decides nothing.
         n_tokens: Tokens of ``input_ids`` without the padding.
@@ -44,6 +45,7 @@ class Batch:
     position: NDArray[np.int64]
     target: NDArray[np.int64]
     node: NDArray[np.int64]
+    title: NDArray[np.int64]
     weight: NDArray[np.float32]
     zero_gain: NDArray[np.bool_]
     n_tokens: int
@@ -178,6 +180,7 @@ class Examples:
             position=row_T * input_ids.shape[1] + place_T - 1,
             target=target,
             node=self._node_T[token_T.at],
+            title=token_T.row,
             weight=self._weight_T[token_T.at],
             zero_gain=self._zero_T[token_T.at],
             n_tokens=int(length_B.sum()),

@@ -126,6 +126,13 @@ class Objective:
         t = self.temperature
         return t.value if isinstance(t, AdaptiveTemperature) else float(t)
 
+    def tau_of(self, positive: Tensor, valid: Tensor, row: Tensor) -> float | Tensor:
+        """The temperature, or that of each token (M,) where each has its own; see `AdaptiveTemperature.per_token`."""
+        t = self.temperature
+        if isinstance(t, AdaptiveTemperature) and t.scope == "token":
+            return t.per_token(positive.detach(), valid.detach(), row)
+        return self.tau
+
     def settings(self) -> dict[str, Any]:
         """What training does not change."""
         t = self.temperature
@@ -177,7 +184,7 @@ class Objective:
         if isinstance(self.temperature, AdaptiveTemperature) and self.temperature.scope == "token":
             row, token = child_edges(node, device_trie, n_edges)
             valid, positive = edge_logits(logits.detach(), target, row, token, columns)
-            tau = self.temperature.per_token(positive, valid, row)
+            tau = self.tau_of(positive, valid, row)
         nll = trie_nll(logits, target, node, device_trie, tau, n_edges, self.expand_negatives, columns)
         return TokenLosses(weight * nll * tau, contribution, nll)
 
@@ -241,6 +248,9 @@ class TitleLoss(nn.Module):
     """
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss it gets is normalised already
+    per_target: tuple[
+        str, ...
+    ] = ()  # further arrays (M,) of a micro-batch that `losses` gives to ``score``, last
 
     def __init__(self, model: Any, objective: Objective, trie: Trie) -> None:
         super().__init__()
@@ -309,9 +319,10 @@ class TitleLoss(nn.Module):
         n_vocabulary = head_weight(self.model).shape[0]
         columns = None if tokens is None else Columns(tokens, n_vocabulary)
         arguments = (batch["target"], batch["node"], batch["weight"])
+        extra = [batch[name] for name in self.per_target]
         at_once = max(1, LOGITS_AT_ONCE // n_vocabulary)
         if self.by_hand and tokens is None and len(batch["target"]) > at_once:
-            arrays = (*(self.hidden(one) for one in passes), *arguments)
+            arrays = (*(self.hidden(one) for one in passes), *arguments, *extra)
             blocks = zip(*(torch.split(a, at_once) for a in arrays), strict=True)
             done = [checkpoint(self._block, score, *block, use_reentrant=False) for block in blocks]
             loss, nll = (torch.cat(pieces) for pieces in zip(*done, strict=True))
@@ -319,13 +330,15 @@ class TitleLoss(nn.Module):
         logits = [self.logits(one, tokens) for one in passes]
         if self.training:
             self.objective.observe(logits[0], *arguments[:2], self.trie, columns)
-        parts = score(*logits, *arguments[:2], self.trie, arguments[2], batch["n_edges"], columns)
+        parts = score(*logits, *arguments[:2], self.trie, arguments[2], batch["n_edges"], columns, *extra)
         return parts.loss, parts.nll
 
     def _block(self, score: Callable[..., TokenLosses], *arrays: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and nll (m,) of some positions over the whole vocabulary; run again for the backward pass."""
-        *hidden, target, node, weight = arrays
-        parts = score(*(self.head(states, None) for states in hidden), target, node, self.trie, weight)
+        n_hidden = len(arrays) - 3 - len(self.per_target)
+        logits = [self.head(states, None) for states in arrays[:n_hidden]]
+        target, node, weight, *extra = arrays[n_hidden:]
+        parts = score(*logits, target, node, self.trie, weight, None, None, *extra)
         return parts.loss, parts.nll
 
 
@@ -370,12 +383,17 @@ class MicroBatches(Dataset[dict[str, Any]]):
         keep = np.flatnonzero(decision) if self.objective.support == "trie" else np.arange(len(decision))
         arrays: dict[str, Any] = {"decision": decision[keep]} | self._inputs(batch, keep)
         arrays |= {name: getattr(batch, name)[keep] for name in ("target", "node", "weight", "zero_gain")}
+        arrays |= self.more(self.rows[index], batch, keep)
         if self.objective.support == "trie":
             arrays["tokens"] = trie.continuations(arrays["node"])
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         counts["places"] = arrays["input_ids"].size + len(arrays.get("prefix_ids", ()))
         n_edges = int(trie.n_children[arrays["node"]].sum())
         return tensors | {"n_edges": n_edges, "contribution": float(share.sum()), "counts": counts}
+
+    def more(self, rows: NDArray[np.int64], batch: Batch, keep: Any) -> dict[str, Any]:
+        """Further arrays of a micro-batch of some windows, for a loss that needs them; ``keep``: its targets."""
+        return {}
 
     def _inputs(self, batch: Batch, keep: Any) -> dict[str, Any]:
         """What the body is given, and where the targets that are kept are predicted in it."""

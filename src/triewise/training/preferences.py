@@ -28,7 +28,7 @@ from triewise.training.objective import MicroBatches, Objective, TitleLoss, titl
 
 if TYPE_CHECKING:
     from triewise.tokens import Trie
-    from triewise.training.examples import Examples
+    from triewise.training.examples import Batch, Examples
 
 
 def sdpo_loss(
@@ -168,10 +168,13 @@ class PreferenceBatches(MicroBatches):
         counts = {name: int(n_I[chosen].sum()) for name, n_I in examples.of_title.items()}
         return item | {
             "reference": torch.from_numpy(reference),
-            "title": torch.from_numpy(_title_numbers(examples, rows, self.preferences.support)),
             "contribution": float(len(reference)),
             "counts": counts | {name: item["counts"][name] for name in ("tokens", "places")},
         }
+
+    def more(self, rows: NDArray[np.int64], batch: Batch, keep: Any) -> dict[str, Any]:
+        """``title`` of `PreferenceLoss.forward`."""
+        return {"title": batch.title[keep]}
 
 
 def reference_logp(
@@ -279,9 +282,3 @@ def _targets(examples: Examples, rows: NDArray[np.int64]) -> NDArray[np.int32]:
     """The last item of each window."""
     items = examples.windows.items
     return items.values[items.offsets[rows + 1] - 1]
-
-
-def _title_numbers(examples: Examples, rows: NDArray[np.int64], support: str) -> NDArray[np.int64]:
-    """Which of the targets of ``rows`` each token is of that `MicroBatches` keeps, int64 (M,)."""
-    kept_I = examples.of_title["decisions" if support == "trie" else "tokens"]
-    return np.repeat(np.arange(len(rows)), kept_I[_targets(examples, rows)])
