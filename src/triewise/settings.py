@@ -146,6 +146,14 @@ class ObjectiveSettings(Section):
     )
     expand_negatives: bool = _key(False, "MSL + alpha: the other valid tokens weigh as much as a vocabulary")
     adaptive: AdaptiveSettings = AdaptiveSettings()
+    soft_targets: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+        None, "folder of a run on the same rows that says how likely every continuation is"
+    )
+    soft_alpha: float = _key(0.5, "its weight against the true token (TCA4Rec .1)", ge=0, le=1)
+    soft_temperature: float = _key(1.0, "of its distribution over titles", gt=0)
+    soft_form: Literal["cross-entropy", "likelihood"] = _key(
+        "cross-entropy", "-sum y log p; likelihood: -log sum y p (TCA4Rec)"
+    )
     contrast: ContrastSettings = ContrastSettings()
     preference: PreferenceSettings = PreferenceSettings()
 
@@ -157,6 +165,14 @@ class ObjectiveSettings(Section):
             raise ValueError("temperature = 'adaptive' needs support = 'trie'")
         if self.expand_negatives and self.support != "trie":
             raise ValueError("expand_negatives = true needs support = 'trie'")
+        if self.soft_targets is not None:
+            for name, other in (
+                ("expand_negatives = true", self.expand_negatives),
+                ("contrast.strength > 0", self.contrast.strength),
+                ("preference.negatives > 0", self.preference.negatives),
+            ):
+                if other:
+                    raise ValueError(f"soft_targets and {name} are two objectives; use one")
         return self
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from triewise.app.folders import open_run
 from triewise.data import Dataset, Split, data_hash
 from triewise.errors import UserError
+from triewise.files import sha256_file
 from triewise.models import (
     BASE_FACTS,
     Backbone,
@@ -32,7 +33,14 @@ from triewise.models import (
 )
 from triewise.progress import note
 from triewise.recipe import Recipe
-from triewise.recommenders import GenerativeRecommender, SavedRecommender, SequentialRecommender, hashes
+from triewise.recommenders import (
+    GenerativeRecommender,
+    SavedRecommender,
+    SequentialRecommender,
+    Teacher,
+    hashes,
+    load,
+)
 from triewise.tokens import (
     Prompts,
     Trie,
@@ -50,6 +58,7 @@ from triewise.training import (
     Objective,
     Preferences,
     Sequences,
+    SoftTargets,
     TrainResult,
     Windows,
     along_titles,
@@ -207,12 +216,14 @@ def _reference_backbone(recipe: Recipe, reference: Path, how: dict[str, Any]) ->
 def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
     parts = assemble(recipe, dataset)
     model = parts.backbone.model
-    examples, rejected = _examples(recipe, parts), None
+    examples, rejected, taught = _examples(recipe, parts), None, None
+    if recipe.objective.soft_targets is not None:
+        taught = _teacher(recipe, dataset, recipe.objective.soft_targets)
     if n := recipe.objective.preference.negatives:
         rejected = draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed)
 
     def fit_it(out: Path, **how: Any) -> TrainResult:
-        learned = _learned(recipe, model, examples, rejected, out / REFERENCE)
+        learned = _learned(recipe, model, examples, rejected, taught, out / REFERENCE)
         how |= {"seed": recipe.seed, "autocast": parts.autocast}
         return train(model, examples, learned, recipe.training, out, **how)
 
@@ -294,8 +305,31 @@ def _examples(recipe: Recipe, parts: Assembly) -> Examples:
     return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
 
 
+def _teacher(recipe: Recipe, dataset: Dataset, run: Path) -> tuple[Teacher, str]:
+    """What softens the targets, and the hash of its weights; UserError where it is no teacher of these rows."""
+    theirs, record = open_run(run)
+    if theirs.training.rows != "train" and recipe.training.rows == "train":
+        raise UserError(
+            f"the teacher {run} was trained on the validation rows; give one trained on train, or set training.rows = "
+            "'train+valid'"
+        )
+    if record["hashes"]["data"] != data_hash(dataset):
+        raise UserError(
+            f"the teacher {run} was trained on other rows than those of {dataset.folder}; give both the same data, "
+            "split and data.max_history"
+        )
+    teacher = load(run, assistant=False, trust_remote_code=theirs.backbone.trust_remote_code)
+    weights = sorted((run / "model").glob("*.safetensors"))
+    return Teacher(teacher), " ".join(sha256_file(file) for file in weights)
+
+
 def _learned(
-    recipe: Recipe, model: Any, examples: Examples, rejected: NDArray[np.int32] | None, kept: Path
+    recipe: Recipe,
+    model: Any,
+    examples: Examples,
+    rejected: NDArray[np.int32] | None,
+    taught: tuple[Teacher, str] | None,
+    kept: Path,
 ) -> Learned:
     """What is trained; the reference of S-DPO is read from ``kept``, or computed and written there."""
     settings, contrast = recipe.objective, recipe.objective.contrast
@@ -307,4 +341,7 @@ def _learned(
     temperature = settings.temperature
     ats = AdaptiveTemperature(**settings.adaptive.model_dump()) if temperature == "adaptive" else temperature
     objective = Objective(settings.support, ats, settings.normaliser, settings.expand_negatives)
+    if taught is not None:
+        numbers = (settings.soft_alpha, settings.soft_temperature, settings.soft_form)
+        return SoftTargets(objective, taught[0], *numbers, taught[1])
     return Contrast(objective, **contrast.model_dump()) if contrast.strength else objective

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from triewise.arrays import Int64, Ragged, ranges
 from triewise.errors import UserError
 from triewise.ranking import Groups, ItemLists, ItemScorer, Ranking, Recommender
 
@@ -113,6 +114,36 @@ class Collaborator:
         """(B, I) log-probabilities of the items' titles, nats."""
         titles = title_log_probabilities(self.assistant, histories, self.groups)
         return titles[:, self.groups.of_item].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A recommender of the same catalogue that says, for every target of a training window, how likely each title is.
+
+    Attributes:
+        recommender: Scores every item. One that reads every position at once has ``log_probabilities_along``.
+    """
+
+    recommender: Recommender
+
+    def __call__(self, rows: Ragged, n_context: Int64) -> Doubles:
+        """Log-probabilities (S, I) of titles after each beginning of rows that a target follows.
+
+        Args:
+            rows: Items (B), oldest first.
+            n_context: (B,); what follows so many leading items of a row are targets.
+        """
+        along = getattr(self.recommender, "log_probabilities_along", None)
+        if along is not None:
+            found: Doubles = along(rows, n_context)
+            return found
+        return log_probabilities(self.recommender, list(beginnings(rows, n_context)))
+
+
+def beginnings(rows: Ragged, n_context: Int64) -> Ragged:
+    """What stands before each target of rows (S): the first ``n_context`` (B,) items of a row, one more, and so on."""
+    each = ranges(n_context, rows.lengths - n_context)
+    return Ragged.windows(rows.values, rows.offsets[:-1][each.row], each.at)
 
 
 def log_probabilities(recommender: Recommender, histories: ItemLists) -> Doubles:

@@ -16,12 +16,18 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from triewise.arrays import Ragged, padded
+from triewise.arrays import Int64, Ragged, padded
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import SequentialModel, load_trained, resolve_device
 from triewise.ranking import Groups, ItemLists, Items, check_histories, rank_items
-from triewise.recommenders.assistants import Assisted, Doubles, once_a_title, title_log_probabilities
+from triewise.recommenders.assistants import (
+    Assisted,
+    Doubles,
+    beginnings,
+    once_a_title,
+    title_log_probabilities,
+)
 from triewise.recommenders.saved import Saved, hash_of, saving
 
 if TYPE_CHECKING:
@@ -121,6 +127,28 @@ class SequentialRecommender(Assisted):
     def log_probabilities(self, histories: ItemLists) -> Doubles:
         """(B, I) log-probabilities of titles under this model alone; see `Probabilistic`."""
         return once_a_title(self.groups, self.groups.scores(self.own_scores(histories).astype(np.float64)))
+
+    def log_probabilities_along(self, rows: Ragged, n_context: Int64) -> Doubles:
+        """`log_probabilities` of what follows each beginning of rows, (S, I); see `assistants.Teacher`.
+
+        A model that reads every position at once runs each row once.
+        """
+        before = beginnings(rows, n_context)
+        if self.model.bidirectional or not len(before) or before.lengths.max() > self.model.max_length:
+            return self.log_probabilities(list(before))
+        check_histories(list(before), self.groups)
+        place = before.lengths - 1  # the state that has read a beginning; none has read nothing
+        row = np.repeat(np.arange(len(rows)), rows.lengths - n_context)
+        ids = torch.from_numpy(padded(rows)[:, : max(place.max() + 1, 1)].astype(np.int64)).to(
+            self.model.bias.device
+        )
+        was_training = self.model.training
+        self.model.eval()
+        with torch.inference_mode():
+            states = self.model(ids)[torch.from_numpy(row), torch.from_numpy(place.clip(0))]
+            scores = self.model.scores(states * torch.from_numpy(place >= 0)[:, None].to(states.device))
+        self.model.train(was_training)
+        return once_a_title(self.groups, self.groups.scores(scores.cpu().numpy().astype(np.float64)))
 
     def parts(self, histories: ItemLists) -> tuple[Doubles, Doubles]:
         """What the model and what its assistant say; see `SavedRecommender.parts`."""
