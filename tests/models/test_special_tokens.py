@@ -220,6 +220,9 @@ def test_the_worlds_are_what_they_say(family: str) -> None:
         assert here.tokenizer(mark, add_special_tokens=False)["input_ids"][-1] == number, (
             "unguarded it is special"
         )
+    readback = prompts_of(family).readback
+    assert readback.shared == readback.changed == ()
+    assert readback.unknown == () or family == "unigram"
         assert sum(mark in title for title in here.titles) >= 2
 
 

@@ -69,7 +69,7 @@ def test_a_text_that_is_a_title_is_that_title(template: str) -> None:
     recommender = worlds.recommender(template=template)
     prompts = recommender.prompts
     for title, ids in zip(prompts.title, prompts.title_tokens, strict=True):
-        assert prompts.read_title(ids.tolist()[:-1]) == title
+        assert prompts.read_titles([ids.tolist()[:-1]]) == [title]
     grounded = recommender.grounded
     texts = last_states(
         grounded.backbone.model,

@@ -139,8 +139,8 @@ class GroundedRecommender:
             tokens = generate(
                 self.backbone, [prompts[b] for b in users], self.beams, self.max_tokens, counters
             )
-            for b, ids in zip(users, tokens, strict=True):
-                texts[b] = self.prompts.read_title(ids)
+            for b, text in zip(users, self.prompts.read_titles(tokens), strict=True):
+                texts[b] = text
         return texts
 
     def title_embeddings(self, counters: Counters | None = None) -> Tensor:

@@ -21,11 +21,15 @@ import json
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from triewise.arrays import Ragged
 from triewise.data import Catalog
-from triewise.errors import UserError
+from triewise.errors import UserError, first_line
+from triewise.tokens.readback import ReadBack, read_back
 
 _ANNOUNCEMENT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -130,11 +134,19 @@ class Prompts:
         """Ids of texts as they are, without template and terminator; what spells a special token is characters."""
         return _plain_ids(self.tokenizer, list(texts), self.special) if len(texts) else []
 
-    def read_title(self, ids: Sequence[int]) -> str:
-        """The title that some generated ids spell: text without special tokens and without the template's frame."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def read_titles(self, rows: list[list[int]]) -> list[str]:
+        """The titles that generated ids spell: texts without special tokens and without the template's frame."""
+        texts = self.tokenizer.batch_decode(
+            rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         before, after = _TITLE[self.template].split("{}")
-        return str(text.removeprefix(before).removesuffix(after))
+        return [text.removeprefix(before).removesuffix(after) for text in texts] if rows else []
+
+    @cached_property
+    def readback(self) -> ReadBack:
+        """What the tokenizer does to the titles; takes a quarter of the time that making them did."""
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        return read_back(self.title, self.title_tokens, unknown, self.read_titles)
 
     def without_history(self, style: str = "no-input") -> list[int]:
         """Prompt ids that say nothing of a user, for CFT; a ``plain`` prompt without titles is what ``bos`` is.
