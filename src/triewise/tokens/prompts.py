@@ -197,6 +197,7 @@ def build_prompts(
     max_history: int = 20,
     max_tokens: int = 1024,
     chat: bool = False,
+    start: Sequence[int] | None = None,
 ) -> Prompts:
     """Tokenise the catalogue and fix everything a prompt depends on.
 
@@ -209,16 +210,20 @@ def build_prompts(
         max_history: At most so many titles of a history are used, the most recent ones.
         max_tokens: Length limit of a prompt in tokens.
         chat: Wrap the prompt in the tokenizer's chat template as a user's turn (instruct models).
+        start: Ids in front of every prompt; None: with ``chat`` nothing, else what the tokenizer itself puts in front
+            of a text, and for ``plain``, which needs a first token, its start token or terminator where that is none.
 
     Raises:
-        UserError: Unknown template, a tokenizer without terminator, ``chat`` where it cannot be, or a
-            tokenizer that puts the terminator into a title.
+        UserError: Unknown template, a tokenizer without terminator or one that cannot split special tokens, ``chat``
+            where it cannot be, or a tokenizer that puts the terminator into a title.
     """
     _check(tokenizer, template, chat)
     special = _special(tokenizer)
     lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
     before, after = _chat_sides(tokenizer) if chat else ((), ())
-    bos = _bos(tokenizer, template, chat)
+    single = single_start(tokenizer, template, chat)
+    own = () if chat else _in_front(tokenizer) or single
+    bos = own if start is None else tuple(start)
     frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), template]
     lengths = {"max_history": max_history, "max_tokens": max_tokens}
     identity = [*frame, lead, before, after, bos, *lengths.values(), tokenizer_hash(tokenizer)]
@@ -234,7 +239,8 @@ def build_prompts(
         max_history=max_history,
         max_tokens=max_tokens,
         hash=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-        settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat},
+        settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat}
+        | ({} if bos == own == single else {"start": list(bos)}),
         special=special,
     )
 
@@ -297,14 +303,20 @@ def _title_tokens(tokenizer: Any, titles: Sequence[str], template: str, special:
     return Ragged.from_lists([[*ids, end] for ids in rows])
 
 
-def _bos(tokenizer: Any, template: str, chat: bool) -> tuple[int, ...]:
-    """What a prompt starts with: plain needs a first token, the others take what the tokenizer adds by itself."""
+def single_start(tokenizer: Any, template: str, chat: bool) -> tuple[int, ...]:
+    """One start token or none: what every prompt started with where settings name no ``start``."""
     if chat:
         return ()
     if template == "plain":
         return (int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id),)
-    added = tokenizer("")["input_ids"]
-    return tuple(i for i in added[:1] if i == tokenizer.bos_token_id)
+    return tuple(i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id)
+
+
+def _in_front(tokenizer: Any) -> tuple[int, ...]:
+    """What a tokenizer puts in front of a text; of an empty one it could not be told from what it puts behind."""
+    whole, text = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    places = range(len(whole) - len(text) + 1)
+    return next((tuple(whole[:i]) for i in places if whole[i : i + len(text)] == text), ())
 
 
 def _chat_sides(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
