@@ -256,14 +256,28 @@ def _check(tokenizer: Any, template: str, chat: bool) -> None:
         raise UserError(
             "chat = true needs an instruction template (msl or d3) and a tokenizer with a chat template"
         )
+    try:
+        tokenizer(["a"], add_special_tokens=False, split_special_tokens=True)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(
+            f"wanted a tokenizer that can split special tokens, got {type(tokenizer).__name__} "
+            f"({first_line(error).rstrip('.')}); use the model's tokenizer.json, or choose another model"
+        ) from error
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """Hex SHA-256 of a tokenizer's vocabulary, rules and special tokens."""
-    # A tokenizer remembers the truncation and padding of its last call; they are no part of what it is.
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend.update(truncation=None, padding=None)
-    return hashlib.sha256(json.dumps([backend, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()
+    if hasattr(tokenizer, "backend_tokenizer"):
+        # A tokenizer remembers the truncation and padding of its last call; they are no part of what it is.
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules.update(truncation=None, padding=None)
+    else:  # its rules are code
+        with TemporaryDirectory() as folder:
+            files = [Path(file) for file in tokenizer.save_vocabulary(folder)]
+            kept = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+        added = {str(i): repr(token) for i, token in tokenizer.added_tokens_decoder.items()}
+        rules = {"class": type(tokenizer).__name__, "files": kept, "added": added}
+    return hashlib.sha256(json.dumps([rules, tokenizer.eos_token_id], sort_keys=True).encode()).hexdigest()
 
 
 def _special(tokenizer: Any) -> frozenset[int]:
