@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.model_families import tokenizer
 from tests.worlds import write_msl_folder
 from triewise.cli import main
 
@@ -25,6 +26,25 @@ def run(
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_msl_folder(tmp_path_factory.mktemp("cli") / "office")
+
+
+def test_describe_says_what_a_tokenizer_does_to_titles(tmp_path: Path, capsys, monkeypatch) -> None:
+    prepared, uncased = tmp_path / "prepared", tmp_path / "uncased"
+    raw = write_msl_folder(tmp_path / "office")
+    names = raw / "id2name4Rec.json"
+    titles = json.loads(names.read_text(encoding="utf-8")) | {"1": "Silver River", "2": "silver RIVER"}
+    names.write_text(json.dumps(titles), encoding="utf-8")
+    tokenizer("words").save_pretrained(uncased)
+    assert run(capsys, monkeypatch, "prepare", f"msl:{raw}", "--out", prepared)[0] == 0
+    _, output, errors = run(
+        capsys, monkeypatch, "describe", prepared, "--json", "--tokenizer", uncased, "--template", "plain"
+    )
+    assert json.loads(output)["shared_titles"] >= 2
+    assert "titles share their tokens with another title: " in errors
+    assert "titles contain tokens the tokenizer does not know: " in errors
+    assert "are not read back: 'Sun' comes back as 'sun'" in errors
+    _, output, errors = run(capsys, monkeypatch, "describe", prepared, "--json")
+    assert (json.loads(output)["shared_titles"], errors) == (0, "")
 
 
 RECIPE = """

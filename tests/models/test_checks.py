@@ -85,6 +85,30 @@ def test_models_that_see_the_past_pass_as_they_are(kind: str, dtype: torch.dtype
     assert all(t.equal(before[name]) for name, t in model.state_dict().items())
 
 
+def test_buffers_that_a_forward_casts_come_back_as_they_were() -> None:
+    """CTRL casts its table of positions to the precision of its weights, whenever it runs."""
+    model = built("CTRL", **TABLES["CTRL"])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    before = model.transformer.pos_encoding.clone()
+    check_model(model)
+    assert model.transformer.pos_encoding.equal(before)
+    model(input_ids=torch.tensor([[5, 6]]))
+    assert model.transformer.pos_encoding.dtype == torch.bfloat16
+
+
+def test_a_table_that_does_not_follow_its_model_is_one_line() -> None:
+    """A tensor that is no buffer stays where and what it was when the model moves."""
+    model = built("GPT2", **TABLES["GPT2"])
+    table = torch.ones(24, 32)
+    model.transformer.wpe.forward = lambda places: table[places] @ torch.eye(32, dtype=model.dtype)
+    check_model(model)
+    moved = copy.deepcopy(model).to(torch.bfloat16)
+    moved.transformer.wpe.forward = lambda places: table[places] @ torch.eye(32, dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"text alone in torch.bfloat16, got GPT2\w+, which fails \(Runtime"):
+        check_model(moved)
+
+
 def test_a_model_that_does_not_run_in_this_precision_is_one_line() -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
     model.lm_head.to(torch.bfloat16)

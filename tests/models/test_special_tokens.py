@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,10 @@ from tests.tiny_models import tiny_model
 from tests.worlds import backbone, catalog
 from triewise.cache import cache_folder
 from triewise.errors import UserError
+from triewise.files import read_json, write_json
 from triewise.models import Backbone, load_tokenizer
+from triewise.models.loading import tokenizer_of as tokenizer_from
+from triewise.models.smollm2 import know_special
 from triewise.recommenders import GenerativeRecommender
 from triewise.tokens import Prompts, Trie, build_prompts
 from triewise.tokens.prompts import TEMPLATES
@@ -216,6 +220,9 @@ def test_the_worlds_are_what_they_say(family: str) -> None:
     here = world(family)
     assert len(here.special) >= 3
     assert len({*here.titles}) == len(here.titles)
+    readback = prompts_of(family).readback
+    assert readback.shared == readback.changed == ()
+    assert readback.unknown == () or family == "unigram"
     for mark, number in marks(here.tokenizer).items():
         assert here.tokenizer(mark, add_special_tokens=False)["input_ids"][-1] == number, (
             "unguarded it is special"
@@ -307,6 +314,24 @@ def test_the_ranking_is_that_of_a_forward_for_each_title(family: str, support: s
     found = rec.recommend([history], k=None)
     assert_allclose(found.scores[0], wanted[found.items[0]], rtol=2e-6, atol=2e-4)
     assert found.items[0].tolist() == np.argsort(-wanted, kind="stable").tolist()
+
+
+@pytest.mark.parametrize("end", ["<|im_start|>", "<|im_end|>"])
+def test_a_converted_smollm2_closes_titles_with_its_own_terminator(end: str, tmp_path: Path) -> None:
+    """transformers 5.17 reads its start token as terminator, and no padding token; 5.23 what the file says."""
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    made = byte_level(names, bos_token=names[1], eos_token=end, pad_token=end, unk_token=names[0])
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    if end == "<|im_start|>":
+        write_json(file, {k: v for k, v in read_json(file).items() if k != "pad_token"} | {"eos_token_id": 1})
+    before = file.read_bytes()
+    know_special(tmp_path)
+    found = tokenizer_from(str(tmp_path))
+    ids = [getattr(found, f"{role}_token_id") for role in ("unk", "bos", "eos", "pad")]
+    assert ids == [0, 1, 2, 2]
+    assert (file.read_bytes() == before) is (end == "<|im_end|>")
+    assert found("Red Dawn")["input_ids"] == made("Red Dawn")["input_ids"]
 
 
 def test_a_tokenizer_that_knows_no_other_way_is_refused() -> None:

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 
 import triewise
-from tests import worlds
+from tests import model_families, worlds
+from tests.tiny_models import tiny_model
 from tests.worlds import HISTORIES
 from triewise.errors import UserError
+from triewise.files import read_json, write_json
+from triewise.models import Backbone
 from triewise.ranking import Groups, MostPopular
 from triewise.recommenders import GenerativeRecommender
 from triewise.testing import RecommenderContract
-from triewise.tokens import Trie
+from triewise.tokens import Trie, build_prompts, single_start
 
 
 class TestGenerative(RecommenderContract):
@@ -131,6 +134,33 @@ def test_parts_that_do_not_belong_together_are_refused(
         triewise.load(folder)
     with pytest.raises(UserError, match="is no folder; train one first"):
         triewise.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("template", ["plain", "msl"])
+def test_prompts_of_a_folder_start_as_they_did_when_it_was_saved(template: str, tmp_path: Path) -> None:
+    """GLM's tokenizer puts two tokens in front; a folder of before has one start token or none, and says nothing."""
+    tokenizer, titles = model_families.tokenizer("prefixed"), worlds.catalog(worlds.TITLES[:4])
+    front = tokenizer("")["input_ids"]
+    for name, start in (("old", single_start(tokenizer, template, False)), ("new", None)):
+        prompts = build_prompts(tokenizer, titles, template, max_history=5, start=start)
+        trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+        backbone = Backbone(tiny_model("llama", vocabulary=len(tokenizer)), tokenizer, "llama", {})
+        made = GenerativeRecommender(backbone, titles, prompts, trie, np.ones(4, dtype=np.int64))
+        made.save_pretrained(tmp_path / name)
+        manifest = read_json(tmp_path / name / "recommender.json")
+        if name == "old":
+            del manifest["prompt"]["start"]
+            write_json(tmp_path / name / "recommender.json", manifest)
+        loaded = triewise.load(tmp_path / name, device="cpu")
+        ids = loaded.prompts.encode([0, 1])
+        assert ids == prompts.encode([0, 1])
+        assert (ids[: len(front)] == front) is (name == "new")
+        found = loaded.recommend([[0, 1], [2]], k=None)
+        assert found.scores == pytest.approx(made.recommend([[0, 1], [2]], k=None).scores, abs=1e-5)
+    del manifest["prompt"]["start"]
+    write_json(tmp_path / "new" / "recommender.json", manifest)
+    with pytest.raises(UserError, match="the prompt of .* is not the one this model was trained with"):
+        triewise.load(tmp_path / "new", device="cpu")
 
 
 def test_search_settings_that_do_not_exist_are_refused() -> None:

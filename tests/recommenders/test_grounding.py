@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from tests import worlds
+from tests import model_families, worlds
 from tests.reference import grounding as reference
 from tests.tiny_models import tiny_model
 from tests.worlds import HISTORIES, write_msl_folder
@@ -70,7 +70,7 @@ def test_a_text_that_is_a_title_is_that_title(template: str) -> None:
     recommender = worlds.recommender(template=template)
     prompts = recommender.prompts
     for title, ids in zip(prompts.title, prompts.title_tokens, strict=True):
-        assert prompts.read_title(ids.tolist()[:-1]) == title
+        assert prompts.read_titles([ids.tolist()[:-1]]) == [title]
     grounded = recommender.grounded
     texts = last_states(
         grounded.backbone.model,
@@ -99,6 +99,35 @@ def test_padding_and_company_change_no_text_of_other_models(kind: str) -> None:
     assert together == [generate(backbone, [p], 3, 6)[0] for p in prompts]
     alone = torch.cat([last_states(model, [p]) for p in prompts])
     torch.testing.assert_close(last_states(model, prompts), alone, atol=1e-4, rtol=1e-4)
+
+
+def test_embeddings_are_as_wide_as_what_the_body_gives() -> None:
+    """OPT-350m's are narrower than its layers."""
+    model = model_families.build("opt_350m")
+    assert model.config.hidden_size == 32
+    prompts = [[1, 5, 6, 7], [1, 2], [1, 8, 9, 4, 5, 6, 7, 8]]
+    found = last_states(model, prompts)
+    assert found.shape == (3, 16)
+    torch.testing.assert_close(
+        found, torch.cat([last_states(model, [p]) for p in prompts]), atol=1e-5, rtol=1e-4
+    )
+    assert last_states(model, []).shape == (0, 16)
+
+
+def test_texts_beyond_the_positions_of_a_model_are_one_line() -> None:
+    """As in decoding; what ends at the last position is written and embedded."""
+    model = tiny_model("gpt2")  # 256 positions
+    backbone = Backbone(model, SimpleNamespace(eos_token_id=0), "gpt2", {})
+    short, long = [1] * 249, [1] * 250
+    assert len(generate(backbone, [short, [1, 2]], 2, 8)) == 2
+    assert last_states(model, [[1] * 256]).shape == (1, 32)
+    wanted = (
+        r"within the model's 256 positions, got a prompt of 250 tokens and up to 8 of text; lower text_tokens"
+    )
+    with pytest.raises(UserError, match=wanted):
+        generate(backbone, [[1, 2], long], 2, 8)
+    with pytest.raises(UserError, match=r"256 positions, got a text of 257 tokens; lower"):
+        last_states(model, [[1], [1] * 257])
 
 
 def test_an_adapter_writes_and_embeds() -> None:

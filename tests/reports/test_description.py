@@ -10,6 +10,7 @@ The catalogue of the hand cases (9 ends a title) and its training counts, as in 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -105,6 +106,9 @@ class Letters:
         ids = [[ord(c) - 96 for c in title] for title in ([text] if isinstance(text, str) else text)]
         return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
+    def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
+        return ["".join(chr(i + 96) for i in row) for row in rows]
+
 
 def test_describe_by_hand(dataset: Dataset) -> None:
     prompts = build_prompts(Letters(), dataset.catalog)
@@ -120,6 +124,9 @@ def test_describe_by_hand(dataset: Dataset) -> None:
         "density": 8 / 10,
         "titles": 4,
         "duplicate_titles": 2,
+        "shared_titles": 0,
+        "unknown_titles": 0,
+        "changed_titles": 0,
         "train_rows": 4,
         "valid_rows": 1,
         "test_rows": 2,
@@ -138,6 +145,20 @@ def test_describe_by_hand(dataset: Dataset) -> None:
     }
     assert facts == pytest.approx(expected)
     assert list(facts) == list(FACTS)
+
+
+def test_describe_counts_titles_that_the_tokenizer_makes_equal(dataset: Dataset) -> None:
+    class SmallLetters(Letters):
+        unk_token_id = 2
+
+        def __call__(self, text: Any, **_: Any) -> dict[str, Any]:
+            return super().__call__(text.lower() if isinstance(text, str) else [t.lower() for t in text])
+
+    catalog = Catalog.from_titles(list("abcde"), ["ac", "AC", "b", "ac", "D"])
+    prompts = build_prompts(SmallLetters(), catalog)
+    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+    facts = describe(dataclasses.replace(dataset, catalog=catalog), prompts, trie, np.ones(5))
+    assert [facts[f"{kind}_titles"] for kind in ("duplicate", "shared", "unknown", "changed")] == [2, 2, 1, 2]
     assert all(isinstance(value, str | int | float) for value in facts.values())
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.model_families import tokenizer as tokenizer_like
 from tests.worlds import TITLES, backbone, catalog
 from triewise.errors import UserError
 from triewise.tokens import build_prompts
@@ -99,9 +104,108 @@ def test_the_tokenizer_hash_does_not_depend_on_what_was_tokenised(tokenizer) -> 
     assert tokenizer_hash(tokenizer) == before
 
 
-def test_chat_wraps_the_users_turn_and_leaves_titles_inert(tokenizer) -> None:
-    import copy
+def framed(front: str, behind: str = "") -> Any:
+    """A byte-level tokenizer that puts special tokens around a text; its start token is one of them or not."""
+    from tokenizers import processors
 
+    made = copy.deepcopy(tokenizer_like("bytes"))
+    marks = [*front.split(), *behind.split()]
+    made.add_tokens(marks, special_tokens=True)
+    ids = [(mark, made.convert_tokens_to_ids(mark)) for mark in marks]
+    around = f"{front} $A {behind}".strip()
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=ids)
+    return made
+
+
+@pytest.mark.parametrize("template", ["plain", "msl", "d3"])
+@pytest.mark.parametrize(
+    ("front", "behind"),
+    [
+        ("[gMASK] <sop>", ""),  # GLM
+        ("<end>", ""),  # XGLM
+        ("[CLS]", "[SEP]"),
+        ("<start>", "<end>"),
+        ("<start>", ""),
+        ("", "<end>"),  # T5
+        ("", ""),
+    ],
+)
+def test_a_prompt_starts_with_what_the_tokenizer_puts_in_front(
+    front: str, behind: str, template: str
+) -> None:
+    made = framed(front, behind)
+    first = made.convert_tokens_to_ids(front.split() or (["<start>"] if template == "plain" else []))
+    prompts = build_prompts(made, catalog(), template)
+    rest = build_prompts(made, catalog(), template, start=[])
+    assert list(prompts.bos) == first
+    assert prompts.encode([0, 6]) == first + rest.encode([0, 6])
+    assert "start" not in prompts.settings or front not in ("", "<start>"), "as before where one token does"
+    for again in (prompts, rest):
+        assert build_prompts(made, catalog(), **json.loads(json.dumps(again.settings))).hash == again.hash
+
+
+def test_chat_starts_as_its_template_does() -> None:
+    made = framed("[gMASK] <sop>")
+    made.chat_template = "{% for m in messages %}[gMASK]<sop>{{ m.content }}{% endfor %}"
+    ids = build_prompts(made, catalog(), "msl", chat=True).encode([0])
+    assert made.convert_ids_to_tokens(ids[:2]) == ["[gMASK]", "<sop>"]
+    assert "[gMASK]" not in made.convert_ids_to_tokens(ids[2:])
+
+
+# ---------------------------------------------------------------- tokenizers whose rules are code
+def ctrl(folder: Path, merges: str) -> Any:
+    from transformers import CTRLTokenizer
+
+    pieces = [
+        "<unk>",
+        "<end>",
+        *(c + end for c in "Alien3" for end in ("", "@@")),
+        "A@@",
+        "li@@",
+        "en",
+        "Al@@",
+    ]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(
+        json.dumps({piece: i for i, piece in enumerate(dict.fromkeys(pieces))})
+    )
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    return CTRLTokenizer(folder / "vocab.json", folder / "merges.txt", eos_token="<end>")
+
+
+def test_a_tokenizer_without_fast_backend_is_known_by_all_that_it_is(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    made = ctrl(tmp_path / "a", "e n</w>\nl i\n")
+    others = [ctrl(tmp_path / "b", "l i\n"), tokenizer_like("slow"), ByT5Tokenizer(extra_ids=3)]
+    for number, one in enumerate((made, *others)):
+        one.save_pretrained(tmp_path / str(number))
+        assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path / str(number))) == tokenizer_hash(one)
+    assert len({tokenizer_hash(one) for one in (made, *others)}) == 4
+    prompts = build_prompts(made, catalog(("Alien", "Alien 3", "Alien <end>")), "plain")
+    assert prompts.read_titles([ids.tolist()[:-1] for ids in prompts.title_tokens])[:2] == [
+        "Alien",
+        "Alien 3",
+    ]
+    assert prompts.readback.unknown == ("Alien <end>",)
+
+
+def test_a_tokenizer_that_cannot_split_special_tokens_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mistral-common's, which knows no other way to read text."""
+    made = copy.deepcopy(tokenizer_like("slow"))
+    assert build_prompts(made, catalog()).n_dropped == 0
+
+    def refuse(self: Any, *texts: Any, split_special_tokens: bool = False, **rest: Any) -> None:
+        raise ValueError("does not support `split_special_tokens`.")
+
+    monkeypatch.setattr(type(made), "__call__", refuse)
+    with pytest.raises(
+        UserError, match=r"special tokens, got ByT5Tokenizer \(does not .*tokens`\); use the model's"
+    ):
+        build_prompts(made, catalog())
+
+
+def test_chat_wraps_the_users_turn_and_leaves_titles_inert(tokenizer) -> None:
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}answer:"
     ids = build_prompts(chatty, catalog(), "msl", chat=True).encode([6])
@@ -111,8 +215,6 @@ def test_chat_wraps_the_users_turn_and_leaves_titles_inert(tokenizer) -> None:
 
 
 def test_user_errors(tokenizer) -> None:
-    import copy
-
     with pytest.raises(UserError, match="prompt template among plain, msl, d3, got 'alpaca'"):
         build_prompts(tokenizer, catalog(), "alpaca")
     with pytest.raises(UserError, match="chat = true needs an instruction template"):

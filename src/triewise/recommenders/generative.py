@@ -44,7 +44,7 @@ from triewise.recommenders.grounding import GroundedRecommender
 from triewise.recommenders.saved import TRIE, Saved, card_facts, hash_of, saving
 from triewise.recommenders.search_settings import SEARCHES, SETTINGS, SearchSettings
 from triewise.reports import Recommendation, addressed, describe, explain, forced_by_position, model_card
-from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_gain
+from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_gain, single_start
 
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
@@ -277,7 +277,11 @@ class GenerativeRecommender(SearchSettings, Assisted):
         )
         backbone.model.requires_grad_(False)  # so the engine may keep what the prompts of all calls share
         trie = Trie.load(saved.folder / TRIE)
-        prompts = build_prompts(backbone.tokenizer, saved.catalog, **manifest["prompt"])
+        made: dict[str, Any] = manifest["prompt"]
+        start = single_start(
+            backbone.tokenizer, made["template"], made["chat"]
+        )  # where the folder names none
+        prompts = build_prompts(backbone.tokenizer, saved.catalog, **{"start": start, **made})
         saved.check(hashes(prompts, trie, saved.counts))
         rebuilt = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
         if rebuilt.fingerprint() != trie.fingerprint():

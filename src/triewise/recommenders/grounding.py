@@ -25,7 +25,7 @@ from torch import Tensor
 
 from triewise.decoding import Counters, TokenLists, pad
 from triewise.errors import UserError
-from triewise.models import Backbone, body, causal_lm, head_weight
+from triewise.models import Backbone, body, causal_lm, head_weight, max_positions
 from triewise.ranking import (
     Groups,
     ItemLists,
@@ -139,8 +139,8 @@ class GroundedRecommender:
             tokens = generate(
                 self.backbone, [prompts[b] for b in users], self.beams, self.max_tokens, counters
             )
-            for b, ids in zip(users, tokens, strict=True):
-                texts[b] = self.prompts.read_title(ids)
+            for b, text in zip(users, self.prompts.read_titles(tokens), strict=True):
+                texts[b] = text
         return texts
 
     def title_embeddings(self, counters: Counters | None = None) -> Tensor:
@@ -183,19 +183,25 @@ def inject(distance: NDArray[np.floating], weight: NDArray[np.floating], gamma: 
 def last_states(model: Any, texts: TokenLists, counters: Counters | None = None) -> Tensor:
     """The last hidden state (after the final norm) of a causal LM at the last token of each text, float32 (T, D).
 
-    ``texts`` are token ids, at least one each; ``counters`` receive the work done.
+    ``texts`` are token ids, at least one each; ``counters`` receive the work done. UserError where one is longer than
+    the model's table of positions.
     """
-    device, width = head_weight(model).device, int(causal_lm(model).config.get_text_config().hidden_size)
-    made = torch.zeros(len(texts), width, device=device)
+    device, width = (
+        head_weight(model).device,
+        head_weight(model).shape[1],
+    )  # of no text; a body may give another
+    longest = max(map(len, texts), default=0)
+    _check_length(model, longest, f"a text of {longest} tokens")
     order = np.argsort([len(ids) for ids in texts], kind="stable")
+    states = [torch.zeros(0, width, device=device)] if not texts else []
     for rows in _chunks(order, [len(ids) for ids in texts]):
         # Padding on the right stands behind all that a causal model sees.
         ids, length = pad([texts[i] for i in rows], device)
         hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
-        made[torch.from_numpy(rows).to(device)] = hidden[torch.arange(len(rows)), length - 1].float()
+        states.append(hidden[torch.arange(len(rows)), length - 1].float())
         if counters is not None:
             counters.prompt_tokens += int(length.sum())
-    return made
+    return torch.cat(states)[torch.from_numpy(np.argsort(order)).to(device)]
 
 
 @torch.inference_mode()
@@ -206,11 +212,16 @@ def generate(
 
     Sums of log-probabilities are divided by the length (``length_penalty`` 1), as the authors' settings do. No
     setting of the model's own ``generation_config`` has any effect. ``prompts`` are token ids of each user, ``beams``
-    and ``max_tokens`` those of `GroundedRecommender`; ``counters`` receive the work done.
+    and ``max_tokens`` those of `GroundedRecommender`; ``counters`` receive the work done. UserError where a prompt and
+    its text are longer than the model's table of positions.
     """
     from transformers import GenerationConfig
 
     model, end = causal_lm(backbone.model), int(backbone.tokenizer.eos_token_id)
+    longest = max(map(len, prompts), default=0)
+    _check_length(
+        model, longest + max_tokens - 1, f"a prompt of {longest} tokens and up to {max_tokens} of text"
+    )
     config = GenerationConfig(
         num_beams=beams,
         max_new_tokens=max_tokens,
@@ -228,6 +239,16 @@ def generate(
         out = model.generate(ids, attention_mask=mask.long(), generation_config=config)
     rows = out[:, ids.shape[1] :].tolist()
     return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+def _check_length(model: Any, n: int, what: str) -> None:
+    """Refuse more tokens than the model has positions for; nothing follows the last token of a text."""
+    positions = max_positions(model)
+    if positions is not None and n > positions:
+        raise UserError(
+            f"wanted texts within the model's {positions} positions, got {what}; lower text_tokens, or max_tokens of "
+            "the prompts"
+        )
 
 
 @contextlib.contextmanager

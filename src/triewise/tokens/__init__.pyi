@@ -10,7 +10,12 @@ from .decisiveness import (
     zero_gain as zero_gain,
     zero_gain_share as zero_gain_share,
 )
-from .prompts import Dropped as Dropped, Prompts as Prompts, build_prompts as build_prompts
+from .prompts import (
+    Dropped as Dropped,
+    Prompts as Prompts,
+    build_prompts as build_prompts,
+    single_start as single_start,
+)
 from .trie import DeviceTrie as DeviceTrie, Trie as Trie
 
 __all__ = [

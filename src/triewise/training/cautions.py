@@ -35,6 +35,7 @@ def training_warnings(
         windows: What is learned from.
         counts: (I,) training targets of each item.
     """
+    yield from prompts.readback.warnings()
     if beta_is_idle(objective, trie, counts):
         what = "only the normaliser" if objective.normaliser == "weights" else "nothing"
         yield (

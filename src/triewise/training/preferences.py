@@ -22,6 +22,7 @@ from torch.nn.functional import softplus
 
 from triewise.errors import UserError
 from triewise.files import atomic_path
+from triewise.models import check_model
 from triewise.progress import note, progress
 from triewise.training import processes
 from triewise.training.objective import MicroBatches, Objective, TitleLoss, title_sums
@@ -193,11 +194,15 @@ def reference_logp(
         rejected: Item indices (W, n).
         support: ``vocabulary`` or ``trie``.
         at_once: Windows of one forward pass, >= 1.
-        packing: Whether the prompt of a window runs once for all its titles; as as `trainer.packs` says says.
+        packing: Whether the prompt of a window runs once for all its titles; as `trainer.packs` says.
 
     Returns:
         Log-probabilities (W, 1 + n), float32, nats.
+
+    Raises:
+        UserError: A model that `check_model` refuses.
     """
+    check_model(model, examples.prompts.tokenizer)
     empty = np.zeros((len(rejected), 1 + rejected.shape[1]), dtype=np.float32)
     preferences, result = Preferences(rejected, empty, support=support), empty.copy()
     # Rows of like length are scored together; each process takes every P-th of them.

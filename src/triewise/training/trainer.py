@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from triewise.models import compute_again
+from triewise.models import check_model, compute_again
 from triewise.settings import TrainingSettings
 from triewise.training import processes
 from triewise.training.checkpoints import random_state, set_random_state
@@ -82,10 +82,11 @@ def train(
     Raises:
         UserError: ``evaluate_every`` without ``validate``, a checkpoint of another run, a batch that
             cannot be dealt out to the processes, one of which has died, a metric that ``validate`` does not
-            give, or a loss that is not finite.
+            give, a loss that is not finite, or a model that `check_model` refuses.
     """
     processes.start()
     with processes.together():
+        check_model(model, examples.prompts.tokenizer)
         trainer = TrieTrainer(model, examples, objective, settings, out, seed, validate, autocast)
         result = trainer.run.conduct(trainer.go_on, trainer.take_steps, resume, title)
         if settings.gradient_checkpointing:
