@@ -135,11 +135,11 @@ class PreferenceLoss(TitleLoss):
         Args:
             batch: Arguments of `TitleLoss.forward`; ``reference`` (B, 1 + n), log-probabilities under the reference,
                 the chosen title first; ``title`` (M,), int64, the number of the title that each target token is of:
-                title b * (1 + n) is a chosen one, the n after it its rejected ones.
+                title b * (1 + n) is a chosen one, the n after it its rejected ones; ``chosen``, int64, which of the M
+                are of a chosen title.
         """
-        reference, title = batch["reference"], batch["title"]
+        reference, chosen = batch["reference"], batch["chosen"]
         logp, nll = _title_logp(self, batch)
-        chosen = title % reference.shape[1] == 0
         loss = sdpo_loss(logp[:, 0], reference[:, 0], logp[:, 1:], reference[:, 1:], self.beta)
         zero_gain, decision = batch["zero_gain"][chosen], batch["decision"][chosen]
         return {"loss": loss.sum(), "sums": title_sums(nll.detach()[chosen], zero_gain, decision)}
@@ -166,9 +166,11 @@ class PreferenceBatches(MicroBatches):
         examples, rows = self.examples, self.rows[index]
         chosen = _targets(examples, rows[:: reference.shape[1]])
         counts = {name: int(n_I[chosen].sum()) for name, n_I in examples.of_title.items()}
+        title = _title_numbers(examples, rows, self.preferences.support)
         return item | {
             "reference": torch.from_numpy(reference),
-            "title": torch.from_numpy(_title_numbers(examples, rows, self.preferences.support)),
+            "title": torch.from_numpy(title),
+            "chosen": torch.from_numpy(np.flatnonzero(title % reference.shape[1] == 0)),
             "contribution": float(len(reference)),
             "counts": counts | {name: item["counts"][name] for name in ("tokens", "places")},
         }
