@@ -120,6 +120,23 @@ def own_mask(model: Any, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill(~mask, torch.finfo(kind).min)
 
 
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Forwards without a mask take each row for one sequence meanwhile, as they do anyway, and do not ask the device.
+
+    Else transformers looks for several sequences in a row, by its positions, and waits for the answer.
+    """
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    before = getattr(masking_utils, name, None)
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, before)
+
+
 def cache_of(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Any:
     """A cache of transformers that holds keys and values (B, H, S, D) of each layer."""
     from transformers import DynamicCache

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from triewise.errors import UserError
-from triewise.models import body, hand_head_matches, head_bias, head_rows, head_weight
+from triewise.models import body, hand_head_matches, head_bias, head_rows, head_weight, whole_rows
 from triewise.progress import note
 from triewise.tokens import DeviceTrie, Trie
 from triewise.training import processes
@@ -275,7 +275,8 @@ class TitleLoss(nn.Module):
         """Next-token logits (M, V) at the positions of a micro-batch, or (M, C) of some tokens (C,)."""
         if self.by_hand:
             return self.head(self.hidden(batch), tokens)
-        full: Tensor = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        with whole_rows():
+            full: Tensor = self.model(input_ids=batch["input_ids"], use_cache=False).logits
         chosen = full.flatten(0, 1).index_select(0, batch["position"])
         return chosen if tokens is None else chosen.index_select(1, tokens)
 
@@ -286,7 +287,8 @@ class TitleLoss(nn.Module):
             packed = ("position_ids", "subtree_end", "prefix_ids")
             hidden = hidden_states(self.model, ids, *(batch[name] for name in packed))
         else:
-            hidden = body(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+            with whole_rows():
+                hidden = body(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch["position"])
 
     def head(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
