@@ -124,17 +124,23 @@ def own_mask(model: Any, mask: Tensor) -> Tensor:
 def whole_rows() -> Iterator[None]:
     """Forwards without a mask take each row for one sequence meanwhile, as they do anyway, and do not ask the device.
 
-    Else transformers looks for several sequences in a row, by its positions, and waits for the answer.
+    Else transformers looks for several sequences in a row, by its positions, and some models for padding that they
+    might warn of; both wait for the answer.
     """
-    from transformers import masking_utils
+    from transformers import PreTrainedModel, masking_utils
 
-    name = "find_packed_sequence_indices"
-    before = getattr(masking_utils, name, None)
-    setattr(masking_utils, name, lambda position_ids: None)
+    asks: list[tuple[Any, str]] = [
+        (masking_utils, "find_packed_sequence_indices"),
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+    ]
+    before = [getattr(owner, name, None) for owner, name in asks]
+    for owner, name in asks:
+        setattr(owner, name, lambda *args: None)
     try:
         yield
     finally:
-        setattr(masking_utils, name, before)
+        for (owner, name), function in zip(asks, before, strict=True):
+            setattr(owner, name, function)
 
 
 def cache_of(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Any:

@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from triewise.models import compute_again
 from triewise.recipe import TrainingSettings
@@ -177,8 +178,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         state = random_state(self.args.device)
         with self.meter.pause(), self.compute_loss_context_manager():
             self.model.train()
-            inputs = (self._prepare_inputs(batches[i]) for i in range(len(rows)))
-            parts = measure_parts(self.titles, inputs)
+            parts = measure_parts(self.titles, [self._prepare_inputs(batches[i]) for i in range(len(rows))])
             set_random_state(state, self.args.device)  # looking must not change what is learned
         return parts
 
@@ -310,8 +310,8 @@ def _arguments(
         max_grad_norm=settings.max_grad_norm,
         seed=seed,
         bf16=autocast,
-        optim="adamw_torch" if model.device.type == "mps" else "adamw_torch_fused",
-        use_cpu=model.device.type == "cpu",
+        optim="adamw_torch" if model.device.type in ("mps", "meta") else "adamw_torch_fused",
+        use_cpu=model.device.type in ("cpu", "meta"),
         logging_strategy="no",
         eval_strategy="no",
         save_strategy="no",
@@ -322,4 +322,14 @@ def _arguments(
     )
     # Else the Trainer wraps the model in DataParallel where it sees more.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if arguments.parallel_mode != ParallelMode.DISTRIBUTED:  # else each process has its own device
+        _stay(arguments, model.device)
     return arguments
+
+
+def _stay(arguments: TrainingArguments, device: torch.device) -> None:
+    """Train on the device that the model is on: transformers takes the first one of its kind."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    arguments.__dict__["_setup_devices"] = device  # what the property `device` has kept
+    arguments.distributed_state.device = device  # accelerate's, of which there is one
