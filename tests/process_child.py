@@ -149,12 +149,13 @@ def each_objective(out: Path) -> dict[str, Any]:
     return found
 
 
-def whole_run(out: Path, resume: bool = False, dropout: float = 0.3) -> dict[str, Any]:
+def whole_run(out: Path, resume: bool = False, dropout: float = 0.3, workers: int = 0) -> dict[str, Any]:
     """A run with adaptive temperature, validation and checkpoints; what it leaves."""
     model = learned(dropout)
     objective = Objective(temperature=ats())
     config = TrainingSettings(**(vars(WHOLE) | {"keep_checkpoints": 9}))
-    result = train(model, cycle_world(), objective, config, out, validate=some_metric, resume=resume)
+    how = {"validate": some_metric, "resume": resume, "workers": workers}
+    result = train(model, cycle_world(), objective, config, out, **how)
     return {
         "result": (result.steps_done, result.stopped, result.best_step),
         "weights": {name: p.detach() for name, p in model.named_parameters()},
@@ -187,7 +188,7 @@ def stop_and_go(out: Path) -> dict[str, Any]:
     if not processes.is_first():
         at_forward(2 * 7 - 1, lambda: kill(signal.SIGTERM))
     found["stopped"] = whole_run(out / "stopped")
-    found["resumed"] = whole_run(out / "stopped", resume=True)
+    found["resumed"] = whole_run(out / "stopped", resume=True, workers=1)  # each builds its own rows
     found["from one"] = whole_run(out / "from one", resume=True, dropout=0.0)
     found["errors"] = {}
     for name, validate in (("metric", lambda model: {"MAP": 1.0}), ("validate", refuse)):

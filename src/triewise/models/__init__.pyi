@@ -15,6 +15,7 @@ from .anatomy import (
     own_mask as own_mask,
     resolve_device as resolve_device,
     training_dtype as training_dtype,
+    whole_rows as whole_rows,
 )
 from .backbones import load_backbone as load_backbone, load_tokenizer as load_tokenizer
 from .checks import check_model as check_model, max_positions as max_positions

@@ -127,6 +127,29 @@ def own_mask(model: Any, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=kind, device=mask.device).masked_fill(~mask, torch.finfo(kind).min)
 
 
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Forwards without a mask take each row for one sequence meanwhile, as they do anyway, and do not ask the device.
+
+    Else transformers looks for several sequences in a row, by its positions, and some models for padding that they
+    might warn of; both wait for the answer.
+    """
+    from transformers import PreTrainedModel, masking_utils
+
+    asks: list[tuple[Any, str]] = [
+        (masking_utils, "find_packed_sequence_indices"),
+        (PreTrainedModel, "warn_if_padding_and_no_attention_mask"),
+    ]
+    before = [getattr(owner, name, None) for owner, name in asks]
+    for owner, name in asks:
+        setattr(owner, name, lambda *args: None)
+    try:
+        yield
+    finally:
+        for (owner, name), function in zip(asks, before, strict=True):
+            setattr(owner, name, function)
+
+
 def cache_of(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Any:
     """A cache of transformers that holds keys and values (B, H, S, D) of each layer."""
     from transformers import DynamicCache

@@ -322,6 +322,10 @@ class Trie:
             self._on_device[key] = DeviceTrie(*(torch.from_numpy(array).to(device) for array in arrays))
         return self._on_device[key]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What other processes are given: no tensors of a device."""
+        return vars(self) | {"_on_device": {}}
+
     def fingerprint(self) -> str:
         """Hex SHA-256 of the arrays: equal exactly for equal token sequences in equal order."""
         digest = hashlib.sha256(f"trie {TRIE_FORMAT} {self.n_nodes} {self.n_items}".encode())

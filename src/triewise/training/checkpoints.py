@@ -86,7 +86,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "cpu": torch.get_rng_state(),
     }
     if device.type != "cpu":
-        state["device"] = torch.get_device_module(device).get_rng_state()
+        state["device"] = torch.get_device_module(device).get_rng_state(*_which(device))
     return state
 
 
@@ -97,7 +97,12 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["cpu"])
     if device.type != "cpu" and "device" in state:
-        torch.get_device_module(device).set_rng_state(state["device"])
+        torch.get_device_module(device).set_rng_state(state["device"], *_which(device))
+
+
+def _which(device: torch.device) -> tuple[torch.device, ...]:
+    """What a module of a device asks for, to know which of several is meant; of ``mps`` there is one."""
+    return () if device.type == "mps" else (device,)
 
 
 @contextlib.contextmanager

@@ -57,8 +57,8 @@ def trie_nll(
             here would stop a GPU at every step).
         node: Trie node before each target (M,), int64; no leaf.
         trie: The trie of all items.
-        temperature: Divides the logits, > 0; tau of the paper. The loss is *not* multiplied by it. A tensor
-            (M,) has one for each target.
+        temperature: Divides the logits, > 0; tau of the paper. The loss is *not* multiplied by it. A tensor is of
+            all targets (), or has one for each (M,).
         n_edges: Number of children of all nodes of ``node`` together, where it is known; spares a GPU one
             stop.
         expand_negatives: Let the valid tokens other than the target weigh as much as a whole vocabulary (MSL

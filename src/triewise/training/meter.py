@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,43 +13,48 @@ import torch
 from torch import Tensor, nn
 
 from triewise.training import processes
+from triewise.training.checkpoints import random_state, set_random_state
 from triewise.training.losses import lml_parts
 from triewise.training.objective import TitleLoss
 
 PARTS = ("loss_invalid", "loss_choice", "grad_norm_invalid", "grad_norm_choice")
 
 
-def measure_parts(module: TitleLoss, batches: Iterable[dict[str, Any]]) -> dict[str, float]:
+def measure_parts(module: TitleLoss, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Both parts of the language-modelling loss over some micro-batches, and the norms of their gradients.
 
     Each part is a mean over all target tokens, unweighted, at temperature 1; its gradient is that of the mean
-    with respect to all trained parameters. Nothing is changed but random states: no gradient is kept and no
-    temperature moves. Costs a forward and two backward passes, and twice the memory of the gradients.
+    with respect to all trained parameters. One part after the other has the place of the step's gradients, which are
+    not there yet, and draws the same random numbers. No gradient is kept and no temperature moves. Costs two
+    forward and two backward passes, and no memory beyond a step's.
 
     Args:
         module: The model, in the mode to measure it in.
-        batches: Items of a `MicroBatches` of vocabulary support, on the module's device.
+        batches: Of a `MicroBatches` of vocabulary support, on the module's device.
 
     Returns:
         A number for each name of ``PARTS``: nats, and nats per unit of weight; of the batches of all
         processes. MSL, Figure 3.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    gradients = [[torch.zeros_like(p, dtype=torch.float32) for p in parameters] for _ in range(2)]
-    losses, n_tokens = torch.zeros(2, device=parameters[0].device), 0
-    for batch in batches:
-        logits = module.logits(batch)
-        parts = lml_parts(logits, batch["target"], batch["node"], module.trie, batch["n_edges"])
-        sums = torch.stack(parts).sum(1)
-        for i in range(2):
-            of_part = torch.autograd.grad(sums[i], parameters, retain_graph=i == 0, allow_unused=True)
-            for gradient, add in zip(gradients[i], of_part, strict=True):
-                gradient += 0 if add is None else add
-        losses += sums.detach()
-        n_tokens += len(batch["target"])
-    processes.add_up([*gradients[0], *gradients[1], losses])
-    n_tokens = int(sum(theirs for (theirs,) in processes.gather([n_tokens])))
-    norms = [nn.utils.get_total_norm(gradient) for gradient in gradients]
+    device = parameters[0].device
+    state, losses, norms = random_state(device), torch.zeros(2, device=device), []
+    for i in range(2):
+        set_random_state(state, device)
+        for batch in batches:
+            logits = module.logits(batch)
+            parts = lml_parts(logits, batch["target"], batch["node"], module.trie, batch["n_edges"])
+            loss = parts[i].sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses[i] += loss.detach()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        processes.add_up(gradients)
+        norms.append(nn.utils.get_total_norm(gradients))
+        for p in parameters:
+            p.grad = None
+    processes.add_up([losses])
+    tokens = sum(len(batch["target"]) for batch in batches)
+    n_tokens = int(sum(theirs for (theirs,) in processes.gather([tokens])))
     values = torch.cat([losses, torch.stack(norms)]) / n_tokens
     return dict(zip(PARTS, values.tolist(), strict=True))
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from triewise.errors import UserError
-from triewise.models import body, hand_head_matches, head_bias, head_rows, head_weight
+from triewise.models import body, hand_head_matches, head_bias, head_rows, head_weight, whole_rows
 from triewise.progress import note
 from triewise.tokens import DeviceTrie, Trie
 from triewise.training import processes
@@ -122,16 +122,18 @@ class Objective:
 
     @property
     def tau(self) -> float:
-        """The temperature now; see ``value`` of an adaptive one."""
+        """The temperature now as a number; an adaptive one is waited for."""
         t = self.temperature
         return t.value if isinstance(t, AdaptiveTemperature) else float(t)
 
     def tau_of(self, positive: Tensor, valid: Tensor, row: Tensor) -> float | Tensor:
         """The temperature, or that of each token (M,) where each has its own; see `AdaptiveTemperature.per_token`."""
         t = self.temperature
-        if isinstance(t, AdaptiveTemperature) and t.scope == "token":
-            return t.per_token(positive.detach(), valid.detach(), row)
-        return self.tau
+        if not isinstance(t, AdaptiveTemperature):
+            return t
+        return (
+            t.per_token(positive.detach(), valid.detach(), row) if t.scope == "token" else t.on(valid.device)
+        )
 
     def settings(self) -> dict[str, Any]:
         """What training does not change."""
@@ -180,11 +182,15 @@ class Objective:
         if self.support == "vocabulary":
             nll = vocabulary_nll(logits, target, self.tau)
             return TokenLosses(weight * nll, contribution, nll)
-        tau: float | Tensor = self.tau
-        if isinstance(self.temperature, AdaptiveTemperature) and self.temperature.scope == "token":
+        tau: float | Tensor
+        if not isinstance(self.temperature, AdaptiveTemperature):
+            tau = self.temperature
+        elif self.temperature.scope == "token":
             row, token = child_edges(node, device_trie, n_edges)
             valid, positive = edge_logits(logits.detach(), target, row, token, columns)
-            tau = self.tau_of(positive, valid, row)
+            tau = self.temperature.per_token(positive, valid, row)
+        else:
+            tau = self.temperature.on(logits.device)
         nll = trie_nll(logits, target, node, device_trie, tau, n_edges, self.expand_negatives, columns)
         return TokenLosses(weight * nll * tau, contribution, nll)
 
@@ -204,33 +210,49 @@ class Objective:
         """See `Learned`."""
         return MicroBatches(examples, self, rows, packing)
 
+    def looked_at(self, node: NDArray[np.int64], trie: Trie) -> NDArray[np.int64]:
+        """Which rows of some nodes (M,) an adaptive temperature looks at, int64 (R,), ascending."""
+        reference = self._reference(trie)
+        return np.flatnonzero(trie.branching[node] if reference is None else node == reference)
+
+    def _reference(self, trie: Trie) -> int | None:
+        """The node whose rows are looked at; None: all decisions."""
+        ats = self.temperature
+        if not isinstance(ats, AdaptiveTemperature) or ats.rows == "all" or ats.scope == "token":
+            return None
+        return 0 if ats.rows == "root" else widest_node(trie)[0]
+
     @torch.no_grad()
     def observe(
-        self, logits: Tensor, target: Tensor, node: Tensor, trie: Trie, columns: Columns | None = None
+        self,
+        logits: Tensor,
+        target: Tensor,
+        node: Tensor,
+        trie: Trie,
+        columns: Columns | None = None,
+        look: Tensor | None = None,
+        n_edges: int | None = None,
     ) -> None:
         """Let an adaptive temperature see one micro-batch of a training forward; arguments as in `parts`.
 
         In several processes, each of which has to call it, the rows of all are seen as one micro-batch, process
-        after process: one update, and the same value everywhere.
+        after process: one update, and the same value everywhere. ``look`` (R,), int64, is what `looked_at` gives, and
+        ``n_edges`` the number of children of those rows: where they are known nothing waits for the device.
         """
         ats = self.temperature
         if not isinstance(ats, AdaptiveTemperature):
             return
-        device_trie = trie.to(logits.device)
-        if ats.rows == "all" or ats.scope == "token":
-            look = (device_trie.n_children.index_select(0, node) > 1).nonzero()[:, 0]
-            n_edges = None
-        else:
-            reference, m = (0, int(trie.n_children[0])) if ats.rows == "root" else widest_node(trie)
-            look = (node == reference).nonzero()[:, 0]
-            n_edges = m * len(look)
-        row, token = child_edges(node[look], device_trie, n_edges)
+        device_trie, reference = trie.to(logits.device), self._reference(trie)
+        if look is None:
+            look = torch.from_numpy(self.looked_at(node.numpy(force=True), trie)).to(logits.device)
+        node = node.index_select(0, look)
+        row, token = child_edges(node, device_trie, n_edges)
         positive = processes.concatenate(logits[look, column_of(target[look], columns)].float())
         valid = processes.concatenate(logits[look[row], column_of(token, columns)].float())
-        if n_edges is not None:
-            ats.update(positive, valid, m)
+        if reference is not None:
+            ats.update(positive, valid, int(trie.n_children[reference]))
             return
-        n_valid = processes.concatenate(device_trie.n_children.index_select(0, node[look]))
+        n_valid = processes.concatenate(device_trie.n_children.index_select(0, node))
         if len(positive):
             row = torch.arange(len(positive), device=valid.device)
             row = row.repeat_interleave(n_valid, output_size=len(valid))
@@ -265,7 +287,8 @@ class TitleLoss(nn.Module):
         """Next-token logits (M, V) at the positions of a micro-batch, or (M, C) of some tokens (C,)."""
         if self.by_hand:
             return self.head(self.hidden(batch), tokens)
-        full: Tensor = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        with whole_rows():
+            full: Tensor = self.model(input_ids=batch["input_ids"], use_cache=False).logits
         chosen = full.flatten(0, 1).index_select(0, batch["position"])
         return chosen if tokens is None else chosen.index_select(1, tokens)
 
@@ -276,7 +299,8 @@ class TitleLoss(nn.Module):
             packed = ("position_ids", "subtree_end", "prefix_ids")
             hidden = hidden_states(self.model, ids, *(batch[name] for name in packed))
         else:
-            hidden = body(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+            with whole_rows():
+                hidden = body(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch["position"])
 
     def head(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
@@ -329,7 +353,8 @@ class TitleLoss(nn.Module):
             return loss, nll
         logits = [self.logits(one, tokens) for one in passes]
         if self.training:
-            self.objective.observe(logits[0], *arguments[:2], self.trie, columns)
+            look = (batch.get("look"), batch.get("n_looked"))
+            self.objective.observe(logits[0], *arguments[:2], self.trie, columns, *look)
         parts = score(*logits, *arguments[:2], self.trie, arguments[2], batch["n_edges"], columns, *extra)
         return parts.loss, parts.nll
 
@@ -388,8 +413,12 @@ class MicroBatches(Dataset[dict[str, Any]]):
             arrays["tokens"] = trie.continuations(arrays["node"])
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}
         counts["places"] = arrays["input_ids"].size + len(arrays.get("prefix_ids", ()))
-        n_edges = int(trie.n_children[arrays["node"]].sum())
-        return tensors | {"n_edges": n_edges, "contribution": float(share.sum()), "counts": counts}
+        n_edges = trie.n_children[arrays["node"]]
+        if self.objective.is_adaptive:
+            look = self.objective.looked_at(arrays["node"], trie)
+            tensors |= {"look": torch.from_numpy(look), "n_looked": int(n_edges[look].sum())}
+        numbers = {"n_edges": int(n_edges.sum()), "contribution": float(share.sum()), "counts": counts}
+        return tensors | numbers
 
     def more(self, rows: NDArray[np.int64], batch: Batch, keep: Any) -> dict[str, Any]:
         """Further arrays of a micro-batch of some windows, for a loss that needs them; ``keep``: its targets."""

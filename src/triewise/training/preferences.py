@@ -136,11 +136,11 @@ class PreferenceLoss(TitleLoss):
         Args:
             batch: Arguments of `TitleLoss.forward`; ``reference`` (B, 1 + n), log-probabilities under the reference,
                 the chosen title first; ``title`` (M,), int64, the number of the title that each target token is of:
-                title b * (1 + n) is a chosen one, the n after it its rejected ones.
+                title b * (1 + n) is a chosen one, the n after it its rejected ones; ``chosen``, int64, which of the M
+                are of a chosen title.
         """
-        reference, title = batch["reference"], batch["title"]
+        reference, chosen = batch["reference"], batch["chosen"]
         logp, nll = _title_logp(self, batch)
-        chosen = title % reference.shape[1] == 0
         loss = sdpo_loss(logp[:, 0], reference[:, 0], logp[:, 1:], reference[:, 1:], self.beta)
         zero_gain, decision = batch["zero_gain"][chosen], batch["decision"][chosen]
         return {"loss": loss.sum(), "sums": title_sums(nll.detach()[chosen], zero_gain, decision)}
@@ -174,8 +174,9 @@ class PreferenceBatches(MicroBatches):
         }
 
     def more(self, rows: NDArray[np.int64], batch: Batch, keep: Any) -> dict[str, Any]:
-        """``title`` of `PreferenceLoss.forward`."""
-        return {"title": batch.title[keep]}
+        """``title`` and ``chosen`` of `PreferenceLoss.forward`."""
+        title = batch.title[keep]
+        return {"title": title, "chosen": np.flatnonzero(title % self.preferences.reference.shape[1] == 0)}
 
 
 def reference_logp(

@@ -44,14 +44,11 @@ class AdaptiveTemperature:
         scope: ``global``, one temperature for all tokens; ``token``, each token its own, from its own logits
             and its own number of valid tokens (Eq. 11), without smoothing.
 
-    Attributes:
-        value: The temperature now; with ``scope = "token"`` the mean over the decisions seen last.
-
     Raises:
         UserError: A setting out of range.
 
-    Source: MSL, arXiv:2504.04178, equations 11 and 12, and its code; ``exact`` is ours. Values are plain
-    numbers: no gradient flows.
+    Source: MSL, arXiv:2504.04178, equations 11 and 12, and its code; ``exact`` is ours. No gradient flows. The
+    temperature stays on the device of the logits it was found from, so that no training step waits for it.
     """
 
     def __init__(
@@ -73,9 +70,22 @@ class AdaptiveTemperature:
                 f"eta={eta}, initial={initial}, momentum={momentum}, clamp={clamp}"
             )
         self.eta, self.momentum, self.clamp, self.root, self.rows = eta, momentum, clamp, root, rows
-        self.scope, self.value = scope, float(initial)
+        self.scope = scope
+        self._value: float | Tensor = float(initial)
 
-    def update(self, positive: Tensor, valid: Tensor, m: float, row: Tensor | None = None) -> float:
+    @property
+    def value(self) -> float:
+        """The temperature now, waited for; with ``scope = "token"`` the mean over the decisions seen last."""
+        return float(self._value)
+
+    def on(self, device: torch.device) -> Tensor:
+        """The temperature now as a tensor () on a device, float64 where it has that, which nothing waits for."""
+        if not isinstance(self._value, Tensor) or self._value.device != device:
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._value = torch.full((), self.value, dtype=dtype, device=device)
+        return self._value
+
+    def update(self, positive: Tensor, valid: Tensor, m: float, row: Tensor | None = None) -> Tensor:
         """Take one micro-batch into account.
 
         Without a row, or with a single valid logit, there is nothing to estimate: the value stays.
@@ -88,7 +98,7 @@ class AdaptiveTemperature:
             row: Row (E,), int64, of each of ``valid``; None: m for each row, one row after the other.
 
         Returns:
-            The new value.
+            The new value, as `on` gives it.
 
         Raises:
             UserError: ``m * eta`` <= 1: a uniform guess already has the wanted probability. Rows that are
@@ -96,25 +106,28 @@ class AdaptiveTemperature:
         """
         if self.scope == "token":
             if len(positive):
-                self.value = float(self.per_token(positive, valid, self._rows(positive, valid, row)).mean())
-            return self.value
+                self._value = self.per_token(positive, valid, self._rows(positive, valid, row)).mean()
+            return self.on(valid.device)
         if m * self.eta <= 1:
             raise UserError(
                 f"adaptive temperature wants m * eta > 1, got m = {m:g} valid tokens and eta = {self.eta}; "
                 "raise eta or use a fixed temperature"
             )
         positive, valid = positive.detach().float(), valid.detach().float()
+        old = self.on(valid.device)
         if len(positive) and len(valid) > 1:
             variance, mean = torch.var_mean(valid)
-            gap, spread = torch.stack([positive.mean() - mean, variance]).tolist()
-            if math.isfinite(gap) and math.isfinite(spread):
-                if self.root == "exact":
-                    probability = _probabilities(positive, valid, self._rows(positive, valid, row))
-                    root = float(self._bisect(lambda tau: probability(tau).mean(), mean))
-                else:
-                    root = min(max(self.solve(gap, spread, m), self.clamp[0]), self.clamp[1])
-                self.value = self.momentum * self.value + (1 - self.momentum) * root
-        return self.value
+            gap, spread = (positive.mean() - mean).to(old.dtype), variance.to(old.dtype)
+            if self.root == "exact":
+                probability = _probabilities(positive, valid, self._rows(positive, valid, row))
+                root = self._bisect(lambda tau: probability(tau).mean(), mean).to(old.dtype)
+            else:
+                root = self._solve(gap, spread, torch.full_like(gap, math.log(m * self.eta))).clamp(
+                    *self.clamp
+                )
+            new = self.momentum * old + (1 - self.momentum) * root
+            self._value = torch.where(gap.isfinite() & spread.isfinite(), new, old)
+        return self.on(valid.device)
 
     @torch.no_grad()
     def per_token(self, positive: Tensor, valid: Tensor, row: Tensor) -> Tensor:
@@ -196,7 +209,11 @@ class AdaptiveTemperature:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Take over what `state_dict` gave."""
-        self.value = float(state["value"])
+        self._value = float(state["value"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What other processes are given: no tensor of a device."""
+        return vars(self) | {"_value": self.value}
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())

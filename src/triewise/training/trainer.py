@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from triewise.models import check_model, compute_again
 from triewise.settings import TrainingSettings
 from triewise.training import processes
+from triewise.training.ahead import Ahead, all_workers_alive, default_workers
 from triewise.training.checkpoints import random_state, set_random_state
 from triewise.training.examples import Examples
 from triewise.training.meter import PARTS, Meter, measure_parts
@@ -54,6 +55,7 @@ def train(
     validate: Validate | None = None,
     resume: bool = False,
     title: str = "",
+    workers: int | None = None,
 ) -> TrainResult:
     """Train ``model`` in place.
 
@@ -78,16 +80,18 @@ def train(
             ``model`` and ``objective`` as they were when the run was started. False: start anew; what an
             earlier run left in ``out`` is removed.
         title: What the progress line calls this run.
+        workers: Processes that build batches ahead, each of which needs a core and memory; they change nothing that
+            is learned. None: up to 4 for a GPU under Linux, else none.
 
     Raises:
         UserError: ``evaluate_every`` without ``validate``, a checkpoint of another run, a batch that
-            cannot be dealt out to the processes, one of which has died, a metric that ``validate`` does not
-            give, a loss that is not finite, or a model that `check_model` refuses.
+            cannot be dealt out to the processes, one of which has died, or a worker, a metric that ``validate`` does
+            not give, a loss that is not finite, or a model that `check_model` refuses.
     """
     processes.start()
     with processes.together():
         check_model(model, examples.prompts.tokenizer)
-        trainer = TrieTrainer(model, examples, objective, settings, out, seed, validate, autocast)
+        trainer = TrieTrainer(model, examples, objective, settings, out, seed, validate, autocast, workers)
         result = trainer.run.conduct(trainer.go_on, trainer.take_steps, resume, title)
         if settings.gradient_checkpointing:
             compute_again(model, False)
@@ -115,6 +119,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         seed: int = 0,
         validate: Validate | None = None,
         autocast: bool = False,
+        workers: int | None = None,
     ) -> None:
         self.titles = objective.module(model, examples.trie)
         super().__init__(self.titles, _arguments(model, settings, seed, out, autocast))
@@ -129,6 +134,8 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         if settings.gradient_checkpointing:
             compute_again(model, True)
         self.packing = settings.packing and self.titles.by_hand and packs(model, examples)
+        self.workers = default_workers(self.args.device) if workers is None else workers
+        self.loader: Ahead | None = None
         self.checkpoint: Path | None = None
         self.first_step = 0
         self.rows = np.zeros((0, 0), dtype=np.int64)  # windows of each micro-batch that is left
@@ -141,9 +148,14 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
     def take_steps(self, advance: Callable[..., None]) -> None:
         """All steps that are left; ``advance`` of `progress` is told of each."""
         self.advance = advance
-        self.train()
+        with all_workers_alive():
+            try:
+                self.train()
+            finally:
+                if self.loader is not None:
+                    self.loader.close()
 
-    def get_train_dataloader(self) -> DataLoader[dict[str, Any]]:
+    def get_train_dataloader(self) -> Ahead:
         """This process's part of the micro-batches that are left; nothing is read to be skipped."""
         settings, size = self.settings, self.examples.size
         chain = chains(self.examples.windows) if settings.order == "chains" else None
@@ -155,8 +167,14 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         # The same micro-batches for any number of processes; each takes neighbours.
         self.rows = processes.part(order.reshape(-1, settings.batch_size // settings.accumulation))
         left = self.learned.batches(self.examples, self.rows, self.packing)
-        # Its own generator: the loader must not draw from the one that dropout uses.
-        return DataLoader(left, batch_size=None, generator=torch.Generator())
+        self.loader = Ahead(left, self.args.device, self.workers)
+        return self.loader
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device; nothing waits for a copy from pinned memory."""
+        if isinstance(data, torch.Tensor):
+            return data.to(self.args.device, non_blocking=self.args.device.type == "cuda")
+        return super()._prepare_input(data)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimiser step, and the divisor that all of them share."""
@@ -178,8 +196,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         state = random_state(self.args.device)
         with self.meter.pause(), self.compute_loss_context_manager():
             self.model.train()
-            inputs = (self._prepare_inputs(batches[i]) for i in range(len(rows)))
-            parts = measure_parts(self.titles, inputs)
+            parts = measure_parts(self.titles, [self._prepare_inputs(batches[i]) for i in range(len(rows))])
             set_random_state(state, self.args.device)  # looking must not change what is learned
         return parts
 
@@ -311,8 +328,8 @@ def _arguments(
         max_grad_norm=settings.max_grad_norm,
         seed=seed,
         bf16=autocast,
-        optim="adamw_torch" if model.device.type == "mps" else "adamw_torch_fused",
-        use_cpu=model.device.type == "cpu",
+        optim="adamw_torch" if model.device.type in ("mps", "meta") else "adamw_torch_fused",
+        use_cpu=model.device.type in ("cpu", "meta"),
         logging_strategy="no",
         eval_strategy="no",
         save_strategy="no",
@@ -323,4 +340,14 @@ def _arguments(
     )
     # Else the Trainer wraps the model in DataParallel where it sees more.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if arguments.parallel_mode != ParallelMode.DISTRIBUTED:  # else each process has its own device
+        _stay(arguments, model.device)
     return arguments
+
+
+def _stay(arguments: TrainingArguments, device: torch.device) -> None:
+    """Train on the device that the model is on: transformers takes the first one of its kind."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    arguments.__dict__["_setup_devices"] = device  # what the property `device` has kept
+    arguments.distributed_state.device = device  # accelerate's, of which there is one
