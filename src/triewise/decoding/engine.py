@@ -253,8 +253,9 @@ class TrieEngine:
     def _tree_sweep(
         self, prompts: TokenLists, counters: Counters, prefix: Prefix | None = None
     ) -> Iterator[tuple[Int64, Tensor]]:
-        cache = TreeCache(self.model, self.trie, prompts, counters, prefix)
         root, *chunks = self._plan
+        n_nodes = max((len(chunk.keep) + len(chunk.node) for chunk in chunks), default=0)
+        cache = TreeCache(self.model, self.trie, prompts, counters, prefix, n_nodes)
         yield root.children.node, self.edges(root.children, cache.root_hidden[:, None], counters)
         for chunk in chunks:
             cache.keep(chunk.keep)
