@@ -149,7 +149,7 @@ def test_a_mask_that_is_not_respected_is_noticed_in_any_precision(dtype: str, mo
     monkeypatch.setattr(
         treecache,
         "_sees",
-        lambda trie, node, key: np.ones((*node.shape, key.shape[1]), dtype=bool) & (key >= 0)[:, None],
+        lambda order, end, key, key_end: (key < treecache.FREE)[:, None].expand(-1, order.shape[1], -1),
     )
     engine = TrieEngine(model, Trie.from_sequences(SIX))
     with pytest.warns(UserWarning, match="its mask is not respected"):

@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triewise.arrays import Int64
-from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, common_length, pad
+from triewise.decoding.treecache import (
+    NOTHING,
+    Counters,
+    Prefix,
+    TokenLists,
+    TreeCache,
+    common_length,
+    on_device,
+    pad,
+)
 from triewise.errors import UserError
 from triewise.models import (
     Measured,
@@ -74,7 +83,7 @@ class Children:
 
     def to(self, device: torch.device) -> Iterator[Tensor]:
         """Tokens (U,), rows (E,) and columns (E,) as tensors on a device."""
-        return (torch.from_numpy(array).to(device) for array in (self.token, self.row, self.column))
+        return iter(on_device(device, self.token, self.row, self.column))
 
 
 @dataclass(frozen=True)
@@ -253,14 +262,15 @@ class TrieEngine:
     def _tree_sweep(
         self, prompts: TokenLists, counters: Counters, prefix: Prefix | None = None
     ) -> Iterator[tuple[Int64, Tensor]]:
-        cache = TreeCache(self.model, self.trie, prompts, counters, prefix)
         root, *chunks = self._plan
+        n_nodes = max((len(chunk.keep) + len(chunk.node) for chunk in chunks), default=0)
+        cache = TreeCache(self.model, self.trie, prompts, counters, prefix, n_nodes)
         yield root.children.node, self.edges(root.children, cache.root_hidden[:, None], counters)
         for chunk in chunks:
             cache.keep(chunk.keep)
             hidden_BCD = cache.append(chunk.node[None])
             if len(chunk.head_row):
-                rows = torch.from_numpy(chunk.head_row).to(self.device)
+                (rows,) = on_device(self.device, chunk.head_row)
                 yield chunk.children.node, self.edges(chunk.children, hidden_BCD[:, rows], counters)
 
     @torch.inference_mode()
@@ -294,7 +304,7 @@ class TrieEngine:
         token, row, column = children.to(device)
         z_BRU = torch.nn.functional.linear(hidden_BRD, weight[token], None if bias is None else bias[token])
         # On the CPU, where sums have an order: atomic ones of a GPU differ in their last bits from run to run.
-        z_BE, row = z_BRU[:, row, column].float().cpu(), row.cpu()
+        z_BE, row = z_BRU[:, row, column].float().cpu(), torch.from_numpy(children.row)
         n_users, n_rows = hidden_BRD.shape[:2]
         counters.add_scored(n_users * n_rows)
         total_BR = _log_sum_exp(hidden_BRD, weight, bias).cpu() if self.support == "vocabulary" else None

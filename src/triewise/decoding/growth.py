@@ -18,7 +18,7 @@ import torch
 
 from triewise.arrays import Bool, Float32, Int64, place_in_run
 from triewise.decoding.engine import LOGIT_BLOCK, Children, TrieEngine
-from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache
+from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, on_device
 from triewise.models import head_weight
 from triewise.tokens import Trie
 
@@ -80,15 +80,14 @@ class Growth:
         self._scored |= {int(b): {} for b in fresh}
         if self.fits_tree:
             prompts = [self.prompts[b] for b in fresh]
-            cache = TreeCache(self.engine.model, self.trie, prompts, self.counters, self._prefix)
-            staying = np.flatnonzero(self._row >= 0)
+            staying = self._row[self._row >= 0]
             if self._cache is None or not len(staying):
-                self._cache = cache
+                self._cache = None  # before the next one is made
+                self._cache = TreeCache(self.engine.model, self.trie, prompts, self.counters, self._prefix)
+                self._row[fresh] = np.arange(len(fresh))
             else:
-                self._cache.select(self._row[staying])
-                self._cache.join(cache)
-            self._row[staying] = np.arange(len(staying))
-            self._row[fresh] = len(staying) + np.arange(len(fresh))
+                self._row[fresh] = np.setdiff1d(np.arange(self._cache.n_users), staying)[: len(fresh)]
+                self._cache.admit(self._row[fresh], prompts)
         return fresh
 
     def release(self, user: Int64) -> None:
@@ -100,8 +99,7 @@ class Growth:
         # Rows of users who have gone are padding: close the gaps when half of a batch that nobody joins is empty.
         if self._cache is not None and not self._waiting and 0 < 2 * len(staying) <= self._cache.n_users:
             with torch.inference_mode():
-                self._cache.select(self._row[staying])
-            self._row[staying] = np.arange(len(staying))
+                self._row[staying] = self._cache.select(self._row[staying])
 
     def known(self, user: Int64, node: Int64) -> Bool:
         """(R,) whether expanding a node costs nothing: its edges are forced, or were scored with others before it."""
@@ -139,7 +137,7 @@ class Growth:
             return self._score_plainly(user, node)
         root = node == 0
         if root.any():
-            hidden = self._cache.root_hidden[self._tensor(self._row[user[root]])]
+            hidden = self._cache.root_hidden[on_device(self.engine.device, self._row[user[root]])[0]]
             self._remember(user[root], node[root], hidden)
         if not root.all():
             user, node = user[~root], node[~root]
@@ -157,11 +155,9 @@ class Growth:
             new[row, column] = node[chosen]
             hidden_BCD = self._cache.append(new)
             scored = self.engine.needed[node[chosen]]
-            hidden_RD = hidden_BCD[self._tensor(row[scored]), self._tensor(column[scored])]
+            at = on_device(self.engine.device, row[scored], column[scored])
+            hidden_RD = hidden_BCD[at[0], at[1]]
             self._remember(user[chosen][scored], node[chosen][scored], hidden_RD)
-
-    def _tensor(self, index: Int64) -> torch.Tensor:
-        return torch.from_numpy(index).to(self.engine.device)
 
     def _remember(self, user: Int64, node: Int64, hidden_RD: torch.Tensor) -> None:
         if len(node):
