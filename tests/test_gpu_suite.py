@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import __main__ as suite  # noqa: E402
 from benchmarks.gpu.data import Options  # noqa: E402
-from benchmarks.gpu.report import Report  # noqa: E402
+from benchmarks.gpu.report import Report, stops  # noqa: E402
 
 
 @pytest.mark.filterwarnings("ignore")  # of third parties, and of the Trainer beside a real one
@@ -48,6 +49,20 @@ def test_a_section_that_fails_is_recorded_and_the_next_goes_on(tmp_path: Path) -
     assert "ZeroDivisionError: on purpose" in found["sections"]["first"]["error"]
     assert found["sections"]["first"]["before"] == "nan"
     assert found["sections"]["second"]["x"] == 1 and found["skipped"] == ["third"]
+
+
+def test_waits_are_counted_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with stops(torch.device("cuda:0")) as places:
+        for said in ("called a synchronizing CUDA operation",) * 3 + ("something else",):
+            warnings.warn(said, stacklevel=1)
+    assert modes == ["warn", "default"]
+    [(place, times)] = places.items()
+    assert "test_gpu_suite.py:" in place and times == 3
+    with stops(torch.device("cpu")) as places:
+        pass
+    assert places == {} and len(modes) == 2
 
 
 @pytest.mark.slow

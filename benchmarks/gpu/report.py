@@ -124,6 +124,28 @@ def machine(device: torch.device) -> Row:
     return facts
 
 
+@contextlib.contextmanager
+def stops(device: torch.device) -> Iterator[dict[str, int]]:
+    """Where the host waits for a CUDA device inside the block, as torch counts it: places, most often first."""
+    places: dict[str, int] = {}
+    if device.type != "cuda":
+        yield places
+        return
+    try:
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield places
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = Counter(
+        f"{'/'.join(Path(w.filename).parts[-3:])}:{w.lineno}"
+        for w in caught
+        if "synchronizing" in str(w.message)
+    )
+    places |= dict(found.most_common())
+
+
 def synchronise(device: torch.device) -> None:
     """Wait for what was launched."""
     if device.type == "cuda":

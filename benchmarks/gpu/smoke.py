@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.data import Options, dataset
-from benchmarks.gpu.report import Report, Row
+from benchmarks.gpu.report import Report, Row, stops
 from triewise.data import Dataset
 from triewise.models import load_backbone
 from triewise.recommenders import GenerativeRecommender
@@ -241,17 +241,7 @@ def _stops(data: Dataset, options: Options, row: Row) -> None:
     jobs["exact"] = partial(ours.with_settings(search="exact").recommend, histories, 10)
     for name, job in jobs.items():
         job()  # what is probed once is not counted
-        places: dict[str, int] = {}
-        try:
-            torch.cuda.set_sync_debug_mode("warn")
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                job()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for w in caught:
-            if "synchronizing" in str(w.message):
-                key = f"{'/'.join(Path(w.filename).parts[-3:])}:{w.lineno}"
-                places[key] = places.get(key, 0) + 1
+        with stops(options.device) as places:
+            job()
         row[name] = {"stops": sum(places.values()), "steps": steps if name != "exact" else None}
-        row[name]["places"] = dict(sorted(places.items(), key=lambda item: -item[1])[:12])
+        row[name]["places"] = dict(list(places.items())[:12])

@@ -6,6 +6,7 @@ the same rows, 64 of them a step. The plain side pads each row and takes its own
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
 import time
@@ -18,7 +19,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from benchmarks.gpu.data import Options, dataset, prompts_of
-from benchmarks.gpu.report import Report, Row, ceilings, peak_gb, synchronise
+from benchmarks.gpu.report import Report, Row, ceilings, peak_gb, stops, synchronise
 from benchmarks.gpu.shapes import build, shape_of
 from benchmarks.train_step import InOrder, PlainRows, collate
 from triewise.settings import TrainingSettings
@@ -39,10 +40,12 @@ WARM, STEPS, PLAIN_STEPS = 2, 6, 3
 
 
 class Clock(TrainerCallback):
-    """Seconds of each optimiser step, launched work included, and whether the body ran under autocast."""
+    """Seconds of each optimiser step, launched work included, and where one that is not timed waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.steps = device, list[float]()
+        self.stops: dict[str, int] = {}
+        self.watched = contextlib.ExitStack()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -53,6 +56,9 @@ class Clock(TrainerCallback):
         """Stop the clock."""
         synchronise(self.device)
         self.steps.append(time.perf_counter() - self.since)
+        self.watched.close()
+        if len(self.steps) == WARM - 1:  # from the batches of the next step on to its end
+            self.stops = self.watched.enter_context(stops(self.device))
 
 
 def run(report: Report, options: Options) -> None:
@@ -155,6 +161,7 @@ def _plain(model: Any, examples: Examples, order: np.ndarray, at_once: int, opti
     places = parts.max(1).sum() * at_once / len(order)
     return {
         "steps": clock.steps,
+        "stops": {"count": sum(clock.stops.values()), "places": clock.stops},
         "precision": mixed,
         "places": places,
         "tokens": sum(sizes) / len(order),
@@ -184,7 +191,7 @@ def _ours(
         trainer = TrieTrainer(model, examples, objective, config, Path(out))
         trainer._save_checkpoint = lambda *args: None  # both sides write nothing
         trainer.add_callback(clock)
-        trainer.train()
+        trainer.take_steps(lambda *args: None)
         mixed, packing, loss = (
             str(trainer.accelerator.mixed_precision),
             trainer.packing,
@@ -199,7 +206,9 @@ def _ours(
         "precision": mixed,
         "packing": packing,
         "loss": loss["loss"],
-        "making_a_batch_ms": 1e3 * made,  # on the CPU, inside the step's time
+        "stops": {"count": sum(clock.stops.values()), "places": clock.stops},  # of one step; the aim is 0
+        "workers": trainer.workers,
+        "making_a_batch_ms": 1e3 * made,  # on the CPU, inside the step's time where there are no workers
         "rows_of_a_forward": order.shape[1] // accumulation,
         "places": sum(b["counts"]["places"] for b in batches) / len(order),
         "tokens": sum(b["counts"]["tokens"] for b in batches) / len(order),

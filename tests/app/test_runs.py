@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from triewise.files import read_json, write_json, write_text
 from triewise.ranking import load_evaluation
 from triewise.recipe import Recipe, dump_recipe, parse_recipe
 from triewise.tokens import zero_gain
-from triewise.training import Examples, Objective, train
+from triewise.training import Examples, Objective, Stop, train
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,33 @@ def test_a_run_folder_has_what_it_promises(runs: tuple[Path, Path]) -> None:
     rows = [json.loads(line) for line in (runs[0] / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [50, 100, 150]
     assert {"loss_zero_gain", "loss_positive_gain", "temperature", "w"} <= set(rows[0])
+
+
+def test_a_run_that_was_stopped_says_so_and_at_which_step(
+    cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a search over settings prunes a trial: the weights are there, and nobody takes them for the whole run's."""
+    ends: list[Exception] = [Stop("pruned", {"NDCG@10": 0.1})]
+
+    def validate(model: Any) -> dict[str, float]:
+        if ends:
+            raise ends.pop()
+        return {"NDCG@10": 0.2}
+
+    monkeypatch.setattr("triewise.app.runs._validator", lambda *args: validate)
+    settings = recipe(cycle, "pruned", training={"steps": 8, "evaluate_every": 2})
+    train_run(settings, tmp_path / "run")
+    record = read_json(tmp_path / "run" / "run.json")
+    assert (record["status"], record["training"]["stopped"], record["training"]["steps"]) == (
+        *("stopped", "pruned"),
+        2,
+    )
+    evaluate_run(tmp_path / "run")
+    sentence = "pruned stopped early (pruned), after 2 steps: more steps may change its numbers."
+    assert sentence in collect([tmp_path / "run"]).notes
+    train_run(settings, tmp_path / "run", resume=True)
+    record = read_json(tmp_path / "run" / "run.json")
+    assert (record["status"], record["training"]["steps"]) == ("trained", 8)
 
 
 def test_beams_and_filters_in_an_evaluation(runs: tuple[Path, Path], tmp_path: Path) -> None:

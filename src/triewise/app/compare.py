@@ -321,10 +321,17 @@ def _row_note(recipe: Recipe, record: dict[str, Any], metrics: dict[str, Any]) -
 
 
 def _stopped(opened: Sequence[tuple[Recipe, dict[str, Any]]]) -> list[str]:
-    """A sentence for each run that its clock stopped."""
-    late = [(r.title or r.name, f["training"]) for r, f in opened if f["training"]["stopped"] == "time limit"]
-    said = "{} stopped early on its time limit, after {} steps: more steps may change its numbers."
-    return [said.format(name, training["steps"]) for name, training in late]
+    """A sentence for each run that its clock or somebody stopped."""
+    said = "{} stopped early {}, after {} steps: more steps may change its numbers."
+    found = []
+    for recipe, record in opened:
+        training, why = record["training"], "on its time limit"
+        if record["status"] == "stopped":
+            why = f"({training['stopped']})"
+        elif training["stopped"] != "time limit":
+            continue
+        found.append(said.format(recipe.title or recipe.name, why, training["steps"]))
+    return found
 
 
 def _provenance(record: dict[str, Any], seeds: Sequence[int]) -> dict[str, str]:

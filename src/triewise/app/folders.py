@@ -86,7 +86,7 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
             f"wanted a run folder, but {run} has no run.json; give the folder that triewise train wrote"
         )
     record = read_json(run / "run.json")
-    if record.get("status") != "trained":
+    if record.get("status") not in ("trained", "stopped"):
         raise UserError(
             f"the training in {run} has not ended; go on with: "
             f"triewise train {run / 'recipe.toml'} --resume --out {run}"

@@ -36,7 +36,7 @@ from triewise.recommenders import (
 )
 from triewise.reports import model_card
 from triewise.settings import EvaluationSettings
-from triewise.training import MAY_CHANGE, TrainResult, processes, resume_point
+from triewise.training import BY_ITSELF, MAY_CHANGE, TrainResult, processes, resume_point
 
 
 def train_run(
@@ -102,7 +102,9 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
         (out / name).unlink(missing_ok=True)
     if result.stopped != "interrupted":
         recommender.save_pretrained(out)
-    status = "interrupted" if result.stopped == "interrupted" else "trained"
+    status = "trained" if result.stopped in BY_ITSELF else "stopped"
+    if result.stopped == "interrupted":
+        status = "interrupted"
     timing = {"seconds": round(result.seconds, 1), "wall_seconds": round(time.time() - started, 1)}
     write_json(out / "run.json", record | {"status": status, "training": training, "timing": timing})
     return result

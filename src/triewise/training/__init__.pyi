@@ -8,7 +8,12 @@ from .losses import trie_nll as trie_nll, vocabulary_nll as vocabulary_nll
 from .objective import Learned as Learned, Objective as Objective
 from .preferences import Preferences as Preferences, kept_reference as kept_reference
 from .soft_targets import SoftTargets as SoftTargets
-from .state import MAY_CHANGE as MAY_CHANGE, Stop as Stop, TrainResult as TrainResult
+from .state import (
+    BY_ITSELF as BY_ITSELF,
+    MAY_CHANGE as MAY_CHANGE,
+    Stop as Stop,
+    TrainResult as TrainResult,
+)
 from .temperature import AdaptiveTemperature as AdaptiveTemperature
 from .trainer import packs as packs, train as train
 from .windows import (

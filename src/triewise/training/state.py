@@ -46,6 +46,7 @@ MAY_CHANGE = {
     *("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"),
     "gradient_checkpointing",
 }
+BY_ITSELF = ("steps", "patience", "time limit")  # how a run ends that nobody stopped
 _OF_THE_DATA = {"supervision", "rows", "sample", "valid_users"}  # what is learned and validated shows them
 Validate = Callable[[Any], Mapping[str, float]]
 
@@ -69,7 +70,7 @@ class TrainResult:
 
     Attributes:
         steps_done: Optimiser steps, those before a resume included.
-        stopped: ``steps``, ``patience``, ``time limit``, ``interrupted`` or the reason of a `Stop`.
+        stopped: One of ``BY_ITSELF``, ``interrupted`` or the reason of a `Stop`.
         best_step: Step of the best validation; None without validations.
         best_metric: Its metric.
         seconds: Wall time, that before a resume included.
