@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.conftest import SIX
 from tests.tiny_models import tiny_model
 from triewise.decoding import Counters, TrieEngine, rank_catalogue
+from triewise.decoding.rooms import shared
 from triewise.decoding.treecache import START, Prefix, TreeCache, blocks, on_device
 from triewise.tokens import Trie
 
@@ -49,11 +51,12 @@ def hidden_alone(model: Any, prompt: list[int], *nodes: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("same", [True, False])
-def test_a_forward_copies_nothing_that_is_held(same: bool) -> None:
-    """Neither for nodes that are the same for all users nor for others; without grouped heads, which are repeated."""
+def test_a_forward_copies_nothing_that_is_held(same: bool, kind: str) -> None:
+    """Neither for nodes that are the same for all users nor for others, nor for heads that share keys (qwen2)."""
     prompts = [[3] * (n + 90) for n in range(10)]
-    cache = TreeCache(tiny_model("llama", max_position_embeddings=256), TRIE, prompts, Counters())
+    cache = TreeCache(tiny_model(kind), TRIE, prompts, Counters())
     for held in FIRST:
         node = np.array([[held]]) if same else np.where(np.arange(10) % 3, held, -1)[:, None]
         with Copied() as copied:
@@ -92,6 +95,21 @@ def test_users_come_and_go_and_change_nothing_for_others(kind: str) -> None:
     assert torch.allclose(hidden[1, 0], hidden_alone(model, people[1], second), atol=1e-4)
     alone = TreeCache(model, TRIE, [people[1]], Counters())
     assert torch.allclose(cache.root_hidden[1], alone.root_hidden[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("n_new", [1, 5])
+def test_heads_that_share_keys_need_no_copies_of_them(n_new: int) -> None:
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(3, 6, n_new, 8), torch.randn(2, 3, 2, 40, 8)
+    mask = (torch.rand(3, 1, n_new, 40) < 0.6).index_fill(3, torch.tensor([0]), True)
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    wanted = attend(module, query, key, value, mask, scaling=0.3)[0]
+    with Copied() as copied:
+        found = attend(module, query, key, value, shared(mask), scaling=0.3)[0]
+    assert copied.most <= query.numel()
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert found.shape == (3, n_new, 6, 8)
 
 
 @torch.inference_mode()

@@ -1,18 +1,24 @@
 """Keys and values with free places behind them: a forward writes its own there, and copies nothing that is held.
 
-Dimension key: B users, S places of a user, H heads, D width of a head; n users, L tokens, C nodes of one forward.
+Nor are they repeated for the query heads that share them, as transformers does wherever there is a mask: those heads
+are made queries of one head. So transformers' ``sdpa`` is registered anew; without a mask of `shared` it is as it was.
+
+Dimension key: B users, S places of a user, H heads, G query heads that share keys and values, D width of a head; n
+users, L tokens, C nodes of one forward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Layers = Sequence[tuple[Tensor, Tensor]]  # keys and values (n, H, L, D) of each layer
 
@@ -127,3 +133,29 @@ class Rooms:
 
     def _all(self) -> list[Tensor]:
         return [held for room in self.rooms for held in (room.keys, room.values)]
+
+
+def shared(mask: Tensor) -> Tensor:
+    """A mask (n, 1, C, S), marked as one under which keys and values are read by all heads that share them."""
+    mask.shared = True  # type: ignore[attr-defined]
+    return mask
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Attention (n, C, HG, D) of queries (n, HG, C, D) to keys and values (n, H, S, D)."""
+    n, n_heads, n_new, _ = query.shape
+    n_groups = n_heads // key.shape[1]
+    biased = kwargs.get("position_bias") is not None
+    if n_groups == 1 or biased or not getattr(attention_mask, "shared", False):
+        return _SDPA(module, query, key, value, attention_mask, *args, **kwargs)
+    query = query.reshape(n, key.shape[1], n_groups * n_new, -1)
+    mask = attention_mask.repeat(1, 1, n_groups, 1)
+    found = _SDPA(_OWN_KEYS, query, key, value, mask, *args, **kwargs)[0]
+    return found.unflatten(1, (n_groups, n_new)).permute(0, 2, 3, 1, 4).flatten(2, 3), None
+
+
+_OWN_KEYS = SimpleNamespace(is_causal=False)  # an attention module whose heads share nothing
+_SDPA: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
+AttentionInterface.register("sdpa", _attention)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from triewise.arrays import Int64, place_in_run
-from triewise.decoding.rooms import Rooms, Target
+from triewise.decoding.rooms import Rooms, Target, shared
 from triewise.models import body, cache_of, head_weight, own_mask
 from triewise.tokens import Trie
 
@@ -155,8 +155,8 @@ class TreeCache:
         """Push prompts without their shared beginning through the body, padded on the right."""
         n, rest = len(prompts), np.array([len(prompt) for prompt in prompts])
         ids, _ = pad(prompts, self.device)
-        shared = () if self.prefix is None else self.prefix.layers
-        cache = cache_of((k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in shared)
+        beginning = () if self.prefix is None else self.prefix.layers
+        cache = cache_of((k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in beginning)
         # Right padding under a causal mask: padding comes after every token that matters.
         output = body(self.model)(input_ids=ids, past_key_values=cache, use_cache=True)
         layers, hidden = _layers(output.past_key_values), output.last_hidden_state
@@ -214,7 +214,7 @@ class TreeCache:
         tree = _sees(order, end, self._order[:, :width], self._end[:, :width]).expand(n_users, -1, -1)
         output = body(self.model)(
             input_ids=token.expand(n_users, -1),
-            attention_mask=own_mask(self.model, torch.cat([prompt, tree], dim=2)[:, None]),
+            attention_mask=shared(own_mask(self.model, torch.cat([prompt, tree], dim=2)[:, None])),
             position_ids=position,
             past_key_values=rooms.cache(
                 Target(at) if same else Target(room_T, column_T), n_users, slice(first, at.stop), n_new
