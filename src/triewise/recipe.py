@@ -32,6 +32,9 @@ from triewise.settings import (
     TrainingSettings,
 )
 
+# What runs did before a key existed whose default is another one.
+_BEFORE = {"evaluation": {"gain_over": "all"}}
+
 # What only a language model has a use for; the values that change nothing.
 _OF_LANGUAGE_MODELS = {
     "training": ("accumulation", "log_parts", "order", "packing", "gradient_checkpointing"),
@@ -140,11 +143,26 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise UserError(
             f"wanted a recipe file or one of {', '.join(known)}, got {str(path)!r}; check the path"
         )
+    return parse_recipe(_read(file), str(file), changes)
+
+
+def run_recipe(run: Path, changes: Iterable[str] = ()) -> Recipe:
+    """The recipe in a run folder; a key that did not exist when the run was made has what was done then.
+
+    Arguments and errors as `load_recipe`.
+    """
+    file = run / "recipe.toml"
+    values = _read(file)
+    for section, before in _BEFORE.items():
+        values[section] = before | values.get(section, {})
+    return parse_recipe(values, str(file), changes)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"wanted UTF-8 TOML in {file}, got: {error}") from None
-    return parse_recipe(values, str(file), changes)
 
 
 def parse_recipe(values: dict[str, Any], where: str, changes: Iterable[str] = ()) -> Recipe:

@@ -251,6 +251,9 @@ class EvaluationSettings(Section):
     scope: Literal["node", "step"] = _key(
         "node", "IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
     )
+    gain_over: Literal["trained", "all"] = _key(
+        "trained", "of these, those with training targets (the authors' trie has no others), or all"
+    )
     text_beams: int = _key(4, "grounding: beams of the free generation; the best is used", ge=1)
     text_tokens: int = _key(128, "grounding: most tokens of the free text", ge=1)
     gamma: float = _key(0.0, "grounding: how much popularity or assistant counts", ge=0, allow_inf_nan=False)

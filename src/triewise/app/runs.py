@@ -24,7 +24,7 @@ from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
 from triewise.progress import note
 from triewise.ranking import SHOWN, Evaluation, Items, evaluate
-from triewise.recipe import Recipe, dump_recipe, load_recipe
+from triewise.recipe import Recipe, dump_recipe, run_recipe
 from triewise.recommenders import (
     CARD,
     MANIFEST,
@@ -142,7 +142,7 @@ def changed_evaluation(
         changes[:0] = [f"evaluation.search={search}", "evaluation.choose=[]"]
     if split is not None:
         changes.insert(0, f"evaluation.split={split}")
-    return load_recipe(run / "recipe.toml", changes).evaluation
+    return run_recipe(run, changes).evaluation
 
 
 def evaluate_run(
@@ -314,7 +314,7 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
         return None
     if not resume:
         raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
-    if _settled(load_recipe(out / "recipe.toml")) != _settled(recipe):
+    if _settled(run_recipe(out)) != _settled(recipe):
         raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
     record: dict[str, Any] = read_json(out / "run.json")
     return record

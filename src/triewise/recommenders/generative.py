@@ -186,6 +186,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
             assistant=None if helper is None else log_probabilities(helper, histories),
             assistant_weight=1.0 if helper is None else self.assistant_weight,
             counts=self.counts,
+            gain_over=self.gain_over,
         )
 
     def log_probabilities(self, histories: ItemLists) -> Doubles:
@@ -292,7 +293,8 @@ class GenerativeRecommender(SearchSettings, Assisted):
             saved.counts,
             saved.card,
             folder=saved.folder,
-            **{name: manifest[name] for name in SETTINGS if name in manifest},
+            **{"gain_over": "all"}  # as searches did before they could be told
+            | {name: manifest[name] for name in SETTINGS if name in manifest},
         )
 
     def push_to_hub(
