@@ -306,16 +306,20 @@ class EncoderSettings(Section):
 class SequentialSettings(EncoderSettings):
     """An encoder of item ids with its loss, in the place of a language model and its objective."""
 
-    loss: Literal["cross-entropy", "bce", "cloze"] = _key(
-        "cross-entropy", "cross-entropy: over all items; cloze: the same at masks, for bert4rec"
+    loss: Literal["cross-entropy", "bce", "mse", "bpr", "cloze"] = _key(
+        "cross-entropy",
+        "over all items; bce, mse, bpr: against negatives (DROS); cloze: over all items at masks, for bert4rec",
     )
-    negatives: int = _key(1, "uniform ones of each target, never itself (bce)", ge=1)
-    label_smoothing: float = _key(0.0, "share of the target that all items get (not bce)", ge=0, lt=1)
+    negatives: int = _key(1, "uniform ones of each target, never itself (bce, mse, bpr)", ge=1)
+    negatives_outside: Literal["target", "history"] = _key(
+        "target", "history: nor any item before it (DROS, DLLM2Rec)"
+    )
+    label_smoothing: float = _key(0.0, "share of the target that all items get (cross-entropy)", ge=0, lt=1)
     mask_probability: float = _key(0.15, "share of masked places (cloze)", ge=0, le=1)
     mask_last: float = _key(
         0.5, "share of sequences with one mask, behind which nothing follows (cloze)", ge=0, le=1
     )
-    dros_alpha: float = _key(0.0, "weight of DROS, added to the loss; 0: none", ge=0)
+    dros_alpha: float = _key(0.0, "weight of DROS, added to the loss; 0: none (authors: .5 to 1)", ge=0)
     dros_beta0: float = _key(1.0, "its temperature", gt=0)
     half_life_days: float | None = _key(
         None, "a row that much older than the newest weighs half; supervision = 'last'", gt=0

@@ -53,7 +53,7 @@ def test_an_old_run_decodes_with_alpha_as_it_did(here: Path) -> None:
     """Then the gain was scaled over all siblings; a run of today that says nothing takes the trained ones."""
     manifest, recipe = here / "generative" / "recommender.json", here / "generative" / "recipe.toml"
     assert "gain_over" not in manifest.read_text(encoding="utf-8") + recipe.read_text(encoding="utf-8")
-    old = load(here / "generative")
+    old: Any = load(here / "generative")
     assert (
         old.gain_over == changed_evaluation(here / "generative", ["evaluation.alpha=0.4"]).gain_over == "all"
     )

@@ -27,10 +27,11 @@ from triewise.training.item_fit import learning_rate
 from triewise.training.item_tasks import (
     Task,
     cloze_task,
+    draw_negatives,
     dros,
     item_loss,
+    pairwise,
     propensities,
-    sampled_bce,
     shifted_task,
     task_loss,
 )
@@ -162,10 +163,27 @@ def test_bce_equals_a_loop() -> None:
         return 1 / (1 + math.exp(-x))
 
     wanted = [
-        -math.log(sigmoid(p)) - sum(math.log(1 - sigmoid(n)) for n in ns) / 2
+        (-math.log(sigmoid(p)) - sum(math.log(1 - sigmoid(n)) for n in ns) / 2) / 2
         for p, ns in zip(positive.tolist(), negative.tolist(), strict=True)
     ]
-    assert sampled_bce(positive, negative).tolist() == pytest.approx(wanted, rel=1e-5)
+    assert pairwise("bce", positive, negative).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_negatives_lie_outside_the_history() -> None:
+    """Each of the items that are left is drawn as often as any other."""
+    data = sequences([[0, 3, 0, 7, 2], [8, 8, 1]], [1, 1])
+    task = shifted_task(data, np.arange(2))
+    drawn = draw_negatives(task, 6000, 9, "history", np.random.default_rng(0))
+    for m, (row, length) in enumerate([(0, 2), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3)]):
+        left = sorted(set(range(9)) - set([[0, 3, 0, 7, 2], [8, 8, 1]][row][:length]))
+        items, times = np.unique(drawn[m], return_counts=True)
+        assert items.tolist() == left
+        assert times / 6000 == pytest.approx(1 / len(left), abs=0.03)
+    assert task.row.tolist() == [0, 0, 0, 0, 1, 1]
+    with pytest.raises(UserError, match="got a history of all 3 items; set sequential.negatives_outside"):
+        draw_negatives(
+            shifted_task(sequences([[0, 1, 2]]), np.arange(1)), 1, 3, "history", np.random.default_rng(0)
+        )
 
 
 def sequences(rows: list[list[int]], context: list[int] | None = None) -> Sequences:
@@ -195,7 +213,7 @@ def test_the_loss_of_a_batch_equals_one_prefix_at_a_time(base: str, alpha: float
             if base == "bce":
                 negatives = [n + (n >= target) for n in drawn[m].tolist()]
                 assert target not in negatives
-                one = sampled_bce(score[[target]], score[negatives][None])[0]
+                one = pairwise("bce", score[[target]], score[negatives][None])[0]
             else:
                 one = -score.log_softmax(0)[target]
             wanted.append(one + alpha * dros(score[None], torch.tensor([target]), p)[0])
