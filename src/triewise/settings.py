@@ -295,6 +295,23 @@ class EncoderSettings(Section):
     head: Literal["tied", "linear"] = _key(
         "tied", "tied: scores with the item embeddings; linear: with weights of its own"
     )
+    norm: Literal["query", "inner", "post", "pre"] = _key(
+        "query",
+        "sasrec: norm of queries alone (first pmixer code); inner: and after the feed-forward layer, no output "
+        "projection (DROS, DLLM2Rec); post: after each layer (pmixer today); pre: before each",
+    )
+    last_norm: bool = _key(True, "bert4rec: norm before the head (its code: false)")
+    scaled: bool = _key(False, "item embeddings are multiplied by sqrt(width) at the input (pmixer)")
+    positions: Literal["oldest", "newest"] = _key(
+        "oldest", "sasrec, bert4rec: places are counted from there; newest: as padding on the left"
+    )
+    initial: Literal["normal", "truncated", "xavier"] = _key(
+        "normal",
+        "normal: of embeddings, other layers as torch has them; truncated: all weights and biases, .02, at most 2 "
+        "deviations (LRURec); xavier: normal, all matrices (pmixer)",
+    )
+    item_std: float = _key(0.02, "of item embeddings at the start (normal)", gt=0)
+    position_std: float = _key(0.02, "of the vectors of places at the start (normal)", gt=0)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> EncoderSettings:

@@ -87,6 +87,57 @@ def test_padding_and_what_comes_later_change_nothing(kind: str) -> None:
     assert torch.allclose(future, alone, atol=1e-5) == (kind != "bert4rec")
 
 
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    *(("sasrec", {"norm": norm, "scaled": True}) for norm in ("query", "inner", "post", "pre")),
+    ("sasrec", {"positions": "newest", "initial": "xavier"}),
+    ("bert4rec", {"positions": "newest", "last_norm": False, "item_std": 1.0, "position_std": 1.0}),
+    ("lrurec", {"initial": "truncated"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+def test_every_form_of_the_authors_pads_saves_and_learns(
+    kind: str, form: dict[str, Any], tmp_path: Path
+) -> None:
+    learner = recommender(kind, **form)
+    row = torch.tensor([[3, 1, 4]])
+    alone, longer = learner.model(row), learner.model(torch.nn.functional.pad(row, (0, 3)))
+    torch.testing.assert_close(longer[:, :3], alone)
+    learner.save_pretrained(tmp_path / "saved")
+    loaded: Any = triewise.load(tmp_path / "saved")
+    assert loaded.model.settings == learner.model.settings
+    assert (loaded.item_scores(HISTORIES) == learner.item_scores(HISTORIES)).all()
+    assert (
+        hit_rate(kind, "cycle", tmp_path, shape=form, **({"mask_last": 0.9} if kind == "bert4rec" else {}))[0]
+        > 0.9
+    )
+
+
+def test_places_are_counted_from_the_newest_as_with_padding_on_the_left() -> None:
+    model = recommender(positions="newest").model
+    place = model.body.positions.position.weight
+    ids = torch.tensor([[3, 1, 4], [2, 0, 0]])
+    before = model.last_scores(ids)
+    with torch.no_grad():
+        place[:3] += 1  # three items of six places: the first three are padding
+    torch.testing.assert_close(model.last_scores(ids), before)
+    with torch.no_grad():
+        place[5] += torch.arange(8)
+    assert (model.last_scores(ids) - before).abs().amax(1).min() > 1e-3
+
+
+def test_weights_at_the_start() -> None:
+    wide = {"width": 64, "blocks": 1}
+    assert small(item_std=0.5, **wide).items.weight[1:].std().item() == pytest.approx(0.5, rel=0.1)
+    cut = small("lrurec", initial="truncated", **wide)
+    for name, weight in cut.named_parameters():
+        if "norm" not in name and name.rpartition(".")[2] not in ("nu", "theta", "gamma"):
+            assert 0 < weight.abs().max() <= 0.04, name
+    model = small(initial="xavier", **wide)
+    assert model.body.attention[0].q.weight.std().item() == pytest.approx(0.125, rel=0.05)
+    assert not model.items.weight[0].any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_first_item_is_an_item_and_padding_is_none(kind: str) -> None:
     """Item 0 has scores of its own, changes what comes next, and learns; padding stays zero."""
@@ -296,10 +347,12 @@ def world(name: str, seed: int = 0) -> tuple[Windows, list[list[int]], np.ndarra
     return make_windows(split, "every"), [t[:-1] for t in test], np.array([t[-1] for t in test]), best
 
 
-def hit_rate(kind: str, name: str, out: Path, steps: int = 150, **loss: Any) -> tuple[float, float]:
+def hit_rate(
+    kind: str, name: str, out: Path, steps: int = 150, shape: dict[str, Any] | None = None, **loss: Any
+) -> tuple[float, float]:
     """HR@1 of a trained model, and the best possible one."""
     windows, histories, targets, best = world(name)
-    model = small(kind, N_ITEMS, width=16, blocks=1)
+    model = small(kind, N_ITEMS, width=16, blocks=1, **(shape or {}))
     base = SequentialSettings(
         **{"encoder": kind, "loss": "cloze" if kind == "bert4rec" else "cross-entropy"} | loss
     )
