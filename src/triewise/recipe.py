@@ -25,6 +25,7 @@ from triewise.errors import UserError
 from triewise.settings import (
     BackboneSettings,
     DataSettings,
+    DistilSettings,
     EvaluationSettings,
     ObjectiveSettings,
     Section,
@@ -55,6 +56,7 @@ class Recipe(Section):
     backbone: BackboneSettings = BackboneSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     sequential: SequentialSettings | None = None
+    enhance: DistilSettings | None = None
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -87,6 +89,21 @@ class Recipe(Section):
             raise ValueError(f"[sequential] has no use for {unused[0]}; leave it out")
         if self.sequential.half_life_days is not None and self.training.supervision != "last":
             raise ValueError("sequential.half_life_days needs training.supervision = 'last'")
+        return self
+
+    @model_validator(mode="after")
+    def _enhanced(self) -> Recipe:
+        if self.enhance is None:
+            return self
+        if self.sequential is None or self.sequential.loss == "cloze":
+            raise ValueError(
+                "[enhance] needs a [sequential] encoder that reads forwards: gru4rec, sasrec or lrurec"
+            )
+        for key, wanted in (("supervision", "last"), ("rows", "train")):
+            if getattr(self.training, key) != wanted:
+                raise ValueError(
+                    f"[enhance] learns from a teacher's rankings of train; set training.{key} = {wanted!r}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -351,3 +351,33 @@ class SequentialSettings(EncoderSettings):
         if (self.loss == "cloze") != (self.encoder == "bert4rec"):
             raise ValueError(f"loss = 'cloze' and encoder = 'bert4rec' need each other, got {self.loss!r}")
         return self
+
+
+class DistilSettings(Section):
+    """DLLM2Rec: a sequential student with a teacher's item vectors and rankings (arXiv:2405.00338 and its code)."""
+
+    kind: Literal["dllm2rec"]
+    teacher: Annotated[Path, AfterValidator(Path.absolute)] = Field(
+        description="folder that triewise teach wrote, of the same data"
+    )
+    ed_weight: float = _key(0.2, "of the teacher's item vectors at the input; 0: without (game: .3)", ge=0)
+    lam: float = _key(0.8, "of the distillation of rankings, added to the loss; 0: without (game: .7)", ge=0)
+    top: int = _key(10, "places of the teacher's ranking that are learned", ge=1)
+    gamma_position: float = _key(0.3, "of the weights by place", ge=0)
+    gamma_confidence: float = _key(0.5, "of the weights by the teacher's distance", ge=0)
+    gamma_consistency: float = _key(0.1, "of the weights by whether the student agrees", ge=0)
+    position_scale: float = _key(1.0, "places over which the weight falls to 1 / e", gt=0)
+    negative: Literal["described", "coded"] = _key(
+        "described", "-ln(1 - sigmoid(s)); coded: -ln sigmoid(1 - s), as the authors' code"
+    )
+    dros_rows: Literal["paired", "crossed"] = _key(
+        "paired", "a row's DROS times its own weights; crossed: times all rows' mean, as the authors' code"
+    )
+
+    @model_validator(mode="after")
+    def _weighs(self) -> DistilSettings:
+        if self.lam and not (self.gamma_position or self.gamma_confidence or self.gamma_consistency):
+            raise ValueError(
+                "lam > 0 needs one of gamma_position, gamma_confidence and gamma_consistency above 0"
+            )
+        return self

@@ -160,11 +160,10 @@ def evaluate_run(
     settings = changes or recipe.evaluation
     if settings.split == "valid" and recipe.training.rows != "train":
         raise UserError(f"{run} was trained on the validation rows; evaluate it with --split test")
-    dataset, recommender = _as_trained(run, recipe, record, settings)
+    dataset, recommender, weights = recommender_of(run, settings)
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
-    allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
+    allow = _allowed(settings, recommender)
     name, chosen, valid = name or recipe.title or recipe.name, None, first_rows(dataset.valid, settings.users)
-    recommender, weights = _assisted(recommender, settings, valid, allow)
     if settings.choose:
         settings, chosen = choose_search(recommender, valid, settings, allow)
         recommender = recommender.configured(settings)
@@ -216,10 +215,20 @@ def _say_dropped(recommender: SavedRecommender, metrics: dict[str, Any]) -> None
         )
 
 
-def _as_trained(
-    run: Path, recipe: Recipe, record: dict[str, Any], settings: EvaluationSettings
-) -> tuple[Dataset, SavedRecommender]:
-    """Data and recommender of a run; UserError where one of them is not what was trained."""
+def _allowed(settings: EvaluationSettings, recommender: SavedRecommender) -> Items | None:
+    """The items that settings allow; None: all."""
+    return None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
+
+
+def recommender_of(
+    run: Path, settings: EvaluationSettings
+) -> tuple[Dataset, SavedRecommender, dict[str, Any] | None]:
+    """Data of a run, its recommender as settings say with its assistant, and how the weight of that was chosen.
+
+    Raises:
+        UserError: Data or recommender are not what was trained, or the assistant does not fit.
+    """
+    recipe, record = open_run(run)
     dataset = load_dataset(Path(record["data"]["folder"]))
     if record["hashes"]["data"] != data_hash(dataset):
         raise UserError(
@@ -233,7 +242,9 @@ def _as_trained(
                 f"the {part} of the recommender in {run} is not the one of its training (hash {value[:12]}, run.json "
                 f"says {record['hashes'][part][:12]}); restore its files, or train again"
             )
-    return dataset, recommender.configured(settings)
+    valid = first_rows(dataset.valid, settings.users)
+    ranks = recommender.configured(settings)
+    return dataset, *_assisted(ranks, settings, valid, _allowed(settings, recommender))
 
 
 def _assisted(

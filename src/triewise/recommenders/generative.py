@@ -202,6 +202,11 @@ class GenerativeRecommender(SearchSettings, Assisted):
         length = self.trie.depth[np.unique(self.trie.leaf)].astype(np.float64)
         return by_group(own.recommend(histories, None), self.groups), theirs / length**self.length_penalty
 
+    def item_vectors(self) -> NDArray[np.float32]:
+        """(I, D) last hidden states of the titles, as grounding compares them."""
+        vectors: NDArray[np.float32] = self.grounded.title_embeddings().cpu().numpy()
+        return vectors[self.groups.of_item]
+
     def score(self, histories: ItemLists, candidates: ItemLists) -> NDArray[np.float32]:
         """(B, C) log-probabilities of given items after each history, by the model alone; see `decoding.score`."""
         check_histories(histories, self.groups)

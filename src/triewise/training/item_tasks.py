@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from torch.nn import functional as F
 from triewise.arrays import padded
 from triewise.errors import UserError
 from triewise.models import PAD, SequentialModel
-from triewise.settings import SequentialSettings
-from triewise.training.windows import Windows
+
+if TYPE_CHECKING:
+    from triewise.settings import SequentialSettings
+    from triewise.training.windows import Windows
 
 Bools = NDArray[np.bool_]
 
