@@ -64,7 +64,9 @@ class BackboneSettings(Section):
     """The language model and its prompt."""
 
     name: str = _key("tiny", "tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder")
-    template: Literal["plain", "msl", "d3"] | None = _key(None, "default: plain for tiny, else msl")
+    template: Literal["plain", "msl", "d3", "d3-reworded"] | None = _key(
+        None, "default: plain for tiny, else msl"
+    )
     chat: bool = _key(False, "the prompt is put into the tokenizer's chat template")
     max_tokens: int | None = _key(None, "of a prompt; default: 1024, or the model's positions", ge=8)
     device: str = _key("auto", "auto: cuda, mps, cpu in this order; or cpu, cuda, cuda:1, mps")

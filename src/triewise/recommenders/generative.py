@@ -284,6 +284,11 @@ class GenerativeRecommender(SearchSettings, Assisted):
         backbone.model.requires_grad_(False)  # so the engine may keep what the prompts of all calls share
         trie = Trie.load(saved.folder / TRIE)
         prompts = build_prompts(backbone.tokenizer, saved.catalog, **manifest["prompt"])
+        if (
+            prompts.template == "d3" and prompts.hash != manifest["hashes"]["prompt"]
+        ):  # saved with its former words
+            former = manifest["prompt"] | {"template": "d3-reworded"}
+            prompts = build_prompts(backbone.tokenizer, saved.catalog, **former)
         saved.check(hashes(prompts, trie, saved.counts))
         rebuilt = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
         if rebuilt.fingerprint() != trie.fingerprint():
