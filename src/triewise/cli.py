@@ -170,6 +170,24 @@ def evaluate(
 
 
 @app.command()
+def teach(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder of the teacher; one that was begun is gone on with.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="Items of a ranking.")] = 10,
+    search: Search = None,
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """Rank the training rows with a run and write that with its item vectors: a teacher for [enhance]."""
+    from triewise.app import changed_evaluation, teach as teach_with
+
+    facts = teach_with(run, out, changed_evaluation(run, changes or (), search=search), k)
+    _print_json(facts) if as_json else typer.echo(
+        f"{out}: the best {k} items of {facts['rows']} training rows"
+    )
+
+
+@app.command()
 def run(
     recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="The run folder; default runs/NAME.")] = None,

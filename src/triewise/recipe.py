@@ -25,12 +25,16 @@ from triewise.errors import UserError
 from triewise.settings import (
     BackboneSettings,
     DataSettings,
+    DistilSettings,
     EvaluationSettings,
     ObjectiveSettings,
     Section,
     SequentialSettings,
     TrainingSettings,
 )
+
+# What runs did before a key existed whose default is another one.
+_BEFORE = {"evaluation": {"gain_over": "all"}}
 
 # What only a language model has a use for; the values that change nothing.
 _OF_LANGUAGE_MODELS = {
@@ -52,6 +56,7 @@ class Recipe(Section):
     backbone: BackboneSettings = BackboneSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     sequential: SequentialSettings | None = None
+    enhance: DistilSettings | None = None
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -84,6 +89,21 @@ class Recipe(Section):
             raise ValueError(f"[sequential] has no use for {unused[0]}; leave it out")
         if self.sequential.half_life_days is not None and self.training.supervision != "last":
             raise ValueError("sequential.half_life_days needs training.supervision = 'last'")
+        return self
+
+    @model_validator(mode="after")
+    def _enhanced(self) -> Recipe:
+        if self.enhance is None:
+            return self
+        if self.sequential is None or self.sequential.loss == "cloze":
+            raise ValueError(
+                "[enhance] needs a [sequential] encoder that reads forwards: gru4rec, sasrec or lrurec"
+            )
+        for key, wanted in (("supervision", "last"), ("rows", "train")):
+            if getattr(self.training, key) != wanted:
+                raise ValueError(
+                    f"[enhance] learns from a teacher's rankings of train; set training.{key} = {wanted!r}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -140,11 +160,26 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise UserError(
             f"wanted a recipe file or one of {', '.join(known)}, got {str(path)!r}; check the path"
         )
+    return parse_recipe(_read(file), str(file), changes)
+
+
+def run_recipe(run: Path, changes: Iterable[str] = ()) -> Recipe:
+    """The recipe in a run folder; a key that did not exist when the run was made has what was done then.
+
+    Arguments and errors as `load_recipe`.
+    """
+    file = run / "recipe.toml"
+    values = _read(file)
+    for section, before in _BEFORE.items():
+        values[section] = before | values.get(section, {})
+    return parse_recipe(values, str(file), changes)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"wanted UTF-8 TOML in {file}, got: {error}") from None
-    return parse_recipe(values, str(file), changes)
 
 
 def parse_recipe(values: dict[str, Any], where: str, changes: Iterable[str] = ()) -> Recipe:

@@ -64,7 +64,9 @@ class BackboneSettings(Section):
     """The language model and its prompt."""
 
     name: str = _key("tiny", "tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder")
-    template: Literal["plain", "msl", "d3"] | None = _key(None, "default: plain for tiny, else msl")
+    template: Literal["plain", "msl", "d3", "d3-reworded"] | None = _key(
+        None, "default: plain for tiny, else msl"
+    )
     chat: bool = _key(False, "the prompt is put into the tokenizer's chat template")
     max_tokens: int | None = _key(None, "of a prompt; default: 1024, or the model's positions", ge=8)
     device: str = _key("auto", "auto: cuda, mps, cpu in this order; or cpu, cuda, cuda:1, mps")
@@ -267,6 +269,9 @@ class EvaluationSettings(Section):
     scope: Literal["node", "step"] = _key(
         "node", "IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
     )
+    gain_over: Literal["trained", "all"] = _key(
+        "trained", "of these, those with training targets (the authors' trie has no others), or all"
+    )
     text_beams: int = _key(4, "grounding: beams of the free generation; the best is used", ge=1)
     text_tokens: int = _key(128, "grounding: most tokens of the free text", ge=1)
     gamma: float = _key(0.0, "grounding: how much popularity or assistant counts", ge=0, allow_inf_nan=False)
@@ -308,6 +313,23 @@ class EncoderSettings(Section):
     head: Literal["tied", "linear"] = _key(
         "tied", "tied: scores with the item embeddings; linear: with weights of its own"
     )
+    norm: Literal["query", "inner", "post", "pre"] = _key(
+        "query",
+        "sasrec: norm of queries alone (first pmixer code); inner: and after the feed-forward layer, no output "
+        "projection (DROS, DLLM2Rec); post: after each layer (pmixer today); pre: before each",
+    )
+    last_norm: bool = _key(True, "bert4rec: norm before the head (its code: false)")
+    scaled: bool = _key(False, "item embeddings are multiplied by sqrt(width) at the input (pmixer)")
+    positions: Literal["oldest", "newest"] = _key(
+        "oldest", "sasrec, bert4rec: places are counted from there; newest: as padding on the left"
+    )
+    initial: Literal["normal", "truncated", "xavier"] = _key(
+        "normal",
+        "normal: of embeddings, other layers as torch has them; truncated: all weights and biases, .02, at most 2 "
+        "deviations (LRURec); xavier: normal, all matrices (pmixer)",
+    )
+    item_std: float = _key(0.02, "of item embeddings at the start (normal)", gt=0)
+    position_std: float = _key(0.02, "of the vectors of places at the start (normal)", gt=0)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> EncoderSettings:
@@ -319,16 +341,20 @@ class EncoderSettings(Section):
 class SequentialSettings(EncoderSettings):
     """An encoder of item ids with its loss, in the place of a language model and its objective."""
 
-    loss: Literal["cross-entropy", "bce", "cloze"] = _key(
-        "cross-entropy", "cross-entropy: over all items; cloze: the same at masks, for bert4rec"
+    loss: Literal["cross-entropy", "bce", "mse", "bpr", "cloze"] = _key(
+        "cross-entropy",
+        "over all items; bce, mse, bpr: against negatives (DROS); cloze: over all items at masks, for bert4rec",
     )
-    negatives: int = _key(1, "uniform ones of each target, never itself (bce)", ge=1)
-    label_smoothing: float = _key(0.0, "share of the target that all items get (not bce)", ge=0, lt=1)
+    negatives: int = _key(1, "uniform ones of each target, never itself (bce, mse, bpr)", ge=1)
+    negatives_outside: Literal["target", "history"] = _key(
+        "target", "history: nor any item before it (DROS, DLLM2Rec)"
+    )
+    label_smoothing: float = _key(0.0, "share of the target that all items get (cross-entropy)", ge=0, lt=1)
     mask_probability: float = _key(0.15, "share of masked places (cloze)", ge=0, le=1)
     mask_last: float = _key(
         0.5, "share of sequences with one mask, behind which nothing follows (cloze)", ge=0, le=1
     )
-    dros_alpha: float = _key(0.0, "weight of DROS, added to the loss; 0: none", ge=0)
+    dros_alpha: float = _key(0.0, "weight of DROS, added to the loss; 0: none (authors: .5 to 1)", ge=0)
     dros_beta0: float = _key(1.0, "its temperature", gt=0)
     half_life_days: float | None = _key(
         None, "a row that much older than the newest weighs half; supervision = 'last'", gt=0
@@ -342,4 +368,34 @@ class SequentialSettings(EncoderSettings):
     def _cloze(self) -> SequentialSettings:
         if (self.loss == "cloze") != (self.encoder == "bert4rec"):
             raise ValueError(f"loss = 'cloze' and encoder = 'bert4rec' need each other, got {self.loss!r}")
+        return self
+
+
+class DistilSettings(Section):
+    """DLLM2Rec: a sequential student with a teacher's item vectors and rankings (arXiv:2405.00338 and its code)."""
+
+    kind: Literal["dllm2rec"]
+    teacher: Annotated[Path, AfterValidator(Path.absolute)] = Field(
+        description="folder that triewise teach wrote, of the same data"
+    )
+    ed_weight: float = _key(0.2, "of the teacher's item vectors at the input; 0: without (game: .3)", ge=0)
+    lam: float = _key(0.8, "of the distillation of rankings, added to the loss; 0: without (game: .7)", ge=0)
+    top: int = _key(10, "places of the teacher's ranking that are learned", ge=1)
+    gamma_position: float = _key(0.3, "of the weights by place", ge=0)
+    gamma_confidence: float = _key(0.5, "of the weights by the teacher's distance", ge=0)
+    gamma_consistency: float = _key(0.1, "of the weights by whether the student agrees", ge=0)
+    position_scale: float = _key(1.0, "places over which the weight falls to 1 / e", gt=0)
+    negative: Literal["described", "coded"] = _key(
+        "described", "-ln(1 - sigmoid(s)); coded: -ln sigmoid(1 - s), as the authors' code"
+    )
+    dros_rows: Literal["paired", "crossed"] = _key(
+        "paired", "a row's DROS times its own weights; crossed: times all rows' mean, as the authors' code"
+    )
+
+    @model_validator(mode="after")
+    def _weighs(self) -> DistilSettings:
+        if self.lam and not (self.gamma_position or self.gamma_confidence or self.gamma_consistency):
+            raise ValueError(
+                "lam > 0 needs one of gamma_position, gamma_confidence and gamma_consistency above 0"
+            )
         return self

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from triewise import load, load_dataset
-from triewise.app import evaluate_run, report_runs
+from triewise import load, load_dataset, load_recipe
+from triewise.app import changed_evaluation, evaluate_run, report_runs
 from triewise.cli import main
 from triewise.files import read_json
 from triewise.ranking import load_evaluation
@@ -46,6 +47,19 @@ def test_an_old_run_is_evaluated_as_it_was(here: Path, name: str) -> None:
     np.testing.assert_allclose(new.scores, old.scores, atol=TOLERANCE)
     assert new.metrics["intervals"] == old.metrics["intervals"]
     assert "made with trierec 0.1.0, torch" in (here / name / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_old_run_decodes_with_alpha_as_it_did(here: Path) -> None:
+    """Then the gain was scaled over all siblings; a run of today that says nothing takes the trained ones."""
+    manifest, recipe = here / "generative" / "recommender.json", here / "generative" / "recipe.toml"
+    assert "gain_over" not in manifest.read_text(encoding="utf-8") + recipe.read_text(encoding="utf-8")
+    old: Any = load(here / "generative")
+    assert (
+        old.gain_over == changed_evaluation(here / "generative", ["evaluation.alpha=0.4"]).gain_over == "all"
+    )
+    assert load_recipe("demo/msl").evaluation.gain_over == "trained"
+    assert "gain_over" not in old.used
+    assert old.with_settings(alpha=0.4).used["gain_over"] == "all"
 
 
 def test_old_runs_are_reported(here: Path) -> None:

@@ -125,8 +125,9 @@ def test_weights_and_filters_equal_loops_over_lists(
     allow = data.draw(st.none() | st.lists(items, max_size=len(titles)))
     alpha = data.draw(st.sampled_from([0.0, 0.3, 1.0]))
     beams = data.draw(st.integers(1, 5))
-    counts = data.draw(st.lists(st.integers(1, 9), min_size=len(titles), max_size=len(titles)))
-    gain = information_gain(trie, counts)
+    some = st.lists(st.integers(0, 9), min_size=len(titles), max_size=len(titles)).filter(any)
+    counts, gain_over = np.array(data.draw(some)), data.draw(st.sampled_from(["trained", "all"]))
+    gain, mass = information_gain(trie, counts), trie.subtree_count(counts)
     free = [i for i in range(len(titles)) if i not in exclude and (allow is None or i in allow)]
 
     def permitted(prefix: tuple[int, ...]) -> bool:
@@ -135,10 +136,13 @@ def test_weights_and_filters_equal_loops_over_lists(
     def weigh(continuations: list[tuple[int, ...]]) -> list[float]:
         nodes = [int(trie.walk(c)[-1]) for c in continuations]
         if scope == "node":
-            return decoding_weights(trie, gain, alpha)[nodes].tolist()
-        low, high = gain[nodes].min(), gain[nodes].max()
+            return decoding_weights(trie, gain, alpha, counts if gain_over == "trained" else None)[
+                nodes
+            ].tolist()
+        among = [n for n in nodes if mass[n] or gain_over == "all"]
+        low, high = min(gain[among], default=0), max(gain[among], default=0)
         equal = high - low <= 1e-12 * high
-        return [1.0 if equal else 1 - alpha * (gain[n] - low) / (high - low) for n in nodes]
+        return [1.0 if equal or n not in among else 1 - alpha * (gain[n] - low) / (high - low) for n in nodes]
 
     ranking = beam_search(
         TrieEngine(model, trie, support),
@@ -150,6 +154,8 @@ def test_weights_and_filters_equal_loops_over_lists(
         gain=gain,
         exclude=[exclude],
         allow=None if allow is None else [allow],
+        counts=counts,
+        gain_over=gain_over,
     )
     log_p = reference.model_log_p(model, [4, 5, 6], slow, support)
     wanted, margin = reference.beam(log_p, slow, beams, 0.0, weigh if alpha else None, permitted)
@@ -308,6 +314,7 @@ def test_user_errors() -> None:
         ({"k": 0}, "wanted k >= 1"),
         ({"alpha": 1.5}, r"wanted alpha in \[0, 1\], got 1.5"),
         ({"alpha": 0.5}, "alpha > 0 needs gain"),
+        ({"gain_over": "some"}, "wanted gain_over 'trained' or 'all', got 'some'"),
         ({"length_penalty": float("nan")}, "wanted a finite length_penalty, got nan"),
         ({"scope": "beam"}, "wanted scope 'node' or 'step', got 'beam'"),
         ({"assistant_weight": 2.0}, r"wanted assistant_weight in \[0, 1\], got 2.0"),

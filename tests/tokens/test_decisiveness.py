@@ -147,6 +147,19 @@ def test_untrained_children(trie: Trie) -> None:
     assert decoding_weights(trie, gain, 0.4)[2] == pytest.approx(0.6)
 
 
+def test_an_untrained_sibling_changes_no_decoding_weight() -> None:
+    """Siblings with counts 6 and 3 weigh .6 and 1, as in the authors' trie, which has no others; a third one 1."""
+    two, three = Trie.from_sequences([[1, 9], [2, 9]]), Trie.from_sequences([[1, 9], [2, 9], [3, 9]])
+    gains = information_gain(two, [6, 3]), information_gain(three, [6, 3, 0])
+    assert decoding_weights(two, gains[0], 0.4, [6, 3])[1:3] == pytest.approx([0.6, 1.0])
+    assert decoding_weights(three, gains[1], 0.4, [6, 3, 0])[1:4] == pytest.approx([0.6, 1.0, 1.0])
+    over_all = decoding_weights(three, gains[1], 0.4)[1:4]
+    assert over_all[2] == pytest.approx(0.6), "the untrained one gains most"
+    assert over_all[0] > 0.8, "and brings the trained one near 1"
+    only = decoding_weights(three, information_gain(three, [0, 6, 0]), 0.4, [0, 6, 0])
+    assert (only == 1).all(), "nothing to scale over"
+
+
 def test_equal_titles_are_one(trie: Trie) -> None:
     """Splitting B's count over two items with its title changes nothing."""
     split = Trie.from_sequences([*TITLES, TITLES[1]])
@@ -241,14 +254,20 @@ def test_an_item_without_counts_changes_no_other_token(case: Case, other: Case) 
 
 
 @quick
-@given(weighted_catalogues(), st.floats(0, 1))
-def test_decoding_weights_by_definition(case: Case, alpha: float) -> None:
+@given(weighted_catalogues(), st.floats(0, 1), st.booleans())
+def test_decoding_weights_by_definition(case: Case, alpha: float, trained: bool) -> None:
     trie = Trie.from_sequences(case[0])
     gain = information_gain(trie, case[1])
-    weight = decoding_weights(trie, gain, alpha)
+    weight = decoding_weights(trie, gain, alpha, case[1] if trained else None)
     assert ((weight >= 1 - alpha - 1e-12) & (weight <= 1)).all()
+    mass = trie.subtree_count(np.array(case[1]))
     for node in np.flatnonzero(trie.n_children):
         siblings = trie.children(node)[1]
+        if trained:
+            assert (weight[siblings[mass[siblings] == 0]] == 1).all()
+            siblings = siblings[mass[siblings] > 0]
+        if not len(siblings):
+            continue
         low, high = gain[siblings].min(), gain[siblings].max()
         if high - low > 1e-9 * high:
             expected = 1 - alpha * (gain[siblings] - low) / (high - low)

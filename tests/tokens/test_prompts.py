@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+import triewise
 from tests.model_families import tokenizer as tokenizer_like
-from tests.worlds import TITLES, backbone, catalog
+from tests.worlds import TITLES, backbone, catalog, recommender
 from triewise.errors import UserError
+from triewise.files import read_json, write_json
 from triewise.tokens import build_prompts
 from triewise.tokens.prompts import tokenizer_hash
 
@@ -52,6 +54,32 @@ def test_instruction_prompts_name_the_things_and_never_hold_a_special_token(toke
     assert text.index("x <|end|> y") < text.index("Alien (1979)")
     assert text.rstrip().endswith("### Response:")
     assert ("palyed" in text) == (template == "d3")
+
+
+def test_the_prompt_of_d3_is_its_authors(tokenizer) -> None:
+    """IGD's copy of D3: their spelling, one line between instruction and input, blanks at the ends of two lines."""
+    prompts = build_prompts(tokenizer, catalog(), "d3", "video games", "enjoyed")
+    assert tokenizer.decode(prompts.encode([0, 1])) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request. \n\n### Instruction:\nGiven a list of video games the user "
+        "recetenly enjoy, please write a new video games that the user may bought\n### User Input: \nThe user has "
+        "palyed the following video gamess before: Alien (1979), Aliens (1986)\n\n### Response: \n"
+    )
+    unknown = tokenizer.decode(prompts.without_history("unknown"))
+    assert unknown.endswith("may bought\n### User Input: \nUnknow\n\n### Response: \n")
+    assert tokenizer.decode(prompts.without_history()).endswith("may bought\n\n### Response: \n")
+
+
+def test_what_was_saved_with_the_former_words_of_d3_keeps_them(tmp_path: Path) -> None:
+    old = recommender(template="d3-reworded")
+    old.save_pretrained(tmp_path)
+    manifest = read_json(tmp_path / "recommender.json")
+    manifest["prompt"]["template"] = "d3"  # as it was written then
+    write_json(tmp_path / "recommender.json", manifest)
+    loaded: Any = triewise.load(tmp_path)
+    assert loaded.prompts.template == "d3-reworded"
+    assert loaded.prompts.encode([0, 1]) == old.prompts.encode([0, 1])
+    assert loaded.prompts.hash == old.prompts.hash != recommender(template="d3").prompts.hash
 
 
 def test_a_long_prompt_loses_whole_titles_oldest_first(tokenizer) -> None:
@@ -215,7 +243,7 @@ def test_chat_wraps_the_users_turn_and_leaves_titles_inert(tokenizer) -> None:
 
 
 def test_user_errors(tokenizer) -> None:
-    with pytest.raises(UserError, match="prompt template among plain, msl, d3, got 'alpaca'"):
+    with pytest.raises(UserError, match="prompt template among plain, msl, d3, d3-reworded, got 'alpaca'"):
         build_prompts(tokenizer, catalog(), "alpaca")
     with pytest.raises(UserError, match="chat = true needs an instruction template"):
         build_prompts(tokenizer, catalog(), "plain", chat=True)

@@ -110,10 +110,11 @@ def test_both_prompts_without_history(template: str) -> None:
     before, _, after = with_history.partition(section)
     assert unknown == before + section + "Unknow" + after[after.index("\n") :]
     response = with_history[with_history.index("\n\n### Response") :]
-    task = with_history[with_history.index("\n\n### Instruction") : with_history.index("\n\n" + section)]
+    task = with_history[with_history.index("\n\n### Instruction") : with_history.index("\n" + section)]
+    blank = {"msl": "", "d3": " "}[template]  # d3's authors have one before the instruction
     assert alone == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request." + task + response
+        "request." + blank + task.rstrip("\n") + response
     )
     assert "Alien" in with_history and "Alien" not in alone + unknown
 

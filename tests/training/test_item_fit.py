@@ -27,10 +27,11 @@ from triewise.training.item_fit import learning_rate
 from triewise.training.item_tasks import (
     Task,
     cloze_task,
+    draw_negatives,
     dros,
     item_loss,
+    pairwise,
     propensities,
-    sampled_bce,
     shifted_task,
     task_loss,
 )
@@ -84,6 +85,57 @@ def test_padding_and_what_comes_later_change_nothing(kind: str) -> None:
     torch.testing.assert_close(longer[:, :3], alone)
     future = model(torch.tensor([[3, 1, 4, 9]]))[:, :3]
     assert torch.allclose(future, alone, atol=1e-5) == (kind != "bert4rec")
+
+
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    *(("sasrec", {"norm": norm, "scaled": True}) for norm in ("query", "inner", "post", "pre")),
+    ("sasrec", {"positions": "newest", "initial": "xavier"}),
+    ("bert4rec", {"positions": "newest", "last_norm": False, "item_std": 1.0, "position_std": 1.0}),
+    ("lrurec", {"initial": "truncated"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+def test_every_form_of_the_authors_pads_saves_and_learns(
+    kind: str, form: dict[str, Any], tmp_path: Path
+) -> None:
+    learner = recommender(kind, **form)
+    row = torch.tensor([[3, 1, 4]])
+    alone, longer = learner.model(row), learner.model(torch.nn.functional.pad(row, (0, 3)))
+    torch.testing.assert_close(longer[:, :3], alone)
+    learner.save_pretrained(tmp_path / "saved")
+    loaded: Any = triewise.load(tmp_path / "saved")
+    assert loaded.model.settings == learner.model.settings
+    assert (loaded.item_scores(HISTORIES) == learner.item_scores(HISTORIES)).all()
+    assert (
+        hit_rate(kind, "cycle", tmp_path, shape=form, **({"mask_last": 0.9} if kind == "bert4rec" else {}))[0]
+        > 0.9
+    )
+
+
+def test_places_are_counted_from_the_newest_as_with_padding_on_the_left() -> None:
+    model = recommender(positions="newest").model
+    place = model.body.positions.position.weight
+    ids = torch.tensor([[3, 1, 4], [2, 0, 0]])
+    before = model.last_scores(ids)
+    with torch.no_grad():
+        place[:3] += 1  # three items of six places: the first three are padding
+    torch.testing.assert_close(model.last_scores(ids), before)
+    with torch.no_grad():
+        place[5] += torch.arange(8)
+    assert (model.last_scores(ids) - before).abs().amax(1).min() > 1e-3
+
+
+def test_weights_at_the_start() -> None:
+    wide = {"width": 64, "blocks": 1}
+    assert small(item_std=0.5, **wide).items.weight[1:].std().item() == pytest.approx(0.5, rel=0.1)
+    cut = small("lrurec", initial="truncated", **wide)
+    for name, weight in cut.named_parameters():
+        if "norm" not in name and name.rpartition(".")[2] not in ("nu", "theta", "gamma"):
+            assert 0 < weight.abs().max() <= 0.04, name
+    model = small(initial="xavier", **wide)
+    assert model.body.attention[0].q.weight.std().item() == pytest.approx(0.125, rel=0.05)
+    assert not model.items.weight[0].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,10 +214,27 @@ def test_bce_equals_a_loop() -> None:
         return 1 / (1 + math.exp(-x))
 
     wanted = [
-        -math.log(sigmoid(p)) - sum(math.log(1 - sigmoid(n)) for n in ns) / 2
+        (-math.log(sigmoid(p)) - sum(math.log(1 - sigmoid(n)) for n in ns) / 2) / 2
         for p, ns in zip(positive.tolist(), negative.tolist(), strict=True)
     ]
-    assert sampled_bce(positive, negative).tolist() == pytest.approx(wanted, rel=1e-5)
+    assert pairwise("bce", positive, negative).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_negatives_lie_outside_the_history() -> None:
+    """Each of the items that are left is drawn as often as any other."""
+    data = sequences([[0, 3, 0, 7, 2], [8, 8, 1]], [1, 1])
+    task = shifted_task(data, np.arange(2))
+    drawn = draw_negatives(task, 6000, 9, "history", np.random.default_rng(0))
+    for m, (row, length) in enumerate([(0, 2), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3)]):
+        left = sorted(set(range(9)) - set([[0, 3, 0, 7, 2], [8, 8, 1]][row][:length]))
+        items, times = np.unique(drawn[m], return_counts=True)
+        assert items.tolist() == left
+        assert times / 6000 == pytest.approx(1 / len(left), abs=0.03)
+    assert task.row.tolist() == [0, 0, 0, 0, 1, 1]
+    with pytest.raises(UserError, match="got a history of all 3 items; set sequential.negatives_outside"):
+        draw_negatives(
+            shifted_task(sequences([[0, 1, 2]]), np.arange(1)), 1, 3, "history", np.random.default_rng(0)
+        )
 
 
 def sequences(rows: list[list[int]], context: list[int] | None = None) -> Sequences:
@@ -195,7 +264,7 @@ def test_the_loss_of_a_batch_equals_one_prefix_at_a_time(base: str, alpha: float
             if base == "bce":
                 negatives = [n + (n >= target) for n in drawn[m].tolist()]
                 assert target not in negatives
-                one = sampled_bce(score[[target]], score[negatives][None])[0]
+                one = pairwise("bce", score[[target]], score[negatives][None])[0]
             else:
                 one = -score.log_softmax(0)[target]
             wanted.append(one + alpha * dros(score[None], torch.tensor([target]), p)[0])
@@ -278,10 +347,12 @@ def world(name: str, seed: int = 0) -> tuple[Windows, list[list[int]], np.ndarra
     return make_windows(split, "every"), [t[:-1] for t in test], np.array([t[-1] for t in test]), best
 
 
-def hit_rate(kind: str, name: str, out: Path, steps: int = 150, **loss: Any) -> tuple[float, float]:
+def hit_rate(
+    kind: str, name: str, out: Path, steps: int = 150, shape: dict[str, Any] | None = None, **loss: Any
+) -> tuple[float, float]:
     """HR@1 of a trained model, and the best possible one."""
     windows, histories, targets, best = world(name)
-    model = small(kind, N_ITEMS, width=16, blocks=1)
+    model = small(kind, N_ITEMS, width=16, blocks=1, **(shape or {}))
     base = SequentialSettings(
         **{"encoder": kind, "loss": "cloze" if kind == "bert4rec" else "cross-entropy"} | loss
     )

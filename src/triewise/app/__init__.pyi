@@ -10,6 +10,7 @@ from .runs import (
     evaluate_run as evaluate_run,
     train_run as train_run,
 )
+from .teaching import teach as teach
 
 __all__ = [
     "comparisons",

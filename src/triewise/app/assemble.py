@@ -10,11 +10,12 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from triewise.app.enhance import enhancement_of
 from triewise.app.folders import open_run
 from triewise.data import Dataset, Split, data_hash
 from triewise.errors import UserError
@@ -72,6 +73,9 @@ from triewise.training import (
     train,
     training_warnings,
 )
+
+if TYPE_CHECKING:
+    from triewise.arrays import Int64
 
 REFERENCE = "reference.npz"
 _OF_LOADING = {
@@ -255,15 +259,18 @@ def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
         age_days = (rows.timestamp.max() - rows.timestamp) / 86400
         weight = np.exp2(-age_days / settings.half_life_days)
     sequences = Sequences.from_windows(windows, weight)
-    model = SequentialModel(settings, n_items, recipe.data.max_history, recipe.seed)
+    got = enhancement_of(recipe, dataset, _drawn(recipe, dataset.train.n_rows))
+    shape = settings, n_items, recipe.data.max_history, recipe.seed
+    model = SequentialModel(*shape, got.vectors, got.vector_weight)
     model.to(resolve_device(settings.device))
     origin = {"name": settings.encoder, "kind": "sequential"}
     recommender = SequentialRecommender(model, dataset.catalog, counts, origin=origin)
     size = sum(p.numel() for p in model.parameters())
-    known = recommender.hashes | {"sequences": sequences.fingerprint()}
+    known = recommender.hashes | {"sequences": sequences.fingerprint()} | got.hashes
     facts = _facts(known, origin, (size, size), windows, counts)
-    fit_it = functools.partial(fit, model, sequences, counts, settings, recipe.training, seed=recipe.seed)
-    return Learner(recommender, facts, fit_it)
+    loss = None if got.loss is None else got.loss(model, counts)
+    learned = model, sequences, counts, settings, recipe.training
+    return Learner(recommender, facts, functools.partial(fit, *learned, seed=recipe.seed, loss=loss))
 
 
 def _facts(
@@ -288,10 +295,15 @@ def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
     rows = dataset.train
     if recipe.training.rows == "train+valid":
         rows = rows.then(dataset.valid)
-    if recipe.training.sample is not None and recipe.training.sample < rows.n_rows:
-        drawn = np.random.default_rng(recipe.seed).permutation(rows.n_rows)[: recipe.training.sample]
-        rows = rows.take(np.sort(drawn))
-    return rows
+    drawn = _drawn(recipe, rows.n_rows)
+    return rows if len(drawn) == rows.n_rows else rows.take(drawn)
+
+
+def _drawn(recipe: Recipe, n_rows: int) -> Int64:
+    """Which rows are learned from, ascending: all, or a sample."""
+    if recipe.training.sample is None or recipe.training.sample >= n_rows:
+        return np.arange(n_rows)
+    return np.sort(np.random.default_rng(recipe.seed).permutation(n_rows)[: recipe.training.sample])
 
 
 def _examples(recipe: Recipe, parts: Assembly) -> Examples:

@@ -15,7 +15,7 @@ from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models import load_tokenizer
 from triewise.progress import note
-from triewise.recipe import Recipe, load_recipe
+from triewise.recipe import Recipe, run_recipe
 from triewise.reports import describe
 from triewise.tokens import Trie, build_prompts
 
@@ -91,7 +91,7 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
             f"the training in {run} has not ended; go on with: "
             f"triewise train {run / 'recipe.toml'} --resume --out {run}"
         )
-    return load_recipe(run / "recipe.toml"), record
+    return run_recipe(run), record
 
 
 PACKAGES = ("triewise", "torch", "transformers", "numpy", "polars", "tokenizers")

@@ -24,7 +24,7 @@ from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
 from triewise.progress import note
 from triewise.ranking import SHOWN, Evaluation, Items, evaluate
-from triewise.recipe import Recipe, dump_recipe, load_recipe
+from triewise.recipe import Recipe, dump_recipe, run_recipe
 from triewise.recommenders import (
     CARD,
     MANIFEST,
@@ -144,7 +144,7 @@ def changed_evaluation(
         changes[:0] = [f"evaluation.search={search}", "evaluation.choose=[]"]
     if split is not None:
         changes.insert(0, f"evaluation.split={split}")
-    return load_recipe(run / "recipe.toml", changes).evaluation
+    return run_recipe(run, changes).evaluation
 
 
 def evaluate_run(
@@ -162,11 +162,10 @@ def evaluate_run(
     settings = changes or recipe.evaluation
     if settings.split == "valid" and recipe.training.rows != "train":
         raise UserError(f"{run} was trained on the validation rows; evaluate it with --split test")
-    dataset, recommender = _as_trained(run, recipe, record, settings)
+    dataset, recommender, weights = recommender_of(run, settings)
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
-    allow = None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
+    allow = _allowed(settings, recommender)
     name, chosen, valid = name or recipe.title or recipe.name, None, first_rows(dataset.valid, settings.users)
-    recommender, weights = _assisted(recommender, settings, valid, allow)
     if settings.choose:
         settings, chosen = choose_search(recommender, valid, settings, allow)
         recommender = recommender.configured(settings)
@@ -218,10 +217,20 @@ def _say_dropped(recommender: SavedRecommender, metrics: dict[str, Any]) -> None
         )
 
 
-def _as_trained(
-    run: Path, recipe: Recipe, record: dict[str, Any], settings: EvaluationSettings
-) -> tuple[Dataset, SavedRecommender]:
-    """Data and recommender of a run; UserError where one of them is not what was trained."""
+def _allowed(settings: EvaluationSettings, recommender: SavedRecommender) -> Items | None:
+    """The items that settings allow; None: all."""
+    return None if settings.allow is None else allowed_items(settings.allow, recommender.catalog)
+
+
+def recommender_of(
+    run: Path, settings: EvaluationSettings
+) -> tuple[Dataset, SavedRecommender, dict[str, Any] | None]:
+    """Data of a run, its recommender as settings say with its assistant, and how the weight of that was chosen.
+
+    Raises:
+        UserError: Data or recommender are not what was trained, or the assistant does not fit.
+    """
+    recipe, record = open_run(run)
     dataset = load_dataset(Path(record["data"]["folder"]))
     if record["hashes"]["data"] != data_hash(dataset):
         raise UserError(
@@ -235,7 +244,9 @@ def _as_trained(
                 f"the {part} of the recommender in {run} is not the one of its training (hash {value[:12]}, run.json "
                 f"says {record['hashes'][part][:12]}); restore its files, or train again"
             )
-    return dataset, recommender.configured(settings)
+    valid = first_rows(dataset.valid, settings.users)
+    ranks = recommender.configured(settings)
+    return dataset, *_assisted(ranks, settings, valid, _allowed(settings, recommender))
 
 
 def _assisted(
@@ -316,7 +327,7 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
         return None
     if not resume:
         raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
-    if _settled(load_recipe(out / "recipe.toml")) != _settled(recipe):
+    if _settled(run_recipe(out)) != _settled(recipe):
         raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
     record: dict[str, Any] = read_json(out / "run.json")
     return record

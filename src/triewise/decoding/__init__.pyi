@@ -1,6 +1,7 @@
 from .engine import Support as Support, TrieEngine as TrieEngine
 from .growth import edges_on_paths as edges_on_paths
 from .search import (
+    GainOver as GainOver,
     Scope as Scope,
     beam_search as beam_search,
     exact_search as exact_search,

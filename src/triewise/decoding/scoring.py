@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from triewise.arrays import Bool, Float32, Float64, Int64, place_in_run, runs
 from triewise.errors import UserError
 from triewise.ranking import check_numbers
-from triewise.tokens import Trie, decoding_weights, scale_within
+from triewise.tokens import Trie, decoding_weights, is_trained, scale_within
 
 if TYPE_CHECKING:
     from triewise.decoding.filters import TitleFilter
@@ -39,6 +39,7 @@ class Rule:
         edge_weight: (N,) weight of the edge into each node, or None for 1.
         alpha: Strength of the gain scaled per step; 0 where it is scaled per node, in ``edge_weight``.
         gain: (N,) information gain, for the scaling per step.
+        trained: (N,); the nodes that the scaling per step looks at, or None for all.
         share: (B, N) log of the share of the parent's mass under each node, or None without assistant.
         weight: Of the language model beside the assistant.
     """
@@ -47,6 +48,7 @@ class Rule:
     edge_weight: Float32 | None
     alpha: float
     gain: Float64 | None
+    trained: Bool | None
     share: Float32 | None
     weight: float
 
@@ -60,8 +62,9 @@ class Rule:
         gain: Float64 | None,
         assistant: NDArray[np.floating] | None,
         weight: float,
+        counts: Int64 | None = None,
     ) -> Rule:
-        """Check and precompute."""
+        """Check and precompute; with ``counts`` (I,) the gain is scaled over what has training targets."""
         if scope not in ("node", "step"):
             raise UserError(f"wanted scope 'node' or 'step', got {scope!r}")
         if not 0 <= alpha <= 1:
@@ -74,11 +77,12 @@ class Rule:
             raise UserError("assistant_weight < 1 needs assistant: give log-probabilities (users, items)")
         edge_weight = share = None
         if alpha and gain is not None:  # also checks the gain for scope "step"
-            edge_weight = decoding_weights(trie, gain, alpha).astype(np.float32)
+            edge_weight = decoding_weights(trie, gain, alpha, counts).astype(np.float32)
         if assistant is not None and weight < 1:
             share = _mass_shares(trie, np.asarray(assistant), n_users)
         by_step = alpha if scope == "step" else 0.0
-        return cls(trie, None if by_step else edge_weight, by_step, gain, share, weight)
+        trained = is_trained(trie, counts) if by_step and counts is not None else None
+        return cls(trie, None if by_step else edge_weight, by_step, gain, trained, share, weight)
 
     def on_all_edges(self, log_p: Float32, user: Int64) -> Float32:
         """(n, N) edge scores from the log-probabilities of all edges; ``user`` (n,) is whose they are."""
@@ -92,7 +96,8 @@ class Rule:
         if self.edge_weight is not None:
             log_p = log_p * self.edge_weight[edges.node]
         elif self.alpha and self.gain is not None:
-            scaled = scale_within(self.gain[edges.node], runs(user)[:-1])
+            among = None if self.trained is None else self.trained[edges.node]
+            scaled = scale_within(self.gain[edges.node], runs(user)[:-1], among)
             log_p = log_p * (1 - self.alpha * scaled).astype(np.float32)
         return self._assisted(log_p, (user, edges.node))
 

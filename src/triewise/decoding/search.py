@@ -8,7 +8,7 @@ Dimension key: B users, N trie nodes, G groups (leaves), I items, K returned ite
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from triewise.tokens import Trie
 
 MAX_EXPANSIONS = 2000  # prefixes of a user, in vocabulary support
 Scope = Literal["node", "step"]
+GainOver = Literal["trained", "all"]
 Filters = Sequence[Items | None] | None
 
 
@@ -52,6 +53,7 @@ def rank_catalogue(
     assistant: NDArray[np.floating] | None = None,
     assistant_weight: float = 1.0,
     counts: Int64 | None = None,
+    gain_over: GainOver = "trained",
 ) -> Ranking:
     """Score every title of the catalogue and order them: exact, whatever the model.
 
@@ -63,13 +65,15 @@ def rank_catalogue(
         prompts: Token ids of each user.
         k: Number of groups to return, None for all.
         length_penalty: Exponent of the number of title tokens with terminator (BIGRec 1, D3 0).
-        alpha: IGD-decoding: edges are weighed with ``decoding_weights(trie, gain, alpha)``; 0 switches it off.
+        alpha: IGD-decoding: edges are weighed with `decoding_weights`; 0 switches it off.
         gain: (N,) information gain in nats, needed when ``alpha > 0``.
         exclude: Per user, items that are not returned.
         allow: Per user, the only items that are returned.
         assistant: (B, I) log-probabilities of items by another recommender (D3).
         assistant_weight: Weight a of the language model, in [0, 1]; 1 switches the assistant off.
         counts: (I,) training targets; the allowed member with most represents a group. Default: the lowest index.
+        gain_over: What the gain is scaled over: siblings with training targets (``trained``, as the authors; all
+            where ``counts`` are not given), or ``all``; see `decoding_weights`.
 
     Returns:
         A `Ranking` with ``certified`` true everywhere; scores in nats.
@@ -78,12 +82,11 @@ def rank_catalogue(
         UserError: ``alpha`` or ``assistant_weight`` outside [0, 1], ``alpha > 0`` without ``gain``, a weight below 1
             without an assistant, ``k < 1``, unknown items in a filter.
 
-    Source: the full ranking by the product of P_valid is what MSL's Lemma 1 speaks of; the weights are IGD-decoding
-    with the gain scaled per node, as in its authors' code. Differs from both: the authors look at ten beams only.
+    Source: MSL's Lemma 1 ranks by the product of P_valid; IGD's code weighs so. Both look at ten beams only.
     """
     _check(prompts, k, length_penalty, exclude, allow)
     trie, counters, n_users = engine.trie, Counters(), len(prompts)
-    rule = Rule.of(trie, n_users, alpha, "node", gain, assistant, assistant_weight)
+    rule = Rule.of(trie, n_users, alpha, "node", gain, assistant, assistant_weight, _among(counts, gain_over))
     groups, leaves = Groups.from_labels(trie.leaf, counts), np.unique(trie.leaf)
     items, best = blank_lists(n_users, k or groups.n_groups)
     prefix = engine.shared_prefix(prompts, counters) if n_users and engine.fits_tree(prompts) else None
@@ -114,6 +117,7 @@ def beam_search(
     assistant: NDArray[np.floating] | None = None,
     assistant_weight: float = 1.0,
     counts: Int64 | None = None,
+    gain_over: GainOver = "trained",
 ) -> Ranking:
     """The token-synchronous beam search of ``transformers.generate`` along the trie.
 
@@ -125,8 +129,8 @@ def beam_search(
     Arguments are those of `rank_catalogue`, where a prefix without a permitted title is no continuation, and:
 
     * ``beams``: Beams W, at least ``k``.
-    * ``scope``: What the gain is scaled over: the children of a ``node`` (IGD's code), or all continuations of a
-      user's beams at a ``step``, before any is dropped (IGD's text).
+    * ``scope``: Where the gain is scaled: among the children of a ``node`` (IGD's code), or among all continuations
+      of a user's beams at a ``step``, before any is dropped (IGD's text).
 
     Returns:
         A `Ranking`; ``certified`` where nothing dropped can be among the best ``k``, never with ``scope="step"``.
@@ -141,7 +145,8 @@ def beam_search(
     _check(prompts, k, length_penalty, exclude, allow)
     if beams < k:
         raise UserError(f"wanted beams >= k, got {beams} beams for k = {k}; raise beams or lower k")
-    rule = Rule.of(engine.trie, len(prompts), alpha, scope, gain, assistant, assistant_weight)
+    among = _among(counts, gain_over)
+    rule = Rule.of(engine.trie, len(prompts), alpha, scope, gain, assistant, assistant_weight, among)
     filters, counters = _filters(engine.trie, prompts, exclude, allow), Counters()
     search = Beams(engine.trie, rule, filters, beams, length_penalty)
     _drive(Growth(engine, prompts, counters), search)
@@ -166,6 +171,7 @@ def exact_search(
     max_expansions: int | None = None,
     scope: Scope = "node",
     counts: Int64 | None = None,
+    gain_over: GainOver = "trained",
 ) -> Ranking:
     """The same best ``k`` titles as `rank_catalogue`, by best-first search: it stops with a proof.
 
@@ -196,7 +202,8 @@ def exact_search(
     if max_expansions is not None and max_expansions < 1:
         raise UserError(f"wanted max_expansions of at least 1 or None, got {max_expansions}")
     trie, counters = engine.trie, Counters()
-    rule = Rule.of(trie, len(prompts), alpha, scope, gain, assistant, assistant_weight)
+    among = _among(counts, gain_over)
+    rule = Rule.of(trie, len(prompts), alpha, scope, gain, assistant, assistant_weight, among)
     filters = _filters(trie, prompts, exclude, allow)
     growth, first = Growth(engine, prompts, counters), Beams(trie, rule, filters, k, length_penalty)
     if engine.support == "vocabulary":
@@ -301,6 +308,13 @@ def _check(
     check_lists(len(prompts), exclude=exclude, allow=allow)
     if not np.isfinite(length_penalty):
         raise UserError(f"wanted a finite length_penalty, got {length_penalty}; 0 switches it off")
+
+
+def _among(counts: Int64 | None, gain_over: str) -> Int64 | None:
+    """The training targets that IGD-decoding goes by; None: all tokens count alike."""
+    if gain_over not in get_args(GainOver):
+        raise UserError(f"wanted gain_over 'trained' or 'all', got {gain_over!r}")
+    return counts if gain_over == "trained" else None
 
 
 def _filters(trie: Trie, prompts: TokenLists, exclude: Filters, allow: Filters) -> list[TitleFilter | None]:

@@ -11,6 +11,7 @@ Shape key: B rows, L places, D width, H state of a recurrence, I items, M target
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 from triewise.settings import EncoderSettings
 
 PAD = 0
+# Keys of a model's shape that came later; a model without one is as their default says.
+_LATER = ("norm", "last_norm", "scaled", "positions", "initial", "item_std", "position_std")
 
 
 class SequentialModel(nn.Module):
@@ -31,9 +34,19 @@ class SequentialModel(nn.Module):
         n_items: Items I.
         max_length: Items of a history that are read, the last ones.
         seed: Of the initial weights.
+        vectors: float32 (I, Z) of another model; see `ItemOffset`. None: there are none.
+        vector_weight: What they count at the input.
     """
 
-    def __init__(self, settings: EncoderSettings, n_items: int, max_length: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        settings: EncoderSettings,
+        n_items: int,
+        max_length: int,
+        seed: int = 0,
+        vectors: Tensor | None = None,
+        vector_weight: float = 0.0,
+    ) -> None:
         super().__init__()
         self.settings, self.n_items, self.max_length = settings, n_items, max_length
         self.mask = n_items + 1
@@ -43,15 +56,30 @@ class SequentialModel(nn.Module):
             self.body = BODIES[settings.encoder](settings, max_length)
             self.bias = nn.Parameter(torch.zeros(n_items))
             self.head = nn.Linear(settings.width, n_items, bias=False) if settings.head == "linear" else None
-            nn.init.normal_(self.items.weight, std=0.02)
-            with torch.no_grad():
-                self.items.weight[PAD] = 0
+            self._start()
+            self.offset = None if vectors is None else ItemOffset(vectors, settings.width, vector_weight)
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """The weights training starts from."""
+        kind = self.settings.initial
+        nn.init.normal_(self.items.weight, std=self.settings.item_std)
+        for name, weight in self.named_parameters() if kind != "normal" else ():
+            if kind == "xavier" and weight.dim() > 1:
+                nn.init.xavier_normal_(weight)
+            elif kind == "truncated" and not re.search(r"norm|\.(nu|theta|gamma)$", name):
+                nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
+        self.items.weight[PAD] = 0
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``model/config.json`` says: kind, n_items, max_length, width, blocks, heads, dropout, head."""
-        shape = self.settings.model_dump(include=set(EncoderSettings.model_fields))
-        kind = shape.pop("encoder")
+        """What ``model/config.json`` says: kind, n_items, max_length, width, blocks, heads, dropout, head, ..."""
+        fields = EncoderSettings.model_fields
+        shape = self.settings.model_dump(include=set(fields))
+        shape = {n: v for n, v in shape.items() if n not in _LATER or v != fields[n].default}
+        kind, offset = shape.pop("encoder"), self.offset
+        if offset is not None:
+            shape["vectors"] = {"size": offset.linear.in_features, "weight": offset.weight}
         return {"kind": kind, "n_items": self.n_items, "max_length": self.max_length, **shape}
 
     @classmethod
@@ -59,7 +87,11 @@ class SequentialModel(nn.Module):
         """A model of the shape that `config` says."""
         shape = {name: value for name, value in config.items() if name in EncoderSettings.model_fields}
         settings = EncoderSettings(encoder=config["kind"], **shape)
-        return cls(settings, config["n_items"], config["max_length"])
+        n_items, given = config["n_items"], config.get("vectors")
+        if given is None:
+            return cls(settings, n_items, config["max_length"])
+        vectors = torch.zeros(n_items, given["size"])  # they lie with the weights
+        return cls(settings, n_items, config["max_length"], 0, vectors, given["weight"])
 
     @property
     def bidirectional(self) -> bool:
@@ -73,8 +105,15 @@ class SequentialModel(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """States (B, L, D) of rows of numbers (B, L), int64."""
-        states: Tensor = self.body(self.items(ids), ids != PAD)
+        states: Tensor = self.body(self.inputs(ids), ids != PAD)
         return states
+
+    def inputs(self, ids: Tensor) -> Tensor:
+        """What the encoder reads, (B, L, D), before places are added."""
+        x: Tensor = self.items(ids)
+        if self.settings.scaled:
+            x = x * math.sqrt(self.settings.width)
+        return x if self.offset is None else x + self.offset(ids)
 
     def scores(self, states: Tensor) -> Tensor:
         """Scores (M, I) of all items for states (M, D)."""
@@ -99,6 +138,30 @@ class SequentialModel(nn.Module):
         return self.scores(states * (length > 0)[:, None])
 
 
+class ItemOffset(nn.Module):
+    """``weight (W z_i + c)``: what another model knows of an item, beside the item's own embedding.
+
+    Args:
+        vectors: float32 (I, Z), not trained; saved with the model. Padding and the mask have the vector 0.
+        width: D.
+        weight: Of all of it.
+
+    Source: DLLM2Rec, arXiv:2405.00338, whose items' own embeddings are offsets from this one.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, vectors: Tensor, width: int, weight: float) -> None:
+        super().__init__()
+        self.weight, self.linear = weight, nn.Linear(vectors.shape[1], width)
+        self.register_buffer("vectors", F.pad(vectors, (0, 0, 1, 1)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, L, D) for rows of numbers (B, L)."""
+        offset: Tensor = self.weight * self.linear(self.vectors[ids])
+        return offset
+
+
 class _GRU(nn.Module):
     """GRU4Rec as recommenders of this field compare with it: an embedding, a GRU, a head (no session batches)."""
 
@@ -119,8 +182,9 @@ class _Attention(nn.Module):
 
     def __init__(self, settings: EncoderSettings) -> None:
         super().__init__()
-        self.heads, self.p = settings.heads, settings.dropout
-        self.q, self.k, self.v, self.out = (nn.Linear(settings.width, settings.width) for _ in range(4))
+        self.heads, self.p, d = settings.heads, settings.dropout, settings.width
+        self.q, self.k, self.v = (nn.Linear(d, d) for _ in range(3))
+        self.out = nn.Identity() if settings.norm == "inner" else nn.Linear(d, d)
 
     def forward(self, query: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
         """``mask`` (B, L): the keys that may be looked at; None: those up to the query's place."""
@@ -141,16 +205,20 @@ class _Positions(nn.Module):
     def __init__(self, settings: EncoderSettings, places: int) -> None:
         super().__init__()
         self.position = nn.Embedding(places, settings.width)
-        self.dropout = nn.Dropout(settings.dropout)
-        nn.init.normal_(self.position.weight, std=0.02)
+        self.dropout, self.from_newest = nn.Dropout(settings.dropout), settings.positions == "newest"
+        nn.init.normal_(self.position.weight, std=settings.position_std)
 
-    def forward(self, x: Tensor) -> Tensor:
-        summed: Tensor = self.dropout(x + self.position.weight[: x.shape[1]])
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        places = self.position.weight[: x.shape[1]]
+        if self.from_newest:
+            first = len(self.position.weight) - real.sum(1, keepdim=True)
+            places = self.position((first + real.cumsum(1) - 1).clamp(min=0))
+        summed: Tensor = self.dropout(x + places)
         return summed
 
 
 class _SASRec(nn.Module):
-    """Causal attention as in the authors' code: queries are normalised, keys and values are not."""
+    """Causal attention; where its norms stand is said by ``settings.norm``."""
 
     def __init__(self, settings: EncoderSettings, max_length: int) -> None:
         super().__init__()
@@ -160,14 +228,26 @@ class _SASRec(nn.Module):
         self.query_norm, self.norm = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
         self.feed_forward = _feed_forward(settings, d, nn.ReLU)
         self.last_norm = nn.LayerNorm(d)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout, self.kind = nn.Dropout(settings.dropout), settings.norm
+        inner = n if self.kind == "inner" else 0
+        self.inner_norm = nn.ModuleList(nn.LayerNorm(d) for _ in range(inner))
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        x = self.positions(x)
+        x = self.positions(x, real)
         for n, attention in enumerate(self.attention):
+            if self.kind == "post":
+                x = self.query_norm[n](x + self.dropout(attention(x, x, None)))
+                x = self.norm[n](x + self.feed_forward[n](x))
+                continue
             query = self.query_norm[n](x)
+            if self.kind == "pre":
+                x = x + self.dropout(attention(query, query, None))
+                x = x + self.feed_forward[n](self.norm[n](x))
+                continue
             x = self.norm[n](query + self.dropout(attention(query, x, None)))
             x = x + self.feed_forward[n](x)
+            if self.kind == "inner":
+                x = self.inner_norm[n](x)
         states: Tensor = self.last_norm(x)
         return states
 
@@ -182,11 +262,11 @@ class _BERT4Rec(nn.Module):
         self.attention = nn.ModuleList(_Attention(settings) for _ in range(n))
         self.before, self.between = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
         self.feed_forward = _feed_forward(settings, 4 * d, nn.GELU)
-        self.last_norm = nn.LayerNorm(d)
+        self.last_norm = nn.LayerNorm(d) if settings.last_norm else nn.Identity()
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        x = self.positions(x)
+        x = self.positions(x, real)
         for n, attention in enumerate(self.attention):
             y = self.before[n](x)
             x = x + self.dropout(attention(y, y, real))

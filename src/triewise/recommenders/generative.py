@@ -186,6 +186,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
             assistant=None if helper is None else log_probabilities(helper, histories),
             assistant_weight=1.0 if helper is None else self.assistant_weight,
             counts=self.counts,
+            gain_over=self.gain_over,
         )
 
     def log_probabilities(self, histories: ItemLists) -> Doubles:
@@ -200,6 +201,11 @@ class GenerativeRecommender(SearchSettings, Assisted):
         theirs = title_log_probabilities(self.assistant, histories, self.groups)
         length = self.trie.depth[np.unique(self.trie.leaf)].astype(np.float64)
         return by_group(own.recommend(histories, None), self.groups), theirs / length**self.length_penalty
+
+    def item_vectors(self) -> NDArray[np.float32]:
+        """(I, D) last hidden states of the titles, as grounding compares them."""
+        vectors: NDArray[np.float32] = self.grounded.title_embeddings().cpu().numpy()
+        return vectors[self.groups.of_item]
 
     def score(self, histories: ItemLists, candidates: ItemLists) -> NDArray[np.float32]:
         """(B, C) log-probabilities of given items after each history, by the model alone; see `decoding.score`."""
@@ -281,7 +287,11 @@ class GenerativeRecommender(SearchSettings, Assisted):
         start = single_start(
             backbone.tokenizer, made["template"], made["chat"]
         )  # where the folder names none
-        prompts = build_prompts(backbone.tokenizer, saved.catalog, **{"start": start, **made})
+        made = {"start": start} | made
+        prompts = build_prompts(backbone.tokenizer, saved.catalog, **made)
+        if prompts.template == "d3" and prompts.hash != manifest["hashes"]["prompt"]:
+            made |= {"template": "d3-reworded"}  # it was saved with the former words
+            prompts = build_prompts(backbone.tokenizer, saved.catalog, **made)
         saved.check(hashes(prompts, trie, saved.counts))
         rebuilt = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
         if rebuilt.fingerprint() != trie.fingerprint():
@@ -296,7 +306,8 @@ class GenerativeRecommender(SearchSettings, Assisted):
             saved.counts,
             saved.card,
             folder=saved.folder,
-            **{name: manifest[name] for name in SETTINGS if name in manifest},
+            **{"gain_over": "all"}  # as searches did before they could be told
+            | {name: manifest[name] for name in SETTINGS if name in manifest},
         )
 
     def push_to_hub(

@@ -25,7 +25,7 @@ from triewise.ranking import ItemLists, Items, Recommender
 from triewise.reports import CardFacts, Recommendation
 
 if TYPE_CHECKING:
-    from triewise.arrays import Int64
+    from triewise.arrays import Float32, Int64
     from triewise.settings import EvaluationSettings
     from triewise.tokens import Dropped
 
@@ -85,6 +85,9 @@ class SavedRecommender(Recommender, Protocol):
 
         With weight a of the model the score of a title is a * first + (1 - a) * second, whatever the search.
         """
+
+    def item_vectors(self) -> Float32:
+        """(I, Z) what the model knows of each item: of titles it reads, or of items it has numbers for."""
 
     def explain(
         self, history: Items, items: Sequence[int], target: int | None = None

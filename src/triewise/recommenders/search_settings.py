@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from triewise.decoding import Scope, Support
+from triewise.decoding import GainOver, Scope, Support
 
 Search = Literal["beam", "exact", "catalogue", "grounding"]
 SEARCHES: tuple[Search, ...] = ("beam", "exact", "catalogue", "grounding")
@@ -27,7 +27,8 @@ class SearchSettings:
         support: Softmax over valid tokens (``trie``) or over the vocabulary.
         length_penalty: Exponent of the title's length that divides a score (BIGRec 1).
         alpha: Strength of IGD-decoding; 0 switches it off.
-        scope: What IGD-decoding scales the gain over, ``node`` or (beam search only) ``step``.
+        scope: Where IGD-decoding scales the gain, among siblings (``node``) or (beam search only) at a ``step``.
+        gain_over: What of that counts: tokens with training targets (``trained``) or ``all``.
         text_beams: Grounding: beams of the free generation.
         text_tokens: Grounding: most tokens of the free text.
         gamma: Grounding: strength with which popularity, or the assistant, is injected; 0 switches it off.
@@ -40,6 +41,7 @@ class SearchSettings:
     length_penalty: float = 0.0
     alpha: float = 0.0
     scope: Scope = "node"
+    gain_over: GainOver = "trained"
     text_beams: int = field(default=4, metadata=OF_GROUNDING)
     text_tokens: int = field(default=128, metadata=OF_GROUNDING)
     gamma: float = field(default=0.0, metadata=OF_GROUNDING)
@@ -55,6 +57,8 @@ class SearchSettings:
         """Those that the rankings depend on: the ones of the trie, or of grounding, which has no support."""
         kind = OF_GROUNDING if self.search == "grounding" else {}
         used = {f.name: getattr(self, f.name) for f in fields(SearchSettings) if f.metadata == kind}
+        if not self.alpha:
+            used.pop("gain_over", None)
         return {"search": self.search} | ({"support": "none"} if kind else {}) | used
 
 

@@ -156,6 +156,11 @@ class SequentialRecommender(Assisted):
         theirs = title_log_probabilities(self.assistant, histories, self.groups)
         return self.groups.scores(self.log_probabilities(histories)).astype(np.float64), theirs
 
+    def item_vectors(self) -> NDArray[np.float32]:
+        """(I, D) embeddings of the items."""
+        vectors: NDArray[np.float32] = self.model.items.weight[1:-1].detach().float().cpu().numpy()
+        return vectors
+
     def own_scores(self, histories: ItemLists) -> NDArray[np.float32]:
         """What the model alone says of all items, float32 (B, I), on no scale of its own.
 

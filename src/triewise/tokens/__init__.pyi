@@ -4,6 +4,7 @@ from .decisiveness import (
     decoding_weights as decoding_weights,
     forced_share as forced_share,
     information_gain as information_gain,
+    is_trained as is_trained,
     linear_weights as linear_weights,
     position_weights as position_weights,
     scale_within as scale_within,

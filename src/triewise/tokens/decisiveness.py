@@ -75,30 +75,38 @@ def zero_gain(t: Trie, counts_per_item: ArrayLike) -> Bool:
     return _keeps_all(t, _masses(t, counts_per_item))
 
 
-def decoding_weights(t: Trie, gain: ArrayLike, alpha: float) -> Float64:
+def decoding_weights(
+    t: Trie, gain: ArrayLike, alpha: float, counts_per_item: ArrayLike | None = None
+) -> Float64:
     r"""Weights of the log-probabilities in IGD's decoding.
 
     .. math:: w_n = 1 - \alpha \frac{\mathrm{gain}_n - \min}{\max - \min}
 
-    with minimum and maximum over the siblings of n, n included. Of the children of a node the least
-    decisive token keeps weight 1 and the most decisive gets ``1 - alpha``: log-probabilities are negative,
-    so that raises it.
+    with minimum and maximum over the siblings of n, n included, that have training targets below them. Of the
+    children of a node the least decisive token keeps weight 1 and the most decisive gets ``1 - alpha``:
+    log-probabilities are negative, so that raises it. A token without training targets weighs 1.
 
     Args:
         t: The trie of the catalogue.
         gain: Finite numbers (N,), usually `information_gain`.
         alpha: Strength in [0, 1]; 0 is ordinary decoding.
+        counts_per_item: (I,) as in `information_gain`. None: all siblings count alike, also those without training
+            targets; these gain all of their parent's entropy, so they are raised most and their siblings less.
 
     Returns:
         float64 (N,) in [1 - alpha, 1]: the weight of the edge into each node; 1 at the root and where all
         siblings are equal (to rounding).
 
     Raises:
-        UserError: ``alpha`` outside [0, 1], or ``gain`` not (N,) finite numbers.
+        UserError: ``alpha`` outside [0, 1], ``gain`` not (N,) finite numbers, or counts as `gain_entropy`.
 
-    Differs from the paper: scaled over siblings, not over all candidates of a beam step (as the authors'
-    code), and without the code's 1e-7 in the denominator. The paper says that alpha 1 is ordinary decoding;
-    alpha 0 is.
+    Source: with counts as the authors' code, whose trie holds titles of training targets alone. Differs from the
+    paper: scaled over siblings, not over all candidates of a beam step (as the authors' code), and without the
+    code's 1e-7 in the denominator. The paper says that alpha 1 is ordinary decoding; alpha 0 is.
+
+    >>> t = Trie.from_sequences([[1, 9], [2, 9], [3, 9]])
+    >>> decoding_weights(t, information_gain(t, [6, 3, 0]), 0.4, [6, 3, 0])[1:4].tolist()
+    [0.6, 1.0, 1.0]
     """
     _check_share("alpha", alpha)
     gain_N = np.asarray(gain, dtype=np.float64)
@@ -109,25 +117,35 @@ def decoding_weights(t: Trie, gain: ArrayLike, alpha: float) -> Float64:
         )
     inner = np.flatnonzero(t.n_children)
     edge, start = gain_N[1:], t.child_ptr[inner] - 1
-    scaled = scale_within(edge, start)
+    scaled = scale_within(
+        edge, start, None if counts_per_item is None else is_trained(t, counts_per_item)[1:]
+    )
     return np.concatenate(([1.0], 1.0 - alpha * scaled))
 
 
-def scale_within(gain: Float64, start: NDArray[np.integer]) -> Float64:
+def is_trained(t: Trie, counts_per_item: ArrayLike) -> Bool:
+    """Whether a training target lies under each node: bool (N,); arguments and errors as `gain_entropy`."""
+    return _masses(t, counts_per_item) > 0
+
+
+def scale_within(gain: Float64, start: NDArray[np.integer], among: Bool | None = None) -> Float64:
     """Gains brought to [0, 1] within groups: smallest 0, largest 1; 0 in groups whose gains are equal (to rounding).
 
     Args:
         gain: float64 (E,), groups one after the other.
         start: (G,), ascending; where each group begins, 0 first.
+        among: (E,); the others are no part of their group, and 0. None: all are.
     """
     if not len(gain):
         return gain
-    low, high = np.minimum.reduceat(gain, start), np.maximum.reduceat(gain, start)
-    differ = high - low > ROUNDING * np.maximum(np.abs(low), np.abs(high))
-    span = np.where(differ, high - low, 1.0)
+    among = np.ones(len(gain), dtype=bool) if among is None else among
+    low = np.minimum.reduceat(np.where(among, gain, np.inf), start)
+    high = np.maximum.reduceat(np.where(among, gain, -np.inf), start)
+    differ = high - low > ROUNDING * np.maximum(np.abs(low), np.abs(high))  # false where nothing is among
+    low, span = np.where(differ, low, 0.0), np.where(differ, high - low, 1.0)
     size = np.diff(start, append=len(gain))
     above = gain - np.repeat(low, size)
-    scaled: Float64 = above / np.repeat(span, size) * np.repeat(differ, size)
+    scaled: Float64 = above / np.repeat(span, size) * (np.repeat(differ, size) & among)
     return scaled
 
 

@@ -11,6 +11,7 @@ Templates (facts of the papers' prompts in ``docs/papers.md``; the sentences of 
     plain   titles, each closed by the terminator   title as it is      ours, for models trained from scratch
     msl     instruction, input, response            title in quotes     MSL, BIGRec
     d3      the same with "User Input"              title and newline   IGD's copy of D3
+            (``d3-reworded``: what d3 was here before it had its authors' words, for what was trained on it)
 """
 
 from __future__ import annotations
@@ -38,18 +39,21 @@ _ANNOUNCEMENT = (
 _ALONE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 _UNKNOWN = "Unknow"  # IGD's code spells it so
 
-# "palyed" is the D3 authors' spelling; results depend on the exact text, so it stays.
+# Spelling, grammar and white space of d3 are its authors'; results depend on the exact text, so they stay.
 _BEFORE = {
     "msl": _ANNOUNCEMENT
     + "\n\n### Instruction:\nGiven the {noun} the user has {verb}, recommend a new one the user likes."
     "\n\n### Input:\nThe user has {verb} the following {noun} before: ",
     "d3": _ANNOUNCEMENT
+    + " \n\n### Instruction:\nGiven a list of {noun} the user recetenly enjoy, please write a new {noun} that the user "
+    "may bought\n### User Input: \nThe user has palyed the following {noun}s before: ",
+    "d3-reworded": _ANNOUNCEMENT
     + "\n\n### Instruction:\nGiven a list of {noun} the user recently enjoyed, please write a new "
     "one that the user may buy\n\n### User Input: \nThe user has palyed the following {noun}s before: ",
 }
-_AFTER = {"msl": "\n \n\n### Response:\n", "d3": "\n\n### Response: \n"}
-_TITLE = {"plain": "{}", "msl": '"{}"', "d3": "{}\n"}
-_IN_HISTORY = {"msl": '"{}"', "d3": "{}"}
+_AFTER = {"msl": "\n \n\n### Response:\n", **dict.fromkeys(("d3", "d3-reworded"), "\n\n### Response: \n")}
+_TITLE = {"plain": "{}", "msl": '"{}"', **dict.fromkeys(("d3", "d3-reworded"), "{}\n")}
+_IN_HISTORY = {"msl": '"{}"', **dict.fromkeys(("d3", "d3-reworded"), "{}")}
 TEMPLATES = tuple(_TITLE)
 WITHOUT = ("no-input", "unknown")
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # where the user's text goes while a chat template is rendered
@@ -79,7 +83,7 @@ class Prompts:
     """Turns histories of item indices into token ids, in any number of threads; made by :func:`build_prompts`.
 
     Attributes:
-        template: One of ``plain``, ``msl``, ``d3``.
+        template: One of :data:`TEMPLATES`.
         title_tokens: For each item the ids of its title and the terminator: what the trie is built from.
         bos: Ids in front of every prompt; never empty for ``plain``, so an empty history has a prompt too.
         max_history: Only the last so many titles of a history are used.
@@ -167,10 +171,11 @@ class Prompts:
                     "use 'no-input'"
                 )
             return list(self.bos)
-        instruction, mark, section = self.lead.rpartition("\n\n### ")
+        instruction, mark, section = self.lead.rpartition("\n### ")
         after = _AFTER[self.template]
         if style == "no-input":
-            text = _ALONE + instruction.removeprefix(_ANNOUNCEMENT) + after[after.index("\n\n###") :]
+            instruction = instruction.removeprefix(_ANNOUNCEMENT).removesuffix("\n")
+            text = _ALONE + instruction + after[after.index("\n\n###") :]
         else:
             text = instruction + mark + section.partition("\n")[0] + "\n" + _UNKNOWN + after
         return self._around(text)
@@ -224,7 +229,8 @@ def build_prompts(
     single = single_start(tokenizer, template, chat)
     own = () if chat else _in_front(tokenizer) or single
     bos = own if start is None else tuple(start)
-    frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), template]
+    name = template.removesuffix("-reworded")
+    frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), name]
     lengths = {"max_history": max_history, "max_tokens": max_tokens}
     identity = [*frame, lead, before, after, bos, *lengths.values(), tokenizer_hash(tokenizer)]
     return Prompts(

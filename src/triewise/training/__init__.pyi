@@ -1,9 +1,17 @@
 from .cautions import training_warnings as training_warnings
 from .checkpoints import resume_point as resume_point
 from .contrast import Contrast as Contrast
+from .distil import (
+    TEACHER as TEACHER,
+    VECTORS as VECTORS,
+    Teacher as Teacher,
+    distilled as distilled,
+    part_path as part_path,
+    write_part as write_part,
+)
 from .examples import Examples as Examples, along_titles as along_titles
 from .item_fit import fit as fit
-from .item_tasks import Sequences as Sequences
+from .item_tasks import ItemLoss as ItemLoss, Sequences as Sequences, item_loss as item_loss
 from .losses import trie_nll as trie_nll, vocabulary_nll as vocabulary_nll
 from .objective import Learned as Learned, Objective as Objective
 from .preferences import Preferences as Preferences, kept_reference as kept_reference

@@ -29,6 +29,7 @@ _OF_THE_LOSS = (
     *("negatives", "label_smoothing", "mask_probability", "mask_last", "dros_alpha", "dros_beta0"),
     "optimizer",
 )
+_ADDED = {"negatives_outside": "target"}  # later keys, and what was done before
 
 
 def fit(
@@ -57,9 +58,12 @@ def fit(
     if (sequential.loss == "cloze") != model.bidirectional:
         fitting = "cloze" if model.bidirectional else "cross-entropy or bce"
         raise UserError(f"wanted the loss {fitting} for {model.settings.encoder}, got {sequential.loss!r}")
+    later: dict[str, Any] = {key: v for key, old in _ADDED.items() if (v := getattr(sequential, key)) != old}
+    if sequential.loss == "bce":
+        later["scale"] = 0.5  # it was 1
     learned = {
         "encoder": model.config,
-        "loss": {"base": sequential.loss} | sequential.model_dump(include=set(_OF_THE_LOSS)),
+        "loss": {"base": sequential.loss} | sequential.model_dump(include=set(_OF_THE_LOSS)) | later,
         "sequences": sequences.fingerprint(),
     }
     state = TrainingState(model, model.bias.device, learned, settings, seed, out, validate)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triewise.arrays import padded
+from triewise.errors import UserError
 from triewise.models import PAD, SequentialModel
-from triewise.settings import SequentialSettings
-from triewise.training.windows import Windows
+
+if TYPE_CHECKING:
+    from triewise.settings import SequentialSettings
+    from triewise.training.windows import Windows
 
 Bools = NDArray[np.bool_]
 
@@ -64,16 +67,21 @@ class Task:
         place: int64 (M,); index into the flattened (B * L) of the state that predicts a target.
         target: int64 (M,); items, 0..I-1.
         weight: float32 (M,).
+        row: int64 (M,); which of the sequences a target is in.
     """
 
     ids: NDArray[np.int64]
     place: NDArray[np.int64]
     target: NDArray[np.int64]
     weight: NDArray[np.float32]
+    row: NDArray[np.int64]
 
 
 # From states (M, D), the targets they are to predict and random numbers to losses (M,).
 ItemLoss = Callable[[Tensor, Task, np.random.Generator], Tensor]
+# From scores of all items (M, I) and of the negatives (M, N) to what is added to the losses (M,).
+Added = Callable[[Tensor, Tensor, Task], Tensor]
+PAIRWISE = ("bce", "mse", "bpr")
 
 
 def shifted_task(sequences: Sequences, index: NDArray[np.int64]) -> Task:
@@ -81,8 +89,7 @@ def shifted_task(sequences: Sequences, index: NDArray[np.int64]) -> Task:
     ids = _trimmed(sequences.ids[index])
     before, after = ids[:, :-1], ids[:, 1:]
     ask: Bools = (np.arange(1, ids.shape[1]) >= sequences.n_context[index][:, None]) & (after != PAD)
-    weight = np.broadcast_to(sequences.weight[index][:, None], ask.shape)[ask]
-    return Task(before, np.flatnonzero(ask), after[ask] - 1, weight)
+    return _task(sequences, index, before, ask, after)
 
 
 def cloze_task(
@@ -110,16 +117,49 @@ def cloze_task(
     ask: Bools = np.where(cut[:, None], place == last[:, None], chosen)
     kind = np.where(cut[:, None], 0.0, rng.random(ids.shape))
     shown = np.where(kind < 0.8, mask, np.where(kind < 0.9, rng.integers(1, mask, ids.shape), ids))
-    weight = np.broadcast_to(sequences.weight[index][:, None], ask.shape)[ask]
-    return Task(np.where(ask, shown, ids), np.flatnonzero(ask), ids[ask] - 1, weight)
+    return _task(sequences, index, np.where(ask, shown, ids), ask, ids)
 
 
-def sampled_bce(positive: Tensor, negative: Tensor) -> Tensor:
-    """``-ln sigmoid(s_t) - mean_n ln(1 - sigmoid(s_n))`` (M,) from scores (M,) and (M, N).
+def draw_negatives(
+    task: Task, n: int, n_items: int, outside: str, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Items (M, N) that are not the target, and with ``outside = "history"`` none of those before it.
 
-    Source: SASRec, arXiv:1808.09781, Eq. 6, with a mean over N where there are several negatives.
+    Raises:
+        UserError: A history and its target are all items there are.
     """
-    return F.softplus(-positive) + F.softplus(negative).mean(1)
+    if outside == "target":
+        drawn = rng.integers(n_items - 1, size=(len(task.target), n))
+        return drawn + (drawn >= task.target[:, None])
+    row, last = np.divmod(task.place, task.ids.shape[1])
+    before = np.where(np.arange(task.ids.shape[1]) <= last[:, None], task.ids[row], PAD) - 1
+    taken = np.sort(np.concatenate([before, task.target[:, None]], axis=1), axis=1)
+    taken[:, 1:][taken[:, 1:] == taken[:, :-1]] = -1
+    taken = np.sort(np.where(taken < 0, n_items, taken), axis=1)
+    left = (n_items - (taken < n_items).sum(1))[:, None]
+    if not left.all():
+        raise UserError(
+            f"wanted an item outside a history to draw as a negative, got a history of all {n_items} items; set "
+            "sequential.negatives_outside = 'target'"
+        )
+    drawn = rng.integers(left, size=(len(left), n))
+    for item in taken.T:  # ascending: a draw is counted past each item that is taken
+        drawn += drawn >= item[:, None]
+    return drawn
+
+
+def pairwise(kind: str, positive: Tensor, negative: Tensor) -> Tensor:
+    """Losses (M,) of a target's score (M,) against those of negatives (M, N), a mean over N where there are several.
+
+    ``bce``: ``(-ln sigmoid(s_t) - ln(1 - sigmoid(s_n))) / 2`` (SASRec, arXiv:1808.09781, Eq. 6); ``mse``:
+    ``((s_t - 1)^2 + s_n^2) / 2``: as the code of DROS and DLLM2Rec, means over positives and negatives together, so
+    that their weights of what is added to them are ours. ``bpr``: ``-ln sigmoid(s_t - s_n)``.
+    """
+    if kind == "bpr":
+        return F.softplus(negative - positive[:, None]).mean(1)
+    if kind == "mse":
+        return ((positive - 1).square() + negative.square().mean(1)) / 2
+    return (F.softplus(-positive) + F.softplus(negative).mean(1)) / 2
 
 
 def dros(scores: Tensor, target: Tensor, propensity: Tensor, beta0: float = 1.0) -> Tensor:
@@ -148,34 +188,47 @@ def propensities(counts: NDArray[np.int64]) -> NDArray[np.float32]:
     return weight.astype(np.float32)
 
 
-def item_loss(model: SequentialModel, settings: SequentialSettings, counts: NDArray[np.int64]) -> ItemLoss:
+def item_loss(
+    model: SequentialModel,
+    settings: SequentialSettings,
+    counts: NDArray[np.int64],
+    added: Added | None = None,
+) -> ItemLoss:
     """The loss that ``[sequential]`` asks for, DROS on top.
 
     Args:
         model: Gives the scores.
-        settings: Which loss, and what it needs.
+        settings: Which loss, and what it needs. With ``bpr`` it sees ``elu(s) + 1`` of all scores, as DROS's code.
         counts: (I,) training targets of each item, for `propensities`.
+        added: What else is added, from the scores and those of the negatives; with a loss over all items the
+            negatives are drawn for it alone.
     """
     propensity = torch.from_numpy(propensities(counts)).to(model.bias.device)
+    alpha, pairs = settings.dros_alpha, settings.loss in PAIRWISE
 
     def loss(states: Tensor, task: Task, rng: np.random.Generator) -> Tensor:
         target = torch.from_numpy(task.target).to(states.device)
-        if settings.loss == "bce" and not settings.dros_alpha:
-            return bce(states, target, task, rng)
-        scores = model.scores(states)
-        if settings.loss == "bce":
-            base = bce(states, target, task, rng)
+        items = target[:, None]
+        if pairs or added is not None:
+            drawn = draw_negatives(task, settings.negatives, model.n_items, settings.negatives_outside, rng)
+            items = torch.cat([items, torch.from_numpy(drawn).to(states.device)], dim=1)
+        if pairs and not alpha and added is None:
+            some = _shown(model.scores_of(states, items))
+            return pairwise(settings.loss, some[:, 0], some[:, 1:])
+        scores = _shown(model.scores(states))
+        some = scores.gather(1, items)
+        if pairs:
+            total = pairwise(settings.loss, some[:, 0], some[:, 1:])
         else:
-            base = F.cross_entropy(scores, target, reduction="none", label_smoothing=settings.label_smoothing)
-        alpha = settings.dros_alpha
-        return base + alpha * dros(scores, target, propensity, settings.dros_beta0) if alpha else base
+            total = F.cross_entropy(
+                scores, target, reduction="none", label_smoothing=settings.label_smoothing
+            )
+        if alpha:
+            total = total + alpha * dros(scores, target, propensity, settings.dros_beta0)
+        return total if added is None else total + added(scores, some[:, 1:], task)
 
-    def bce(states: Tensor, target: Tensor, task: Task, rng: np.random.Generator) -> Tensor:
-        drawn = rng.integers(model.n_items - 1, size=(len(task.target), settings.negatives))
-        drawn += drawn >= task.target[:, None]
-        items = torch.cat([target[:, None], torch.from_numpy(drawn).to(target.device)], dim=1)
-        some = model.scores_of(states, items)
-        return sampled_bce(some[:, 0], some[:, 1:])
+    def _shown(scores: Tensor) -> Tensor:
+        return F.elu(scores) + 1 if settings.loss == "bpr" else scores
 
     return loss
 
@@ -188,6 +241,18 @@ def task_loss(model: SequentialModel, task: Task, loss: ItemLoss, rng: np.random
     # A batch of rows that weigh nothing, or without a target, costs nothing.
     total = (weight * loss(states, task, rng)).sum()
     return total / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+
+
+def _task(
+    sequences: Sequences,
+    index: NDArray[np.int64],
+    shown: NDArray[np.int64],
+    ask: Bools,
+    wanted: NDArray[np.int64],
+) -> Task:
+    """A batch that asks at some places (B, L) of what is shown for the items that are wanted there."""
+    row = np.broadcast_to(index[:, None], ask.shape)[ask]
+    return Task(shown, np.flatnonzero(ask), wanted[ask] - 1, sequences.weight[row], row)
 
 
 def _trimmed(ids: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -38,9 +38,9 @@ class AdaptiveTemperature:
             ``exact``, no Gaussian: bisection, within the clamp, of the mean of P over the rows looked at. Where
             both ends of the clamp lie on one side of ``eta``, the end whose mean is nearer to it.
         rows: Which positions are looked at with ``scope = "global"``. ``widest``: those at the trie node with
-            the most children. ``root``: those at the root of the trie (the released rule); equal where the
-            root is the widest node, elsewhere m is near 1. ``all``: all positions, as in the paper, but those
-            of a single valid token, where P is 1 at any temperature.
+            the most children. ``root``: those at the root of the trie (the released rule); often the same node, but
+            on books one below the root is wider, and m is near 1 where a quote opens every title. ``all``: all
+            positions, as in the paper, but those of a single valid token, where P is 1 at any temperature.
         scope: ``global``, one temperature for all tokens; ``token``, each token its own, from its own logits
             and its own number of valid tokens (Eq. 11), without smoothing.
 

@@ -1,0 +1,1 @@
+"""Numbers computed with the authors' code: they must come out."""
