@@ -140,11 +140,25 @@ def stop_and_go(out: Path) -> dict[str, Any]:
     found["stopped"] = whole_run(out / "stopped")
     found["resumed"] = whole_run(out / "stopped", resume=True)
     found["ended"] = whole_run(out / "stopped", resume=True)
+    at_second_shard(full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        whole_run(out / "full")
     return found
 
 
-def killed(out: Path) -> None:
-    """The second process is killed while its shard of the second checkpoint is written."""
+def full_disk(path: Path) -> None:
+    """As a disk that is full says so."""
+    raise OSError(28, "No space left on device")
+
+
+def half_a_file(path: Path) -> None:
+    """As a kill leaves it."""
+    path.write_bytes(b"half a file")
+    kill(signal.SIGKILL)
+
+
+def at_second_shard(call: Callable[[Path], None]) -> None:
+    """Do something where the second process writes its second shard from now on."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     write, calls = FileSystemWriter.write_data, 0
@@ -153,11 +167,15 @@ def killed(out: Path) -> None:
         nonlocal calls
         calls += 1
         if calls == 2 and not processes.is_first():
-            (Path(self.path) / "__1_0.distcp").write_bytes(b"half a file")
-            kill(signal.SIGKILL)
+            call(Path(self.path) / "__1_0.distcp")
         return write(self, *args)
 
     FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
+
+
+def killed(out: Path) -> None:
+    """The second process is killed while its shard of the second checkpoint is written."""
+    at_second_shard(half_a_file)
     with pytest.raises(UserError, match="cannot reach the other processes: one of them has ended"):
         whole_run(out)
 

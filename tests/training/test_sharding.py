@@ -116,7 +116,10 @@ def test_a_checkpoint_is_a_file_of_each_process_and_a_resumed_run_is_exact(
     assert [step for step, _ in checkpoints(folder / "stopped")] == [4, 7, 8, 12]
     files = {path.name for path in (folder / "stopped" / "checkpoint-7" / SHARDS).iterdir()}
     assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}
-    assert not list(folder.glob("*/.tmp-*"))
+    assert not list(folder.glob(f"[!f]*/{TEMPORARY}*"))
+    assert [step for step, _ in checkpoints(folder / "full")] == [4], (
+        "a full disk is an OSError in both processes"
+    )
 
 
 def test_a_process_killed_while_it_writes_leaves_the_checkpoint_before(

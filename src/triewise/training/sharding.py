@@ -93,10 +93,17 @@ class Shards:
 
         Returns:
             ``folder``.
+
+        Raises:
+            Exception: What failed in one process is raised in all; an OSError where a disk is full.
         """
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        save(self._state(optimizer), checkpoint_id=folder)
+        try:
+            save(self._state(optimizer), checkpoint_id=folder)
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
         return folder
 
     def load(self, folder: Path, optimizer: Any = None) -> None:
