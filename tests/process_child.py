@@ -1,10 +1,12 @@
-"""What each of several processes runs in `test_processes.py`; the target of a forked process."""
+"""Starts several processes, and what each of them runs in `test_processes.py`."""
 
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import signal
+import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +125,8 @@ class Seen(TrainerCallback):  # type: ignore[misc]
         self.objective, self.gradients, self.tau = objective, [], []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.gradients.append({n: p.grad.clone() for n, p in model.model.named_parameters()})
+        named = model.model.named_parameters()
+        self.gradients.append({n: full(p.grad) for n, p in named if p.requires_grad})
         self.tau.append(self.objective.objective.tau)
 
 
@@ -257,11 +260,47 @@ def full(tensor: Any) -> Any:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def in_processes(job: Callable[[Path], Any], out: str, port: int, rank: int, count: int) -> None:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Launch:
+    """Starts a job of this module, or of one like it, in several processes that meet over gloo.
+
+    Args:
+        environment: What the launcher sets besides.
+    """
+
+    def __init__(self, **environment: str) -> None:
+        self.environment = environment
+        self.forks = multiprocessing.get_context("forkserver")
+        self.forks.set_forkserver_preload(["tests.process_child", "transformers.models.qwen2.modeling_qwen2"])
+
+    def __call__(self, job: Callable[[Path], Any], out: Path, killed: int = 0, count: int = 2) -> list[Any]:
+        """What the job returns in each process; so many of them, the last ones, are killed."""
+        port = free_port()
+        children = [
+            self.forks.Process(target=in_processes, args=(job, str(out), port, rank, count, self.environment))
+            for rank in range(count)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(120)
+        ended = [0] * (count - killed) + [-signal.SIGKILL] * killed
+        assert [child.exitcode for child in children] == ended
+        return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(count - killed)]
+
+
+def in_processes(
+    job: Callable[[Path], Any], out: str, port: int, rank: int, count: int, environment: dict[str, str]
+) -> None:
     """Run a job as one of ``count`` processes; what it returns is saved as ``RANK.pt``."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    os.environ |= {
+    os.environ |= environment | {
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -350,6 +350,7 @@ def _record(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any
         "versions": versions(),
         "commit": commit_of_source(),
         "processes": processes.count(),
+        **({"sharding": "FSDP2"} if processes.sharded() else {}),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
         "data": {"folder": str(dataset.folder.resolve()), "source": dataset.info["source"]},
         **learner.facts,

@@ -22,6 +22,7 @@ from .checks import check_model as check_model, max_positions as max_positions
 from .encoders import PAD as PAD, SequentialModel as SequentialModel
 from .hub import download as download, upload as upload
 from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
+from .merging import twin as twin
 from .probe import (
     Measured as Measured,
     hand_head_matches as hand_head_matches,

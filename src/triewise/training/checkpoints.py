@@ -20,12 +20,13 @@ import torch
 from triewise.files import TEMPORARY, atomic_folder, write_json, write_text
 from triewise.models import save_trained
 
-LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS = (
+LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS, SHARDS = (
     "log.jsonl",
     "best",
     "state.json",
     "weights.safetensors",
     "best.safetensors",
+    "shards",
 )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from triewise.models import Measured, body, cache_of, computes_again, head_weight, own_mask, refusal, relative
 from triewise.progress import note
+from triewise.training import processes
 
 Int64 = NDArray[np.int64]
 SHARE_AT_LEAST = 8  # tokens: a shorter common beginning is not worth the attention it is masked out of
@@ -158,13 +159,13 @@ def hidden_states(
 ) -> Tensor:
     """Hidden states (S, T, D) of packed rows; arguments as in `Packed`, on the model's device.
 
-    Layers whose activations are computed again in the backward pass take no cache: then each sequence has what all rows
-    begin with as its own.
+    Layers whose activations are computed again in the backward pass take no cache, and processes that share weights
+    have to run each layer equally often: then each sequence has what all rows begin with as its own.
     """
     (n_sequences, width), n_prefix = input_ids.shape, len(prefix_ids)
     place = torch.arange(width, device=input_ids.device)
     sees = (place[:, None] >= place) & (place[:, None] < subtree_end[:, None, :])
-    cache, own = None, bool(n_prefix and computes_again(model))
+    cache, own = None, bool(n_prefix and (processes.sharded() or computes_again(model)))
     if own:
         depth = torch.arange(n_prefix, device=input_ids.device)
         input_ids = torch.cat([prefix_ids.expand(n_sequences, -1), input_ids], dim=1)

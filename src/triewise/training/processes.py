@@ -26,20 +26,32 @@ from triewise.settings import TrainingSettings
 T = TypeVar("T")
 # One process prepares data and validates while the others wait; one that has died is noticed at once.
 PATIENCE = timedelta(hours=2)
+# What the launcher's FSDP has to be, and what to do where it is not.
+_FSDP = {
+    "VERSION": ("2", "add --fsdp_version 2"),
+    "OFFLOAD_PARAMS": ("false", "launch without --fsdp_offload_params"),
+    "ACTIVATION_CHECKPOINTING": ("false", "set training.gradient_checkpointing = true instead"),
+}
+_launched_with_fsdp = False
 
 
 def start() -> None:
     """Meet the other processes, where `torchrun` or ``accelerate launch`` started several.
 
     Raises:
-        UserError: ``accelerate launch`` is to shard what is trained.
+        UserError: ``accelerate launch`` wants DeepSpeed, or FSDP as it is not done here.
     """
-    for kind in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            raise UserError(
-                f"wanted whole weights in each process (DDP), got {kind}: validation and checkpoints of sharded ones "
-                "are not there yet; launch without it"
-            )
+    global _launched_with_fsdp
+    if _asked_for("DEEPSPEED"):
+        raise UserError("wanted DDP or FSDP2, got DeepSpeed; launch with --use_fsdp --fsdp_version 2 instead")
+    if _asked_for("FSDP"):
+        for name, (wanted, advice) in _FSDP.items():
+            got = os.environ.get(f"FSDP_{name}", "1" if name == "VERSION" else wanted).lower()
+            if got != wanted:
+                raise UserError(f"wanted FSDP_{name} = {wanted}, got {got}; {advice}")
+        # From here on it is ours: transformers would load, and accelerate wrap, in another way.
+        del os.environ["ACCELERATE_USE_FSDP"]
+        _launched_with_fsdp = True
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
     backend = "gloo"
@@ -47,6 +59,10 @@ def start() -> None:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     dist.init_process_group(backend, timeout=PATIENCE)
+
+
+def _asked_for(kind: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true"
 
 
 def finish() -> bool:
@@ -65,6 +81,11 @@ def count() -> int:
 def rank() -> int:
     """Number of this process, from 0."""
     return dist.get_rank() if count() > 1 else 0
+
+
+def sharded() -> bool:
+    """Whether each process trains with a part of the weights (FSDP2), not with all of them."""
+    return _launched_with_fsdp and count() > 1
 
 
 def is_first() -> bool:

@@ -7,8 +7,10 @@ no business of this room; in several processes the first one writes and validate
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 
 from triewise.errors import UserError
-from triewise.files import atomic_folder, read_json, write_json
+from triewise.files import TEMPORARY, atomic_folder, read_json, write_json
 from triewise.models import load_trained, save_trained
 from triewise.progress import progress
 from triewise.settings import TrainingSettings
@@ -28,6 +30,7 @@ from triewise.training.checkpoints import (
     BEST,
     BEST_WEIGHTS,
     LOG,
+    SHARDS,
     STATE,
     WEIGHTS,
     checkpoints,
@@ -40,6 +43,7 @@ from triewise.training.checkpoints import (
     set_random_state,
     signals_set,
 )
+from triewise.training.sharding import Shards
 
 # A resumed run may change these: they decide when to look, when to stop and what memory it takes, not what is computed.
 MAY_CHANGE = {
@@ -107,6 +111,7 @@ class TrainingState:
         validated: Step of the last validation, -1 before the first.
         history: The rows of ``log.jsonl``.
         asked_to_stop: Set by a signal.
+        shards: The weights, where they are spread over the processes and not in the model.
 
     Raises:
         UserError: ``evaluate_every`` > 0 and nothing to validate with.
@@ -137,6 +142,7 @@ class TrainingState:
         self.earlier_seconds, self.started = 0.0, time.monotonic()
         self.history: list[dict[str, Any]] = []
         self.asked_to_stop = threading.Event()
+        self.shards: Shards | None = None
 
     def conduct(
         self,
@@ -169,6 +175,8 @@ class TrainingState:
             if late and self.validated != self.step:
                 self.validate()
             seconds = self.seconds
+        if self.shards is not None:
+            self.shards.put_back()
         if self.best is not None:
             load_trained(self.model, self.out / BEST / WEIGHTS)
         self.model.eval()
@@ -232,12 +240,13 @@ class TrainingState:
         """
         self.validated, state = self.step, random_state(self.device)
         self.model.eval()
-        with torch.no_grad():
-            values, reason = processes.on_first(self._metrics)
-        set_random_state(state, self.device)  # looking must not change what is learned
-        if values or reason is None:
-            self.write_row({"step": self.step, "valid": values})
-            self._compare(values)
+        with self.shards.whole() if self.shards else contextlib.nullcontext():
+            with torch.no_grad():
+                values, reason = processes.on_first(self._metrics)
+            set_random_state(state, self.device)  # looking must not change what is learned
+            if values or reason is None:
+                self.write_row({"step": self.step, "valid": values})
+                self._compare(values)
         if self.stopped is None and reason is not None:
             self.stopped = reason
         if self.stopped is None and 0 < self.settings.patience <= self.waited:
@@ -265,16 +274,26 @@ class TrainingState:
             self.waited = 0
             processes.on_first(lambda: keep_best(self.model, self.out, best))
 
-    def save(self, state: dict[str, Any], files: dict[str, Any]) -> None:
+    def save_shards(self, optimizer: Any) -> Path | None:
+        """Write what is spread over the processes beside the checkpoint it will be a part of; None: nothing is."""
+        if self.shards is None:
+            return None
+        return self.shards.save(self.out / f"{TEMPORARY}checkpoint-{self.step}.{SHARDS}", optimizer)
+
+    def save(self, state: dict[str, Any], files: dict[str, Any], shards: Path | None = None) -> None:
         """Write ``checkpoint-N`` whole or not at all, then remove the oldest; for the first process.
 
         Args:
             state: JSON values that the run wants back.
             files: Names to what ``torch.save`` writes under them.
+            shards: A folder that holds the weights already, and becomes a part of the checkpoint.
         """
         ours = ("stopped", "seconds", "best", "waited", "step", "identity")
         with atomic_folder(self.out / f"checkpoint-{self.step}") as folder:
-            save_trained(self.model, folder / WEIGHTS)
+            if shards is None:
+                save_trained(self.model, folder / WEIGHTS)
+            else:
+                os.replace(shards, folder / SHARDS)
             for name, content in files.items():
                 torch.save(content, folder / name)
             if self.best is not None:
@@ -287,7 +306,7 @@ class TrainingState:
         """Continue from a checkpoint: weights, log and what is counted here; returns its ``state``.
 
         Raises:
-            UserError: The checkpoint is of another run.
+            UserError: The checkpoint is of another run, or its weights are spread and those here not, or reversed.
         """
         state: dict[str, Any] = read_json(checkpoint / STATE)
         ours, theirs = self.identity, state["identity"]
@@ -301,6 +320,15 @@ class TrainingState:
         self.stopped = state["stopped"] if ended else None
         self.step, self.earlier_seconds = int(state["step"]), state["seconds"]
         self.best, self.waited = state["best"], state["waited"]
-        load_trained(self.model, checkpoint / WEIGHTS)
+        if (checkpoint / SHARDS).is_dir() != (self.shards is not None):
+            here, there = ("with", "without") if self.shards else ("without", "with")
+            raise UserError(
+                f"wanted to resume {checkpoint} {there} FSDP, as it was written, got a launch {here} it; change it, or "
+                "start anew"
+            )
+        if self.shards is None:
+            load_trained(self.model, checkpoint / WEIGHTS)
+        else:
+            self.shards.load(checkpoint / SHARDS)
         self.history = processes.on_first(lambda: restore_folder(self.out, checkpoint, self.best, self.step))
         return state

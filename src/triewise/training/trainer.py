@@ -6,13 +6,15 @@ processes they are equal bit by bit.
 
 In several processes (`torchrun`, ``accelerate launch``; DDP) each micro-batch is dealt out: P processes take B / P
 windows each, at the same time. Divisor, adaptive temperature and log are those of all of them, so that the number
-of processes changes nothing but rounding and dropout. The first one writes, prints and validates.
+of processes changes nothing but rounding and dropout. The first one writes, prints and validates. Where the launcher
+asks for FSDP2, each has a part of the weights: see `sharding`.
 
 Shape key: B batch, L tokens, D width, V vocabulary, M target positions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
@@ -23,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
@@ -31,11 +34,12 @@ from triewise.models import check_model, compute_again
 from triewise.settings import TrainingSettings
 from triewise.training import processes
 from triewise.training.ahead import Ahead, all_workers_alive, default_workers
-from triewise.training.checkpoints import random_state, set_random_state
+from triewise.training.checkpoints import SHARDS, random_state, set_random_state
 from triewise.training.examples import Examples
 from triewise.training.meter import PARTS, Meter, measure_parts
 from triewise.training.objective import Learned, MicroBatches, Objective
 from triewise.training.packing import packing_works
+from triewise.training.sharding import Shards, shardable_twin
 from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.temperature import AdaptiveTemperature
 from triewise.training.windows import batch_order, chains
@@ -121,7 +125,8 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         autocast: bool = False,
         workers: int | None = None,
     ) -> None:
-        self.titles = objective.module(model, examples.trie)
+        trained = shardable_twin(model) if processes.sharded() else model
+        self.titles = objective.module(trained, examples.trie)
         super().__init__(self.titles, _arguments(model, settings, seed, out, autocast))
         self.lm, self.examples, self.learned, self.settings = model, examples, objective, settings
         learned = {
@@ -132,10 +137,13 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         }
         self.run = TrainingState(model, self.args.device, learned, settings, seed, out, validate)
         if settings.gradient_checkpointing:
-            compute_again(model, True)
+            compute_again(trained, True)
         self.packing = settings.packing and self.titles.by_hand and packs(model, examples)
         self.workers = default_workers(self.args.device) if workers is None else workers
         self.loader: Ahead | None = None
+        if processes.sharded():
+            self.run.shards = Shards(model, self.titles)
+            _leave_alone(self.accelerator)
         self.checkpoint: Path | None = None
         self.first_step = 0
         self.rows = np.zeros((0, 0), dtype=np.int64)  # windows of each micro-batch that is left
@@ -193,10 +201,12 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         rows = self.rows[(step - self.first_step) * n :][:n]
         # Trie support leaves forced tokens out, but invalid tokens cost something there too.
         batches = MicroBatches(self.examples, Objective("vocabulary"), rows)
-        state = random_state(self.args.device)
-        with self.meter.pause(), self.compute_loss_context_manager():
-            self.model.train()
-            parts = measure_parts(self.titles, [self._prepare_inputs(batches[i]) for i in range(len(rows))])
+        state, shards = random_state(self.args.device), self.run.shards
+        whole = shards.whole(everywhere=True) if shards else contextlib.nullcontext()
+        with self.meter.pause(), self.compute_loss_context_manager(), whole:
+            titles = self.learned.module(self.lm, self.examples.trie) if shards else self.titles
+            titles.train()
+            parts = measure_parts(titles, [self._prepare_inputs(batches[i]) for i in range(len(rows))])
             set_random_state(state, self.args.device)  # looking must not change what is learned
         return parts
 
@@ -246,13 +256,13 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
                 "temperature": t.state_dict() if isinstance(t, AdaptiveTemperature) else None,
                 "meter": self.meter.state_dict(),
             }
-            files = {
-                "optimizer.pt": self.optimizer.state_dict(),
-                "scheduler.pt": self.lr_scheduler.state_dict(),
-            }
+            files = {"scheduler.pt": self.lr_scheduler.state_dict()}
+            shards = self.run.save_shards(self.optimizer)
+            if shards is None:
+                files["optimizer.pt"] = self.optimizer.state_dict()
             random_states = processes.gather_objects(random_state(self.args.device))
             files |= {_random_file(i): numbers for i, numbers in enumerate(random_states)}
-            processes.on_first(lambda: self.run.save(state, files))
+            processes.on_first(lambda: self.run.save(state, files, shards))
 
     def go_on(self, checkpoint: Path) -> None:
         """Continue from a checkpoint: all but what `restore` sets once the optimiser exists."""
@@ -268,7 +278,10 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         state = None
         if self.checkpoint is not None:
             load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(load(self.checkpoint / "optimizer.pt"))
+            if self.run.shards is None:
+                self.optimizer.load_state_dict(load(self.checkpoint / "optimizer.pt"))
+            else:
+                self.run.shards.load(self.checkpoint / SHARDS, self.optimizer)
             self.lr_scheduler.load_state_dict(load(self.checkpoint / "scheduler.pt"))
             self.state.global_step = self.first_step
             file = self.checkpoint / _random_file(processes.rank())
@@ -307,6 +320,18 @@ class _Conductor(TrainerCallback):  # type: ignore[misc]
         control.should_evaluate = run.validates_at(step)
         control.should_save = run.saves
         trainer.advance(1, trainer.detail)
+
+
+def _leave_alone(accelerator: Any) -> None:
+    """Let accelerate wrap autocast around a sharded module and nothing else.
+
+    Without a cache of casts: it would hold all weights in bfloat16 till a forward ends.
+    """
+    prepare = accelerator.prepare_model
+    accelerator.prepare_model = lambda model, **_: prepare(
+        model, device_placement=False, evaluation_mode=True
+    )
+    accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
 
 
 def _random_file(process: int) -> str:
