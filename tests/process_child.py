@@ -23,6 +23,8 @@ from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG as WHOLE, small_model, some_metric
 from triewise.errors import UserError
 from triewise.settings import TrainingSettings
+from triewise.models import freeze_unused
+from triewise.settings import TrainingSettings
 from triewise.tokens import binary_weights, zero_gain
 from triewise.training import (
     AdaptiveTemperature,
@@ -193,6 +195,7 @@ def stop_and_go(out: Path) -> dict[str, Any]:
     found["stopped"] = whole_run(out / "stopped")
     found["resumed"] = whole_run(out / "stopped", resume=True, workers=1)  # each builds its own rows
     found["from one"] = whole_run(out / "from one", resume=True, dropout=0.0)
+    found["tower"] = [with_tower(out / f"tower {frozen}", frozen) for frozen in (True, False)]
     found["errors"] = {}
     for name, validate in (("metric", lambda model: {"MAP": 1.0}), ("validate", refuse)):
         try:
@@ -201,6 +204,19 @@ def stop_and_go(out: Path) -> dict[str, Any]:
         except UserError as error:
             found["errors"][name] = str(error)
     return found
+
+
+def with_tower(out: Path, frozen: bool) -> str:
+    """How a run of a model ends that has weights which no text reaches."""
+    model = small_model()
+    model.tower = torch.nn.Linear(16, 16)
+    if frozen:
+        freeze_unused(model)
+    try:
+        settings = TrainingSettings(**(CONFIG | {"log_parts": False}))
+        return train(model, cycle_world(), Objective(), settings, out).stopped
+    except RuntimeError as error:
+        return str(error)
 
 
 def refuse(model: Any) -> dict[str, float]:

@@ -23,6 +23,7 @@ from triewise.tokens import Trie, zero_gain
 from triewise.training import Examples, Objective, ahead, make_windows, train
 from triewise.training.ahead import Ahead, default_workers
 from triewise.training.objective import MicroBatches, TitleLoss
+from triewise.training.trainer import TrieTrainer
 
 CPU = torch.device("cpu")
 ROWS = np.random.default_rng(0).permutation(24).reshape(6, 4)
@@ -181,6 +182,22 @@ def test_ctrl_c_goes_to_all_processes_and_the_step_is_finished(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "second", 2, accumulation=2)
     assert calls == 7
+
+
+def test_batches_for_cuda_are_pinned_and_copied_without_waiting(tmp_path: Path) -> None:
+    trainer = TrieTrainer(small_model(), cycle_world(), Objective(), TrainingSettings(), tmp_path)
+    assert not trainer.get_train_dataloader().pin_memory
+    trainer.args.__dict__["_setup_devices"] = torch.device("cuda:1")
+    assert trainer.get_train_dataloader().pin_memory
+    asked = []
+
+    class Spy(torch.Tensor):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            asked.append((args, kwargs))
+            return self
+
+    trainer._prepare_inputs({"input_ids": torch.zeros(1).as_subclass(Spy), "n_edges": 1})
+    assert asked == [((torch.device("cuda:1"),), {"non_blocking": True})]
 
 
 def test_default_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,15 @@ def test_an_error_of_the_first_process_is_told_to_all(runs: tuple[dict[str, Any]
         assert found["errors"]["metric"].startswith("wanted the metric NDCG@10, validation gives MAP")
 
 
+def test_weights_that_no_text_reaches_are_waited_for_unless_they_are_frozen(
+    runs: tuple[dict[str, Any], dict[str, Any]],
+) -> None:
+    for found in runs:
+        frozen, waited_for = found["tower"]
+        assert frozen == "steps"
+        assert waited_for.startswith("Expected to have finished reduction in the prior iteration")
+
+
 def test_a_killed_process_ends_the_others_with_one_line_and_the_run_goes_on(
     launch: Launch, tmp_path: Path, runs: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
