@@ -186,11 +186,11 @@ def _prompts(world: World, engine: TrieEngine, shape: Shape, batch: int, row: Ro
         TreeCache(engine.model, engine.trie, texts, counters, prefix)
 
     timed(work, device)
-    counters.prompt_tokens = 0
+    counters.prompt_tokens = counters.padding = 0
     seconds = [timed(work, device)[0] for _ in range(3)]
     tokens = counters.prompt_tokens / 3
     n_shared = 0 if prefix is None else len(prefix.tokens)
-    padded = batch * (max(map(len, texts)) - n_shared)
+    padded = tokens + counters.padding / 3
     flops = shape.flops(tokens, float(np.mean([len(t) for t in texts])))
     row |= {"ms_a_user": 1e3 * float(np.median(seconds)) / batch, "shared_tokens": n_shared}
     row |= {"tokens_a_user": tokens / batch, "padded_over_tokens": padded / tokens}

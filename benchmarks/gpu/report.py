@@ -219,17 +219,17 @@ def pieces(device: torch.device) -> Iterator[Row]:
 
         return run
 
-    kept = (TreeCache.__init__, TreeCache.append, TrieEngine.edges, Children.below)
+    kept = (TreeCache.admit, TreeCache.append, TrieEngine.edges, Children.below)
     result: Row = {}
     started = time.perf_counter()
     try:
-        TreeCache.__init__ = wrapped("prompt", kept[0])  # type: ignore[method-assign]
+        TreeCache.admit = wrapped("prompt", kept[0])  # type: ignore[method-assign]
         TreeCache.append = wrapped("body", kept[1])  # type: ignore[method-assign]
         TrieEngine.edges = wrapped("head", kept[2])  # type: ignore[method-assign]
         Children.below = staticmethod(wrapped("constraint", kept[3]))  # type: ignore[assignment]
         yield result
     finally:
-        TreeCache.__init__, TreeCache.append, TrieEngine.edges = kept[:3]  # type: ignore[method-assign]
+        TreeCache.admit, TreeCache.append, TrieEngine.edges = kept[:3]  # type: ignore[method-assign]
         Children.below = kept[3]  # type: ignore[method-assign]
     synchronise(device)
     total = time.perf_counter() - started
