@@ -18,6 +18,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from triewise.models import compute_again
+from triewise.models import compute_again, place_window, rope_switch, shortest_window
 from triewise.settings import TrainingSettings
+from triewise.tokens import Dropped
 from triewise.training import processes
 from triewise.training.checkpoints import random_state, set_random_state
 from triewise.training.examples import Examples
@@ -39,6 +41,7 @@ from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.temperature import AdaptiveTemperature
 from triewise.training.windows import batch_order, chains
 
+LONG_ROWS = 64  # histories that are read for the length at which packing is probed
 _THEIR_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -267,8 +270,23 @@ def packs(model: Any, examples: Examples) -> bool:
     """Whether rows of these examples may be packed for this model; those of several targets share nothing."""
     if int((examples.windows.items.lengths - examples.windows.n_context).max(initial=0)) > 1:
         return False
-    longest = examples.prompts.max_tokens + int(examples.trie.depth.max())
-    return packing_works(model, np.unique(examples.trie.token[1:]), longest)
+    return packing_works(model, np.unique(examples.trie.token[1:]), _longest_row(model, examples))
+
+
+def _longest_row(model: Any, examples: Examples) -> int:
+    """Tokens of the longest prompt with the longest title behind it.
+
+    All prompts are made where the model has a limit that matters, else only those of the histories with most text.
+    """
+    windows, prompts = examples.windows, replace(examples.prompts, dropped=Dropped())
+    title, most = int(examples.trie.depth.max()), np.argsort(-examples.size, kind="stable")
+    limits = [end for end in (shortest_window(model), place_window(model)) if end is not None]
+    switch = rope_switch(model)
+    if min([*limits, *([switch.tokens] if switch else [])], default=1 << 62) >= prompts.max_tokens + title:
+        most = most[:LONG_ROWS]
+    start = windows.items.offsets[most]
+    contexts = (windows.items.values[s : s + n] for s, n in zip(start, windows.n_context[most], strict=True))
+    return max(len(prompts.encode(context.tolist())) for context in contexts) + title
 
 
 class _Conductor(TrainerCallback):  # type: ignore[misc]
