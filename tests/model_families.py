@@ -616,7 +616,6 @@ def tokenizer(kind: str) -> Any:
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
-_BOTH = ("float32", "bfloat16")
 _OUTCOMES = {"llama_slow_tokenizer": "B7"}
 _CASES = {
     "titles that a tokenizer makes equal": "A7",
@@ -627,12 +626,6 @@ _CASES = {
 # fail; who mends a fault takes it out.
 KNOWN_FAULTS: dict[tuple[str, str, str], str] = {
     ("ctrl", "bfloat16", "load"): "A11",
-    **{("mpt", "bfloat16", column): "A1" for column in ("path", "beams", "exact")},
-    **{("gpt_neo", "float32", column): "A3" for column in ("path", "beams", "exact", "packing")},
-    **{("gpt_neo", "bfloat16", column): "A3" for column in ("path", "beams")},
-    **{("llama_dynamic", "float32", column): "A4" for column in ("path", "beams", "exact", "packing")},
-    **{("llama_dynamic", "bfloat16", column): "A4" for column in ("path", "packing")},
-    **{("phi3_longrope", dtype, column): "A4" for dtype in _BOTH for column in ("path", "beams", "packing")},
     **{(name, "any", "outcome"): code for name, code in _OUTCOMES.items()},
     **{(name, "case", "outcome"): code for name, code in _CASES.items()},
 }

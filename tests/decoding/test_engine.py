@@ -138,24 +138,6 @@ def test_a_window_shorter_than_the_longest_path_is_not_trusted() -> None:
     assert ranking.scores[0] == pytest.approx([wanted[i] for i in ranking.items[0]], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_mask_that_is_not_respected_is_noticed_in_any_precision(dtype: str, monkeypatch) -> None:
-    import torch
-
-    from triewise.decoding import treecache
-
-    model = tiny_model().to(getattr(torch, dtype))
-    assert TrieEngine(model, Trie.from_sequences(SIX)).tree_cache_works
-    monkeypatch.setattr(
-        treecache,
-        "_sees",
-        lambda trie, node, key: np.ones((*node.shape, key.shape[1]), dtype=bool) & (key >= 0)[:, None],
-    )
-    engine = TrieEngine(model, Trie.from_sequences(SIX))
-    with pytest.warns(UserWarning, match="its mask is not respected"):
-        assert not engine.tree_cache_works
-
-
 @pytest.mark.parametrize("support", ["trie", "vocabulary"])
 def test_threads_that_share_an_engine_get_what_each_gets_alone(support: str) -> None:
     model = tiny_model().requires_grad_(False)  # so that the common beginning of prompts is kept

@@ -131,26 +131,6 @@ def test_a_model_with_a_short_window_is_refused_with_one_line(capsys: pytest.Cap
     assert not capsys.readouterr().err
 
 
-def test_a_model_that_ignores_the_mask_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tiny_model("qwen2")
-    inner = model.base_model.forward
-    monkeypatch.setattr(model.base_model, "forward", lambda attention_mask=None, **given: inner(**given))
-    assert not packing_works(model, np.arange(3, 20), longest=50)
-    assert "its mask is not respected" in capsys.readouterr().err
-
-
-def test_a_model_that_ignores_positions_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tiny_model("qwen2")
-    inner = model.base_model.forward
-    monkeypatch.setattr(model.base_model, "forward", lambda position_ids=None, **given: inner(**given))
-    assert not packing_works(model, np.arange(3, 20), longest=50)
-    assert "are off by" in capsys.readouterr().err
-
-
 # --- chains ---------------------------------------------------------------------------------------------------------
 
 

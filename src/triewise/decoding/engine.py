@@ -173,7 +173,7 @@ class TrieEngine:
         ends = [shortest_window(self.model), place_window(self.model), self._positions]
         if switch is not None and shortest <= switch.tokens:
             ends.append(switch.tokens)
-        room = min((end for end in ends if end is not None), default=n_prompt + BELOW + 1) - BELOW - 1
+        room = min((end for end in ends if end is not None), default=1 << 30) - BELOW - 1
         size = max(1, min(1 << (max(n_prompt, SHORTEST) - 1).bit_length(), room))
         with self._probing:
             if size not in self._misfits:

@@ -112,8 +112,8 @@ def _misfit(model: Any, measure: Callable[[int], Measured], what: str) -> str | 
     model.eval()
     try:
         for seed in range(TEXTS):
-            reason = _judged(model, measure(seed), what)
-            if reason is None:
+            reason, sure = _judged(model, measure(seed), what)
+            if sure:
                 break
     except _FAILURES as error:
         return f"it does not take our cache or mask ({type(error).__name__})"
@@ -122,8 +122,8 @@ def _misfit(model: Any, measure: Callable[[int], Measured], what: str) -> str | 
     return reason
 
 
-def _judged(model: Any, found: Measured, what: str) -> str | None:
-    """Whether the fast path is off by no more than rounding, and faults by far more."""
+def _judged(model: Any, found: Measured, what: str) -> tuple[str | None, bool]:
+    """Whether the fast path is off by no more than rounding, and faults by far more; whether that is sure."""
     weight_UD = head_weight(model)[sample_ids(model, 64)[0]].float()
     weight_UD = weight_UD - weight_UD.mean(0)  # what is added to all logits is nothing to a softmax
 
@@ -136,16 +136,15 @@ def _judged(model: Any, found: Measured, what: str) -> str | None:
         return float(gap.median(dim=1).values.max())
 
     size = float(logits(found.plain).square().mean().sqrt())
-    rounding = max(off(found.rounded), 4 * torch.finfo(found.plain.dtype).eps * size)
-    accepted = max(NOISES * rounding, HARMLESS)
-    gap = off(found.fast)
+    rounding, gap = off(found.rounded), off(found.fast)
+    accepted = max(NOISES * rounding, 2 * torch.finfo(found.plain.dtype).eps * size, HARMLESS)
     if not gap <= accepted:
-        return f"{what} are off by {gap:.2g} nats, rounding by {rounding:.2g}"
+        return f"{what} are off by {gap:.2g} nats, rounding by {rounding:.2g}", gap > FAR * accepted
     # What changes too little to be seen, such as positions in a model that has none, does no harm; but not everything.
     seen = [name for name, states in found.faulty.items() if off(states) >= FAR * accepted]
     if 2 * len(seen) < len(found.faulty):
-        return f"faults made on purpose cannot be told from its rounding of {rounding:.2g} nats"
-    return None
+        return f"faults made on purpose cannot be told from its rounding of {rounding:.2g} nats", False
+    return None, True
 
 
 @contextmanager
@@ -188,8 +187,8 @@ def _ignored(sees: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
 
 def _leaking(sees: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     hidden = _before(sees) & ~sees
-    last = hidden & (hidden.cumsum(-1) == hidden.sum(-1, keepdim=True))
-    return sees | last, position
+    newest = hidden.sum(-1, keepdim=True) - hidden.cumsum(-1) < 4
+    return sees | (hidden & newest), position
 
 
 # What goes wrong in a forward under a mask of our own, from what is seen (B, 1, Q, K) and positions (B, Q).
@@ -197,7 +196,7 @@ FAULTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "positions off by one": _shifted,
     "the older half of a path out of sight": _cut,
     "all branches in sight": _ignored,
-    "a token of another branch in sight": _leaking,
+    "four tokens of another branch in sight": _leaking,
 }
 
 
