@@ -15,7 +15,8 @@ from torch import Tensor
 from tests.model_families import build, quiet
 from tests.tiny_models import tiny_model
 from triewise.decoding import TrieEngine
-from triewise.models import Measured, last_place, own_mask, refusal
+from triewise.models import Measured, own_mask, place_limit, refusal, shortest_window
+from triewise.models.lengths import unknown_window
 from triewise.models.probe import FAULTS, faulty_forwards
 from triewise.tokens import Trie
 from triewise.training.packing import packing_works
@@ -249,20 +250,34 @@ def test_alibi_is_read(name: str) -> None:
 
 def test_a_window_of_another_name_is_trusted_up_to_its_length() -> None:
     model = tiny_model("llama")
-    assert refusal(model, longest=2000, places=3000) is None
+    assert shortest_window(model) is None
     model.config.attention_window_size = [64, 48]
     model.config.num_local_experts = model.config.max_window_layers = 4
-    assert refusal(model, longest=40, places=48) is None
-    assert refusal(model, longest=40, places=49) == (
-        "its attention window of 48 may count places, of which there are up to 49"
-    )
+    assert shortest_window(model) == unknown_window(model) == 48
+    assert place_limit(model) is None  # it does not count places: nothing is cut
+    assert refusal(model, longest=48, places=10_000, room=place_limit(model)) is None
+    assert "attention window of 48 tokens is shorter" in str(refusal(model, longest=49))
     model.config.layer_types = ["full_attention"] * 2
-    assert refusal(model, longest=40, places=49) is None
+    assert shortest_window(model) is None
 
 
-def test_a_mask_of_fixed_size_ends() -> None:
-    """GPT-Neo's does; GPT-BigCode keeps one that it does not use."""
-    with quiet():
-        assert last_place(build("gpt_neo")) == 1024
-        assert last_place(build("gpt_bigcode")) is None
-    assert last_place(tiny_model()) is None
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_counts_places_is_tried(dtype: str) -> None:
+    """GPT-Neo's window counts them, and its mask ends; GPT-BigCode keeps a mask that it does not use."""
+
+    def made(name: str, **shape: Any) -> Any:
+        with quiet():
+            model = build(name)
+            model = type(model)(type(model.config)(**{**model.config.to_dict(), **shape})) if shape else model
+            return model.to(getattr(torch, dtype)).eval()
+
+    neo = made("gpt_neo")
+    assert place_limit(neo) == 96
+    assert refusal(neo, longest=60, places=97, room=96) == (
+        "its attention counts places up to 96, of which there may be 97"
+    )
+    everywhere = {"attention_types": [[["global"], 2]], "attention_layers": ["global"] * 2}
+    assert place_limit(made("gpt_neo", **everywhere)) == 1024
+    assert place_limit(made("gpt_bigcode")) is None
+    assert place_limit(made("doge")) is None
+    assert place_limit(tiny_model()) is None

@@ -34,9 +34,8 @@ from triewise.models import (
     hand_head_matches,
     head_bias,
     head_weight,
-    last_place,
     max_positions,
-    place_window,
+    place_limit,
     refusal,
     rope_switch,
     shortest_window,
@@ -170,7 +169,7 @@ class TrieEngine:
         It is made once for each power of two, with as many nodes as a chunk has.
         """
         switch = rope_switch(self.model)
-        ends = [shortest_window(self.model), place_window(self.model), self._positions]
+        ends = [shortest_window(self.model), self._positions]
         if switch is not None and shortest <= switch.tokens:
             ends.append(switch.tokens)
         room = min((end for end in ends if end is not None), default=1 << 30) - BELOW - 1
@@ -273,10 +272,8 @@ class TrieEngine:
             )
         shortest = min(map(len, prompts), default=0)
         places = longest + self.at_once * self.trie.n_nodes
-        reason = refusal(self.model, longest, shortest=shortest, places=places)
-        if reason is None and self._last_place is not None and places > self._last_place:
-            reason = f"its mask ends at {self._last_place} places, of which there may be {places}"
-        reason = self._other_head or reason
+        said = refusal(self.model, longest, shortest=shortest, places=places, room=self._room)
+        reason = self._other_head or said
         return self._accepts(reason or self._misfit(longest - self.longest_path, shortest))
 
     def sides(self, prompts: TokenLists) -> list[int]:
@@ -291,8 +288,8 @@ class TrieEngine:
         return max_positions(self.model)
 
     @cached_property
-    def _last_place(self) -> int | None:
-        return last_place(self.model)
+    def _room(self) -> int | None:
+        return place_limit(self.model)
 
     @torch.inference_mode()
     def shared_prefix(self, prompts: TokenLists, counters: Counters) -> Prefix | None:

@@ -22,7 +22,6 @@ from .encoders import PAD as PAD, SequentialModel as SequentialModel
 from .hub import download as download, upload as upload
 from .lengths import (
     as_if_alone as as_if_alone,
-    place_window as place_window,
     rope_switch as rope_switch,
     shortest_window as shortest_window,
 )
@@ -30,7 +29,7 @@ from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
 from .probe import (
     Measured as Measured,
     hand_head_matches as hand_head_matches,
-    last_place as last_place,
+    place_limit as place_limit,
     refusal as refusal,
 )
 from .weights import load_trained as load_trained, save_trained as save_trained

@@ -39,13 +39,14 @@ def shortest_window(model: Any) -> int | None:
     config = _text_config(model)
     if _sees_everything(config) or getattr(config, "use_sliding_window", True) is False:
         return None
-    return min(_sizes(getattr(config, name, None) for name in _MASKED), default=None)
+    masked = min(_sizes(getattr(config, name, None) for name in _MASKED), default=None)
+    return unknown_window(model) if masked is None else masked
 
 
-def place_window(model: Any) -> int | None:
-    """Places that a window of another name may be cut at (GPT-Neo's ``window_size``), or None: there is none.
+def unknown_window(model: Any) -> int | None:
+    """A window of a name that transformers does not put into its masks (GPT-Neo's ``window_size``), or None.
 
-    How such a window counts is not known; where there is one of the usual names beside it, that one is meant.
+    What it counts is not known; where there is one of the usual names beside it, that one is meant.
     """
     config = _text_config(model)
     if _sees_everything(config) or list(_sizes(getattr(config, name, None) for name in _MASKED)):

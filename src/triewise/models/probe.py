@@ -31,7 +31,7 @@ from triewise.models.anatomy import (
     sample_ids,
     takes_masks,
 )
-from triewise.models.lengths import counts_places, is_recurrent, place_window, rope_switch, shortest_window
+from triewise.models.lengths import counts_places, is_recurrent, rope_switch, shortest_window, unknown_window
 
 NOISES = 3.0  # so many times its rounding may a fast path be off
 FAR = 2.0  # so many times what is accepted must faults be off that are made on purpose
@@ -78,6 +78,7 @@ def refusal(
     *,
     shortest: int = 0,
     places: int = 0,
+    room: int | None = None,
 ) -> str | None:
     """What the config, or else a measurement, says against a fast path.
 
@@ -89,8 +90,9 @@ def refusal(
         what: Name of what is compared, plural.
         shortest: Tokens of the shortest prompt or row that shares a forward with others.
         places: Largest number of places, of a cache or packed sequence, that lie in one forward.
+        room: What `place_limit` says.
     """
-    window, by_place, switch = shortest_window(model), place_window(model), rope_switch(model)
+    window, switch = shortest_window(model), rope_switch(model)
     if not takes_masks(model):
         return "its attention implementation takes no mask of our own"
     if is_recurrent(model):
@@ -99,8 +101,8 @@ def refusal(
         return "its attention is biased by distance in places (ALiBi)"
     if window is not None and window < longest:
         return f"its attention window of {window} tokens is shorter than the longest path of {longest}"
-    if by_place is not None and by_place < max(longest, places):
-        return f"its attention window of {by_place} may count places, of which there are up to {max(longest, places)}"
+    if room is not None and room < places:
+        return f"its attention counts places up to {room}, of which there may be {places}"
     if switch is not None and switch.side(shortest, longest) == 1:
         return f"its RoPE changes with the length above {switch.tokens} tokens, and the longest path has {longest}"
     return None if measure is None else _misfit(model, measure, what)
@@ -220,29 +222,43 @@ def faulty_forwards(model: Any, fault: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def last_place(model: Any) -> int | None:
-    """Places of a cache behind which a mask of fixed size ends (GPT-Neo), or None.
+def place_limit(model: Any) -> int | None:
+    """Places of a forward up to which a model is to be trusted, or None: any number.
 
-    Some models keep such a mask and do not use it, so one place more is tried.
+    A window of a name that is not known and a mask of fixed size may count places (GPT-Neo's do), or what is seen, or
+    not be used at all. Tried: a token whose keys lie behind so many hidden places, and right behind them.
     """
-    sizes = [b.shape[-1] for b in body(model).buffers() if b.dim() > 1 and b.shape[-1] == b.shape[-2]]
-    if not sizes or not takes_masks(model):
-        return None
-    n, one = min(sizes), sample_ids(model, 1)
+    squares = [b.shape[-1] for b in body(model).buffers() if b.dim() > 1 and b.shape[-1] == b.shape[-2]]
+    ends = sorted({end for end in (unknown_window(model), *squares) if end is not None})
+    return next((end for end in ends if not _sees_behind(model, end)), None) if takes_masks(model) else None
+
+
+def _sees_behind(model: Any, hidden: int) -> bool:
+    """Whether keys behind so many hidden places are seen as if they were near."""
+    run, ids, n = body(model), sample_ids(model, 9), 8
+
+    def state(seen: int, places: int) -> Tensor:
+        cache = cache_of((_longer(k, places), _longer(v, places)) for k, v in layers)
+        mask = torch.zeros(1, 1, 1, n + places + 1, dtype=torch.bool, device=ids.device)
+        mask[..., :seen] = mask[..., -1:] = True
+        position = torch.full_like(ids[:, n:], n)
+        given = {"attention_mask": own_mask(model, mask), "position_ids": position}
+        made: Tensor = run(
+            input_ids=ids[:, n:], past_key_values=cache, use_cache=True, **given
+        ).last_hidden_state
+        return made.float()
+
     try:
-        cache = body(model)(input_ids=one, past_key_values=cache_of(), use_cache=True).past_key_values
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        cached = run(input_ids=ids[:, :n], past_key_values=cache_of(), use_cache=True).past_key_values
+        layers = [(layer.keys, layer.values) for layer in cached.layers]
+        near, nothing, far = state(n, 0), state(0, 0), state(n, hidden)
     except _FAILURES:
-        return None
-    full = cache_of((k.expand(-1, -1, n, -1), v.expand(-1, -1, n, -1)) for k, v in layers)
-    mask = own_mask(model, torch.ones(1, 1, 1, n + 1, dtype=torch.bool, device=one.device))
-    try:
-        body(model)(
-            input_ids=one, attention_mask=mask, position_ids=0 * one, past_key_values=full, use_cache=True
-        )
-    except _FAILURES:
-        return n
-    return None
+        return False
+    return bool((far - near).norm() < (nothing - near).norm() / 4)
+
+
+def _longer(keys: Tensor, places: int) -> Tensor:
+    return torch.cat([keys, keys[:, :, -1:].expand(-1, -1, places, -1)], dim=2)
 
 
 @torch.no_grad()

@@ -20,7 +20,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.models import Measured, body, cache_of, computes_again, head_weight, own_mask, refusal
+from triewise.models import (
+    Measured,
+    body,
+    cache_of,
+    computes_again,
+    head_weight,
+    own_mask,
+    place_limit,
+    refusal,
+)
 from triewise.progress import note
 
 Int64 = NDArray[np.int64]
@@ -204,6 +213,7 @@ def packing_works(model: Any, tokens: Int64, longest: int) -> bool:
         lambda seed: _measured(model, tokens, longest, seed),
         "hidden states of packed rows",
         places=places,
+        room=place_limit(model),
     )
     if reason:
         note(f"warning: rows of this model are not packed, each runs by itself: {reason}")

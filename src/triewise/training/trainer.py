@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from triewise.models import compute_again, place_window, rope_switch, shortest_window
+from triewise.models import compute_again, rope_switch, shortest_window
 from triewise.settings import TrainingSettings
 from triewise.tokens import Dropped
 from triewise.training import processes
@@ -280,10 +280,9 @@ def _longest_row(model: Any, examples: Examples) -> int:
     """
     windows, prompts = examples.windows, replace(examples.prompts, dropped=Dropped())
     title, most = int(examples.trie.depth.max()), np.argsort(-examples.size, kind="stable")
-    limits = [end for end in (shortest_window(model), place_window(model)) if end is not None]
-    switch = rope_switch(model)
-    if min([*limits, *([switch.tokens] if switch else [])], default=1 << 62) >= prompts.max_tokens + title:
-        most = most[:LONG_ROWS]
+    window, switch = shortest_window(model), rope_switch(model)
+    limit = min(window or 1 << 62, switch.tokens if switch else 1 << 62)
+    most = most[:LONG_ROWS] if limit >= prompts.max_tokens + title else most
     start = windows.items.offsets[most]
     contexts = (windows.items.values[s : s + n] for s, n in zip(start, windows.n_context[most], strict=True))
     return max(len(prompts.encode(context.tolist())) for context in contexts) + title
