@@ -223,11 +223,19 @@ class Reference:
         """Whether RoPE's frequencies are those of the longest row so far; a row below the limit resets them."""
         return any(getattr(m, "rope_type", None) == "dynamic" for m in self.model.modules())
 
+    @cached_property
+    def by_length(self) -> bool:
+        """Whether RoPE's frequencies depend on the length: then a token is what a forward says that ends before it."""
+        return any(getattr(m, "rope_type", None) in ("dynamic", "longrope") for m in self.model.modules())
+
     @torch.no_grad()
     def ask(self, model: Any, user: int, item: int, copies: int = 1) -> list[float]:
         """Path sums of a title for a user, both supports; with ``copies`` as one of a batch of equal rows."""
-        ids = torch.tensor([self.prompts[user] + self.titles[item]] * copies)
-        return self.sums(self.logits(model, ids)[-1], len(self.prompts[user]), item)
+        prompt, title = self.prompts[user], self.titles[item]
+        if self.by_length:
+            rows = [torch.tensor([prompt + title[:i]] * copies) for i in range(len(title))]
+            return self.sums(torch.stack([self.logits(model, ids)[-1, -1] for ids in rows]), 1, item)
+        return self.sums(self.logits(model, torch.tensor([prompt + title] * copies))[-1], len(prompt), item)
 
     @cached_property
     def path_sums(self) -> np.ndarray:

@@ -616,17 +616,9 @@ def tokenizer(kind: str) -> Any:
     return tf.PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
-_BOTH = ("float32", "bfloat16")
 # What is known to be wrong today, by family, dtype and column: the code of docs/models.md. Tests of these cells have to
 # fail; who mends a fault takes it out.
-KNOWN_FAULTS: dict[tuple[str, str, str], str] = {
-    **{("mpt", "bfloat16", column): "A1" for column in ("path", "beams", "exact")},
-    **{("gpt_neo", "float32", column): "A3" for column in ("path", "beams", "exact", "packing")},
-    **{("gpt_neo", "bfloat16", column): "A3" for column in ("path", "beams")},
-    **{("llama_dynamic", "float32", column): "A4" for column in ("path", "beams", "exact", "packing")},
-    **{("llama_dynamic", "bfloat16", column): "A4" for column in ("path", "packing")},
-    **{("phi3_longrope", dtype, column): "A4" for dtype in _BOTH for column in ("path", "beams", "packing")},
-}
+KNOWN_FAULTS: dict[tuple[str, str, str], str] = {}
 
 
 def family(name: str) -> Family:

@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG as WHOLE, small_model, some_metric
 from triewise.errors import UserError
-from triewise.settings import TrainingSettings
 from triewise.models import freeze_unused
 from triewise.settings import TrainingSettings
 from triewise.tokens import binary_weights, zero_gain

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_eager_attention_takes_an_additive_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("gemma3", "tree mask are off|not respected"), ("gemma2", "not the product")]
+    ("kind", "reason"), [("gemma3", "attention window of 4 tokens"), ("gemma2", "not the product")]
 )
 def test_models_the_tree_cache_is_wrong_for_take_the_plain_path_with_one_warning(
     kind: str, reason: str
@@ -138,22 +139,23 @@ def test_a_window_shorter_than_the_longest_path_is_not_trusted() -> None:
     assert ranking.scores[0] == pytest.approx([wanted[i] for i in ranking.items[0]], abs=TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_mask_that_is_not_respected_is_noticed_in_any_precision(dtype: str, monkeypatch) -> None:
-    import torch
+@pytest.mark.parametrize("kind", ["global", "local"])
+@pytest.mark.parametrize("search", [exact_search, beam_search, rank_catalogue])
+def test_a_mask_or_window_over_places_of_the_cache_takes_the_plain_path(search: Any, kind: str) -> None:
+    """GPT-Neo keeps a mask of as many places as it has positions; a cache of a whole tree has more."""
+    import transformers as tf
 
-    from triewise.decoding import treecache
-
-    model = tiny_model().to(getattr(torch, dtype))
-    assert TrieEngine(model, Trie.from_sequences(SIX)).tree_cache_works
-    monkeypatch.setattr(
-        treecache,
-        "_sees",
-        lambda order, end, key, key_end: (key < treecache.FREE)[:, None].expand(-1, order.shape[1], -1),
-    )
-    engine = TrieEngine(model, Trie.from_sequences(SIX))
-    with pytest.warns(UserWarning, match="its mask is not respected"):
-        assert not engine.tree_cache_works
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64, "window_size": 24}
+    layers = {"attention_types": [[[kind], 2]], "max_position_embeddings": 40}
+    model = tf.GPTNeoForCausalLM(tf.GPTNeoConfig(vocab_size=30, **shape, **layers)).eval()
+    titles = [[2 + i, 9 + i % 5, 14 + i % 7, 0] for i in range(20)]
+    engine, prompt = TrieEngine(model, Trie.from_sequences(titles), "vocabulary"), list(range(3, 23))
+    with pytest.warns(
+        UserWarning, match=f"its attention counts places up to {24 if kind == 'local' else 40}, of"
+    ):
+        ranking = search(engine, [prompt], k=5)
+    wanted = reference.catalogue(model, prompt, titles, "vocabulary")
+    assert ranking.scores[0] == pytest.approx([wanted[i] for i in ranking.items[0]], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("support", ["trie", "vocabulary"])

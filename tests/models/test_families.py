@@ -44,6 +44,7 @@ FAST: dict[tuple[str, str], Sequence[str]] = {
     ("lfm2", "float32"): ("path", "packing"),
     ("deepseek_v2", "float32"): ("path", "lora"),
     ("phi3_longrope", "float32"): ("path", "packing"),
+    ("llama_dynamic", "float32"): ("path", "beams", "exact", "packing"),
 }
 EVERY = [(name, dtype) for name in FAMILIES for dtype in DTYPES]
 _known: dict[tuple[str, str], dict[str, Cell]] = {}

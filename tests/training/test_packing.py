@@ -30,7 +30,7 @@ from triewise.training import (
 )
 from triewise.training.objective import MicroBatches, TitleLoss
 from triewise.training.packing import SHARE_AT_LEAST, hidden_states, pack, packing_works
-from triewise.training.trainer import TrieTrainer
+from triewise.training.trainer import TrieTrainer, packs
 from triewise.training.windows import batch_order, chains
 
 
@@ -129,26 +129,6 @@ def test_a_model_with_a_short_window_is_refused_with_one_line(capsys: pytest.Cap
     assert "window of 4 tokens is shorter than the longest path of 200" in capsys.readouterr().err
     assert packing_works(tiny_model("qwen2"), tokens, longest=200)
     assert not capsys.readouterr().err
-
-
-def test_a_model_that_ignores_the_mask_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tiny_model("qwen2")
-    inner = model.base_model.forward
-    monkeypatch.setattr(model.base_model, "forward", lambda attention_mask=None, **given: inner(**given))
-    assert not packing_works(model, np.arange(3, 20), longest=50)
-    assert "its mask is not respected" in capsys.readouterr().err
-
-
-def test_a_model_that_ignores_positions_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tiny_model("qwen2")
-    inner = model.base_model.forward
-    monkeypatch.setattr(model.base_model, "forward", lambda position_ids=None, **given: inner(**given))
-    assert not packing_works(model, np.arange(3, 20), longest=50)
-    assert "are off by" in capsys.readouterr().err
 
 
 # --- chains ---------------------------------------------------------------------------------------------------------
@@ -295,6 +275,25 @@ def test_a_model_without_gradient_checkpointing_is_refused(tmp_path: Path) -> No
         UserError, match="wanted a model with gradient checkpointing, got Qwen2ForCausalLM, which"
     ):
         train(model, examples, Objective("trie"), config, tmp_path)
+
+
+def test_a_window_is_held_against_the_rows_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not against ``max_tokens``, which is 1,024 where the longest prompt has a twentieth."""
+    examples, _ = growing_examples()
+    windows = examples.windows
+    contexts = [row[:n].tolist() for row, n in zip(windows.items, windows.n_context, strict=True)]
+    longest = max(len(examples.prompts.encode(context)) for context in contexts) + int(
+        examples.trie.depth.max()
+    )
+    before = examples.prompts.n_dropped
+    assert longest < 100 < examples.prompts.max_tokens
+    assert packs(tiny_model("gemma3", sliding_window=longest), examples) and not capsys.readouterr().err
+    assert not packs(tiny_model("gemma3", sliding_window=longest - 1), examples)
+    assert (
+        f"window of {longest - 1} tokens is shorter than the longest path of {longest}"
+        in capsys.readouterr().err
+    )
+    assert examples.prompts.n_dropped == before
 
 
 def test_only_models_that_can_are_packed(tmp_path: Path) -> None:

@@ -37,19 +37,25 @@ from triewise.decoding.treecache import (
 from triewise.errors import UserError
 from triewise.models import (
     Measured,
+    as_if_alone,
+    body,
     check_model,
     hand_head_matches,
     head_bias,
     head_weight,
     max_positions,
+    place_limit,
     refusal,
-    relative,
+    rope_switch,
+    shortest_window,
 )
 from triewise.tokens import Trie
 
 Support = Literal["trie", "vocabulary"]
 AT_ONCE = 16
 SHARED_AT_LEAST = 8  # tokens of a common beginning that are worth a forward of their own
+SHORTEST = 32  # tokens of the prompts of a probe, at least
+BELOW = 5  # nodes of the path that a probe looks at
 CHUNK = 256  # nodes of one forward: large enough for good matrix products, small enough for the cache
 LOGIT_BLOCK = 1 << 24  # logits of the whole vocabulary that are held at one time
 
@@ -140,6 +146,8 @@ class TrieEngine:
         self._recent: list[int] = []
         self._prefix: tuple[tuple[int, ...], Prefix] | None = None
         self._warned, self._lock = False, threading.Lock()
+        self._misfits: dict[int, str | None] = {}  # of each number of prompt tokens that was tried
+        self._probing = threading.Lock()
 
     @property
     def device(self) -> torch.device:
@@ -151,44 +159,87 @@ class TrieEngine:
         """Tokens of the longest title."""
         return int(self.trie.depth.max())
 
-    @cached_property
+    @property
     def tree_cache_works(self) -> bool:
-        """Whether branches through the tree mask equal plain forwards, and our head the model's own.
+        """Whether branches behind short prompts equal plain forwards, and our head the model's own.
 
-        Probed once, on a small trie with the same code; one warning when it fails, and the plain path is
-        used.
+        One warning where they do not: the plain path is used.
         """
-        if not hand_head_matches(self.model):
-            return self._accepts("its logits are not the product of the last hidden state and the head")
-        what = "log-probabilities through the tree mask"
-        return self._accepts(refusal(self.model, measure=self._measured, what=what))
+        return self._accepts(self._other_head or self._misfit(SHORTEST, 1))
 
-    def _measured(self) -> Measured:
-        """A small trie of three titles behind two prompts, by plain forwards and through the tree mask."""
-        # Tokens of titles first: a model says little about tokens it was never trained on.
-        n, distinct = 6 + SHARED_AT_LEAST, np.unique(self.trie.token[1:])
-        spread = distinct[np.linspace(0, len(distinct) - 1, min(n, len(distinct))).astype(int)]
-        others = np.setdiff1d(np.arange(min(2 * n, head_weight(self.model).shape[0])), spread)
-        a, b, c, d, end, *rest = np.resize(np.concatenate([spread, others]), n).tolist()
-        probe = Trie.from_sequences([[a, b, c, end], [a, d, c, end], [d, c, end]])
-        prompts = [[*rest, b, d], [*rest, c]]
-        engine, nobody = TrieEngine(self.model, probe, "vocabulary", chunk=2), Counters()
-        plain = _gather(engine._plain_sweep(prompts, nobody), 2, probe.n_nodes)
-        prefix = engine.shared_prefix(prompts, nobody)
-        tree = _gather(engine._tree_sweep(prompts, nobody, prefix), 2, probe.n_nodes)
-        return Measured(plain, tree, engine._leak(prompts))
+    @cached_property
+    def _other_head(self) -> str | None:
+        matches = hand_head_matches(self.model)
+        return None if matches else "its logits are not the product of the last hidden state and the head"
+
+    def _misfit(self, n_prompt: int, shortest: int) -> str | None:
+        """What a measurement says against the tree cache for prompts of so many tokens.
+
+        It is made once for each power of two, with as many nodes as a chunk has.
+        """
+        switch = rope_switch(self.model)
+        ends = [shortest_window(self.model), self._positions]
+        if switch is not None and shortest <= switch.tokens:
+            ends.append(switch.tokens)
+        room = min((end for end in ends if end is not None), default=1 << 30) - BELOW - 1
+        size = max(1, min(1 << (max(n_prompt, SHORTEST) - 1).bit_length(), room))
+        with self._probing:
+            if size not in self._misfits:
+                least = switch.tokens + 1 if switch is not None and shortest > switch.tokens else 1
+                self._misfits[size] = refusal(
+                    self.model,
+                    measure=lambda seed: self._measured(size, min(least, size), seed),
+                    what="hidden states through the tree mask",
+                )
+            return self._misfits[size]
 
     @torch.inference_mode()
-    def _leak(self, prompts: TokenLists) -> float:
-        """How much a node's hidden state depends on a sibling of its parent, relative; 0 in any precision."""
-        first, second, *_ = range(int(self.trie.child_ptr[0]), int(self.trie.child_ptr[1]))
-        below = int(self.trie.child_ptr[first])
-        hidden = []
-        for beside in (second, below + 1):  # another branch, or the other child
-            cache = TreeCache(self.model, self.trie, prompts, Counters())
-            cache.append(np.array([[first, beside]]))
-            hidden.append(cache.append(np.array([[below]]))[:, 0].float())
-        return relative(hidden[1], hidden[0])
+    def _measured(self, n_prompt: int, shortest: int, seed: int) -> Measured:
+        """The last path of a chunk of nodes, behind a prompt of so many tokens and a shorter one.
+
+        Args:
+            n_prompt: Tokens of the longer prompt; where there is room, both begin alike.
+            shortest: The shorter one has at least so many.
+            seed: Chooses the tokens.
+        """
+        model, random, nobody = self.model, np.random.default_rng(seed), Counters()
+        # Tokens of titles first: a model says little about tokens it was never trained on.
+        known = np.unique(self.trie.token[1:])
+        if len(known) < SHARED_AT_LEAST:
+            known = np.union1d(known, np.arange(min(2 * SHARED_AT_LEAST, head_weight(model).shape[0])))
+        n_titles = max(6, min(self.chunk, self.trie.n_nodes) // (BELOW - 1))
+        titles = random.choice(known, (n_titles, BELOW + 1))
+        titles[1::2, :2] = titles[: n_titles - n_titles % 2 : 2, :2]  # two have a beginning of their own
+        trie = Trie.from_sequences(titles.tolist())
+        text = random.choice(known, n_prompt + 1).tolist()
+        n_short = max(shortest, n_prompt // 4, min(n_prompt, SHARED_AT_LEAST + 1))
+        prompts = [text[1:], text[1:n_short] + text[:1]]
+        node = np.flatnonzero(~trie.is_leaf)[1:]
+        node = node[np.lexsort((trie.depth[node], trie.item_lo[node]))]
+        path = np.array(trie.path_to(int(node[-1])))
+        first = int(np.flatnonzero(node == path[0])[0])  # of the last branch
+        at_path = torch.tensor([int(np.flatnonzero(node[first:] == n)[0]) for n in path], device=self.device)
+        rows = [prompt + trie.token[path].tolist() for prompt in prompts]
+        ids, length_B = pad(rows, self.device)
+        at = length_B[:, None] - BELOW + torch.arange(BELOW, device=self.device)
+
+        def plain(ids: Tensor, at: Tensor) -> Tensor:
+            hidden: Tensor = body(model)(input_ids=ids, use_cache=False).last_hidden_state
+            return hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+        alone = [plain(ids[b : b + 1, :n], at[b : b + 1]) for b, n in enumerate(length_B.tolist())]
+        shares = n_prompt > n_short > SHARED_AT_LEAST >= shortest
+        prefix = Prefix.run(model, text[1 : SHARED_AT_LEAST + 1], nobody) if shares else None
+        cache = TreeCache(model, trie, prompts, nobody, prefix)
+        if first:
+            cache.append(node[None, :first])
+
+        def tree() -> Tensor:
+            hidden = cache.append(node[None, first:])
+            cache.keep(np.arange(first))
+            return hidden[:, at_path]
+
+        return Measured.of(model, torch.cat(alone), lambda: plain(ids, at), tree)
 
     def sweep(
         self, prompts: TokenLists, counters: Counters, prefix: Prefix | None = None
@@ -228,11 +279,26 @@ class TrieEngine:
                 f"wanted prompt and title within the model's {self._positions} positions, got {longest - 1} tokens; "
                 "lower max_tokens of the prompts"
             )
-        return self.tree_cache_works and self._accepts(refusal(self.model, longest))
+        shortest = min(map(len, prompts), default=0)
+        places = longest + self.at_once * self.trie.n_nodes
+        said = refusal(self.model, longest, shortest=shortest, places=places, room=self._room)
+        reason = self._other_head or said
+        return self._accepts(reason or self._misfit(longest - self.longest_path, shortest))
+
+    def sides(self, prompts: TokenLists) -> list[int]:
+        """For each prompt the side it is on of the length at which RoPE changes; those of one side share forwards."""
+        switch = rope_switch(self.model)
+        if switch is None:
+            return [0] * len(prompts)
+        return [switch.side(len(prompt), len(prompt) + self.longest_path) for prompt in prompts]
 
     @cached_property
     def _positions(self) -> int | None:
         return max_positions(self.model)
+
+    @cached_property
+    def _room(self) -> int | None:
+        return place_limit(self.model)
 
     @torch.inference_mode()
     def shared_prefix(self, prompts: TokenLists, counters: Counters) -> Prefix | None:
@@ -240,6 +306,8 @@ class TrieEngine:
 
         It is kept for later calls where no weight can be trained.
         """
+        if any(self.sides(prompts)):  # by itself it would have other frequencies
+            return None
         version = _weights_version(self.model)
         # Users who come one at a time share what this one shares with the one before.
         recent, kept = self._recent, self._prefix
@@ -282,10 +350,12 @@ class TrieEngine:
         inner_parent[trie.parent[run]] = True
         ends = run[~inner_parent[run]] if len(run) else np.array([0])
         scored = np.zeros(trie.n_nodes, dtype=bool)
-        needed = self.needed
-        for end in ends:
+        needed, crossing = self.needed, 1 in self.sides(prompts)
+        # Where RoPE changes with the length, what a node's children get is said by a forward that ends with it.
+        for end in np.flatnonzero(needed) if crossing else ends:
             path = trie.path_to(int(end))
             fresh = [n for n in (0, *path) if needed[n] and not scored[n]]
+            fresh = [int(end)] if crossing else fresh
             scored[fresh] = True
             logits, length_B = self.plain_logits(
                 prompts, [trie.token[path].tolist()] * len(prompts), counters
@@ -320,7 +390,8 @@ class TrieEngine:
         counters.tree_tokens += n_path
         counters.prompt_tokens += sum(map(len, texts)) - n_path
         counters.rounds += 1
-        return self.model(input_ids=ids, use_cache=False).logits, length_B
+        run = lambda ids: self.model(input_ids=ids, use_cache=False).logits  # noqa: E731
+        return as_if_alone(self.model, run, ids, length_B), length_B
 
     def log_softmax(self, children: Children, logits_RV: Tensor) -> Tensor:
         """The same from logits (R, V) float32 that the model made itself; float32 (E,), <= 0."""

@@ -10,6 +10,7 @@ Dimension key: B users, R requested nodes, N trie nodes, E edges, C nodes of one
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,12 +59,17 @@ class Growth:
 
     def __init__(self, engine: TrieEngine, prompts: TokenLists, counters: Counters) -> None:
         self.engine, self.trie, self.prompts, self.counters = engine, engine.trie, prompts, counters
-        self.fits_tree = engine.fits_tree(prompts)
-        # Longest prompts first: later ones fit where earlier ones were.
-        self._waiting = sorted(range(len(prompts)), key=lambda b: (-len(prompts[b]), b))
-        self._prefix: Prefix | None = None
-        if self.fits_tree and prompts:
-            self._prefix = engine.shared_prefix(prompts, counters)
+        # Longest prompts first: later ones fit where earlier ones were; users of one side of RoPE's change together.
+        self._side = engine.sides(prompts)
+        self._waiting = sorted(range(len(prompts)), key=lambda b: (-self._side[b], -len(prompts[b]), b))
+        sides = itertools.groupby(self._waiting, key=lambda b: self._side[b])
+        users = {side: [prompts[b] for b in group] for side, group in sides}
+        self._fits = {side: engine.fits_tree(of_side) for side, of_side in users.items()}
+        self._prefix: dict[int, Prefix | None] = {
+            side: engine.shared_prefix(of_side, counters)
+            for side, of_side in users.items()
+            if self._fits[side]
+        }
         self._cache: TreeCache | None = None
         self._row = np.full(len(prompts), NOTHING, dtype=np.int64)  # of each user in the cache
         # user -> node -> log-probabilities of its edges
@@ -75,15 +81,23 @@ class Growth:
         places = self.engine.at_once - len(self._scored)
         if not self._waiting or (self._scored and places < max(1, self.engine.at_once // 4)):
             return np.zeros(0, dtype=np.int64)
-        fresh = np.array(self._waiting[:places], dtype=np.int64)
-        del self._waiting[:places]
+        inside = next(iter(self._scored), self._waiting[0])
+        side = self._side[inside]
+        fresh = np.array([b for b in self._waiting[:places] if self._side[b] == side], dtype=np.int64)
+        if not len(fresh):
+            return fresh
+        del self._waiting[: len(fresh)]
+        if not self._scored:
+            self._cache = None
         self._scored |= {int(b): {} for b in fresh}
-        if self.fits_tree:
+        if self._fits[side]:
             prompts = [self.prompts[b] for b in fresh]
             staying = self._row[self._row >= 0]
             if self._cache is None or not len(staying):
                 self._cache = None  # before the next one is made
-                self._cache = TreeCache(self.engine.model, self.trie, prompts, self.counters, self._prefix)
+                self._cache = TreeCache(
+                    self.engine.model, self.trie, prompts, self.counters, self._prefix[side]
+                )
                 self._row[fresh] = np.arange(len(fresh))
             else:
                 self._row[fresh] = np.setdiff1d(np.arange(self._cache.n_users), staying)[: len(fresh)]

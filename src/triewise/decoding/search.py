@@ -7,7 +7,7 @@ Dimension key: B users, N trie nodes, G groups (leaves), I items, K returned ite
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -20,7 +20,7 @@ from triewise.decoding.engine import TrieEngine, edge_log_probabilities
 from triewise.decoding.filters import TitleFilter
 from triewise.decoding.growth import Edges, Growth, edges_on_paths
 from triewise.decoding.scoring import Hypotheses, Rule, best_of_each, path_sums
-from triewise.decoding.treecache import Counters, TokenLists
+from triewise.decoding.treecache import Counters, Prefix, TokenLists
 from triewise.errors import UserError
 from triewise.ranking import (
     Groups,
@@ -89,11 +89,7 @@ def rank_catalogue(
     rule = Rule.of(trie, n_users, alpha, "node", gain, assistant, assistant_weight, _among(counts, gain_over))
     groups, leaves = Groups.from_labels(trie.leaf, counts), np.unique(trie.leaf)
     items, best = blank_lists(n_users, k or groups.n_groups)
-    prefix = engine.shared_prefix(prompts, counters) if n_users and engine.fits_tree(prompts) else None
-    # Users of similar prompt length share a forward, so little is padded.
-    order = np.argsort([len(prompt) for prompt in prompts], kind="stable")
-    for start in range(0, n_users, engine.at_once):
-        users = order[start : start + engine.at_once]
+    for users, prefix in _blocks(engine, prompts, counters):
         edges = edge_log_probabilities(engine, [prompts[b] for b in users], counters, prefix)
         scores = path_sums(trie, rule.on_all_edges(edges, users))[:, leaves]
         if length_penalty:
@@ -261,6 +257,23 @@ class Strategy(Protocol):
 
     def update(self, edges: Edges) -> Int64:
         """Go on with what was asked for; the users (n,) who are done."""
+
+
+def _blocks(
+    engine: TrieEngine, prompts: TokenLists, counters: Counters
+) -> Iterator[tuple[Int64, Prefix | None]]:
+    """Users (n,) who share a forward, and what all like them begin with.
+
+    Their prompts have a similar length, so that little is padded, and are on one side of RoPE's change.
+    """
+    side, length = np.array(engine.sides(prompts)), np.array([len(prompt) for prompt in prompts])
+    for one in np.unique(side):
+        users = np.flatnonzero(side == one)
+        own = [prompts[b] for b in users.tolist()]
+        prefix = engine.shared_prefix(own, counters) if engine.fits_tree(own) else None
+        users = users[np.argsort(length[users], kind="stable")]
+        for start in range(0, len(users), engine.at_once):
+            yield users[start : start + engine.at_once], prefix
 
 
 def _drive(growth: Growth, search: Strategy) -> None:

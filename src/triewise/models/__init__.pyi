@@ -21,13 +21,18 @@ from .backbones import load_backbone as load_backbone, load_tokenizer as load_to
 from .checks import check_model as check_model, max_positions as max_positions
 from .encoders import PAD as PAD, SequentialModel as SequentialModel
 from .hub import download as download, upload as upload
+from .lengths import (
+    as_if_alone as as_if_alone,
+    rope_switch as rope_switch,
+    shortest_window as shortest_window,
+)
 from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
 from .merging import twin as twin
 from .probe import (
     Measured as Measured,
     hand_head_matches as hand_head_matches,
+    place_limit as place_limit,
     refusal as refusal,
-    relative as relative,
 )
 from .weights import load_trained as load_trained, save_trained as save_trained
 

@@ -158,12 +158,6 @@ def cache_of(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Any:
     return DynamicCache(held) if held else DynamicCache()
 
 
-def is_recurrent(model: Any) -> bool:
-    """Whether some layers are not attention."""
-    kinds = getattr(_text_config(model), "layer_types", None) or []
-    return any("attention" not in kind or "linear" in kind for kind in kinds)
-
-
 def compute_again(model: Any, on: bool) -> None:
     """Switch gradient checkpointing on or off: layers then keep no activations for the backward pass.
 
@@ -184,22 +178,6 @@ def compute_again(model: Any, on: bool) -> None:
 def computes_again(model: Any) -> bool:
     """Whether layers of a model that is being trained keep no activations; such layers take no cache."""
     return bool(model.training) and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
-def shortest_window(model: Any) -> int | None:
-    """Tokens the shortest-sighted attention layer sees, or None when all layers see everything."""
-    config = _text_config(model)
-    kinds = getattr(config, "layer_types", None)
-    named = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    sizes = [int(size) for size in named if size]
-    everywhere = kinds is not None and all(kind == "full_attention" for kind in kinds)
-    if everywhere or getattr(config, "use_sliding_window", True) is False or not sizes:
-        return None
-    return min(sizes)
-
-
-def _text_config(model: Any) -> Any:
-    return causal_lm(model).config.get_text_config(decoder=True)
 
 
 def head_rows(weight: Tensor, tokens: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from triewise.decoding import Counters, TokenLists, pad
 from triewise.errors import UserError
-from triewise.models import Backbone, body, causal_lm, head_weight, max_positions
+from triewise.models import Backbone, as_if_alone, body, causal_lm, head_weight, max_positions
 from triewise.ranking import (
     Groups,
     ItemLists,
@@ -197,7 +197,8 @@ def last_states(model: Any, texts: TokenLists, counters: Counters | None = None)
     for rows in _chunks(order, [len(ids) for ids in texts]):
         # Padding on the right stands behind all that a causal model sees.
         ids, length = pad([texts[i] for i in rows], device)
-        hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
+        run = lambda ids: body(model)(input_ids=ids, use_cache=False).last_hidden_state  # noqa: E731
+        hidden = as_if_alone(model, run, ids, length)
         states.append(hidden[torch.arange(len(rows)), length - 1].float())
         if counters is not None:
             counters.prompt_tokens += int(length.sum())

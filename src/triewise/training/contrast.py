@@ -20,7 +20,7 @@ from torch import Tensor
 from triewise.errors import UserError
 from triewise.tokens import Trie
 from triewise.training.examples import Examples
-from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses, title_sums
+from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses, lengths, title_sums
 
 
 def contrast_parts(
@@ -114,12 +114,12 @@ class ContrastLoss(TitleLoss):
         """Sum of the weighted losses of both terms; ``sums`` are those of the first.
 
         Args:
-            batch: Arguments of `TitleLoss.forward`; ``alone_ids`` (U, L), int64, the target titles behind the prompt
-                without history; ``alone_position`` (M,), int64, the place of each target in the flattened
-                ``alone_ids``.
+            batch: Arguments of `TitleLoss.forward`; ``alone_input_ids`` (U, L), int64, the target titles behind the
+                prompt without history, and their ``alone_length`` (U,); ``alone_position`` (M,), int64, the place of
+                each target in the flattened ``alone_input_ids``.
         """
         score = functools.partial(contrast_parts, self.objective, self.strength)
-        alone = {"input_ids": batch["alone_ids"], "position": batch["alone_position"]}
+        alone = {name: batch[f"alone_{name}"] for name in ("input_ids", "position", "length")}
         loss, nll = self.losses(batch, score, alone)
         return {"loss": loss.sum(), "sums": title_sums(nll.detach(), batch["zero_gain"], batch["decision"])}
 
@@ -144,5 +144,9 @@ class ContrastBatches(MicroBatches):
             "tokens": item["counts"]["tokens"] + alone.n_tokens,
             "places": item["counts"]["places"] + alone.input_ids.size,
         }
-        second = {"alone_ids": alone.input_ids, "alone_position": alone.position[kept]}
+        second = {
+            "alone_input_ids": alone.input_ids,
+            "alone_position": alone.position[kept],
+            "alone_length": lengths(alone.input_ids, alone.position),
+        }
         return item | {name: torch.from_numpy(array) for name, array in second.items()} | {"counts": counts}

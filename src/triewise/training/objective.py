@@ -17,7 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from triewise.errors import UserError
-from triewise.models import body, hand_head_matches, head_bias, head_rows, head_weight, whole_rows
+from triewise.models import (
+    as_if_alone,
+    body,
+    hand_head_matches,
+    head_bias,
+    head_rows,
+    head_weight,
+    whole_rows,
+)
 from triewise.progress import note
 from triewise.tokens import DeviceTrie, Trie
 from triewise.training import processes
@@ -287,8 +295,7 @@ class TitleLoss(nn.Module):
         """Next-token logits (M, V) at the positions of a micro-batch, or (M, C) of some tokens (C,)."""
         if self.by_hand:
             return self.head(self.hidden(batch), tokens)
-        with whole_rows():
-            full: Tensor = self.model(input_ids=batch["input_ids"], use_cache=False).logits
+        full = self._alone(lambda ids: self.model(input_ids=ids, use_cache=False).logits, batch)
         chosen = full.flatten(0, 1).index_select(0, batch["position"])
         return chosen if tokens is None else chosen.index_select(1, tokens)
 
@@ -299,9 +306,14 @@ class TitleLoss(nn.Module):
             packed = ("position_ids", "subtree_end", "prefix_ids")
             hidden = hidden_states(self.model, ids, *(batch[name] for name in packed))
         else:
-            with whole_rows():
-                hidden = body(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+            run = lambda ids: body(self.model)(input_ids=ids, use_cache=False).last_hidden_state  # noqa: E731
+            hidden = self._alone(run, batch)
         return hidden.flatten(0, 1).index_select(0, batch["position"])
+
+    def _alone(self, run: Callable[[Tensor], Tensor], batch: Mapping[str, Any]) -> Tensor:
+        """States or logits (B, L, X) of rows that are not packed, each as it is by itself."""
+        with whole_rows():
+            return as_if_alone(self.model, run, batch["input_ids"], batch["length"])
 
     def head(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
         """Logits (M, V) of hidden states (M, D), or (M, C) of some tokens (C,)."""
@@ -315,9 +327,10 @@ class TitleLoss(nn.Module):
         """Sum of the weighted losses of a micro-batch, not normalised, and sums for the log.
 
         Args:
-            batch: ``input_ids`` (B, L), or of packed rows that and ``position_ids``, ``subtree_end`` and
-                ``prefix_ids`` of `packing.Packed`; ``position`` (M,), where each target is predicted in the
-                flattened ``input_ids``; ``target``, ``node``, ``weight`` (M,) and ``n_edges`` of `Objective.parts`;
+            batch: ``input_ids`` (B, L) and ``length`` (B,) of rows, or of packed rows that and ``position_ids``,
+                ``subtree_end`` and ``prefix_ids`` of `packing.Packed`; ``position`` (M,), where each target is
+                predicted in the flattened ``input_ids``; ``target``, ``node``, ``weight`` (M,) and ``n_edges`` of
+                `Objective.parts`;
                 ``tokens`` (C,), those that logits are needed of, ascending; where it is left out, all; ``zero_gain``
                 and ``decision`` (M,), whether the target decides nothing, and whether several tokens are valid.
 
@@ -337,7 +350,7 @@ class TitleLoss(nn.Module):
             batch: Arguments of `forward`, those for the log left out.
             score: As `Objective.parts`; it is given the logits of ``batch``, then those of each of ``more``, then
                 target and what follows.
-            more: Further passes over other inputs (``input_ids`` and ``position``) for the same targets.
+            more: Further passes over other inputs (``input_ids``, ``position``, ``length``) for the same targets.
         """
         tokens, passes = batch.get("tokens"), (batch, *more)
         n_vocabulary = head_weight(self.model).shape[0]
@@ -431,7 +444,19 @@ class MicroBatches(Dataset[dict[str, Any]]):
             packed = pack(input_ids, position)
             if packed.n_places <= WORTH_PACKING * input_ids.size:
                 return {part.name: getattr(packed, part.name) for part in fields(packed)}
-        return {"input_ids": input_ids, "position": position}
+        return {
+            "input_ids": input_ids,
+            "position": position,
+            "length": lengths(batch.input_ids, batch.position),
+        }
+
+
+def lengths(input_ids: NDArray[np.int64], position: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens (B,) of rows that end with a target, from where each target is predicted."""
+    row, column = np.divmod(position, input_ids.shape[1])
+    length = np.zeros(len(input_ids), dtype=np.int64)
+    np.maximum.at(length, row, column + 2)
+    return length
 
 
 def _shorten(batch: Batch, keep: Any) -> tuple[Any, Any]:

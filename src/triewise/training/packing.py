@@ -20,7 +20,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.models import Measured, body, cache_of, computes_again, head_weight, own_mask, refusal, relative
+from triewise.models import (
+    Measured,
+    body,
+    cache_of,
+    computes_again,
+    head_weight,
+    own_mask,
+    place_limit,
+    refusal,
+)
 from triewise.progress import note
 from triewise.training import processes
 
@@ -196,35 +205,48 @@ def packing_works(model: Any, tokens: Int64, longest: int) -> bool:
     Args:
         model: A causal LM.
         tokens: Some token ids that mean something to the model, at least one.
-        longest: Tokens of the longest row; a model with layers that see less is not probed.
+        longest: Tokens of the longest row.
     """
-    reason = refusal(model, longest, lambda: _measured(model, tokens), "hidden states of packed rows")
+    places = longest + int(STRETCHES[-1] * max(longest, LONGEST))
+    reason = refusal(
+        model,
+        longest,
+        lambda seed: _measured(model, tokens, longest, seed),
+        "hidden states of packed rows",
+        places=places,
+        room=place_limit(model),
+    )
     if reason:
         note(f"warning: rows of this model are not packed, each runs by itself: {reason}")
     return not reason
 
 
-def _measured(model: Any, tokens: Int64) -> Measured:
-    """Three rows with a shared beginning, two of them with a shared history, by themselves and packed."""
-    n = 4 * SHARE_AT_LEAST
-    ids = np.tile(np.resize(tokens, n + 8).astype(np.int64), (3, 1))
-    ids[1, SHARE_AT_LEAST + 4 :] = np.roll(ids[0], 1)[SHARE_AT_LEAST + 4 :]  # shares the instruction
-    ids[2, n:] = np.roll(ids[0], 2)[n:]  # shares a history with the first
-    last = np.arange(3) * ids.shape[1] + ids.shape[1] - 1
-    device = head_weight(model).device
-    plain = body(model)(input_ids=torch.from_numpy(ids).to(device), use_cache=False).last_hidden_state
-    fast = _read(model, pack(ids, last), device)
-    leak = 0.0
-    for changed, others in ((0, [1, 2]), (2, [0, 1])):
-        rows = ids.copy()
-        rows[changed, -2] = (rows[changed, -2] + 1) % head_weight(model).shape[0]
-        leak = max(leak, relative(_read(model, pack(rows, last), device)[others], fast[others]))
-    return Measured(plain[:, -1].float(), fast, leak)
+def _measured(model: Any, tokens: Int64, longest: int, seed: int) -> Measured:
+    """The last places of three rows: two long ones with a shared history, and a shorter one with their beginning."""
+    random, device = np.random.default_rng(seed), head_weight(model).device
+    n, n_read, n_short = max(longest, 4 * SHARE_AT_LEAST), SHARE_AT_LEAST // 2, 3 * SHARE_AT_LEAST
+    text = random.choice(tokens, (3, n)).astype(np.int64)
+    text[1, : n - SHARE_AT_LEAST] = text[0, : n - SHARE_AT_LEAST]
+    text[2, : 2 * SHARE_AT_LEAST] = text[0, : 2 * SHARE_AT_LEAST]
+    text[2, max(n_short, n // 2) :] = 0
+    length = np.array([n, n, max(n_short, n // 2)])
+    at = length[:, None] - n_read + np.arange(n_read)
+    ids, position = torch.from_numpy(text).to(device), (np.arange(3)[:, None] * n + at).ravel()
+
+    def plain(ids: Tensor, at: Any) -> Tensor:
+        hidden: Tensor = body(model)(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden[torch.arange(len(ids))[:, None], torch.from_numpy(at)]
+
+    alone = torch.cat([plain(ids[b : b + 1, : length[b]], at[b : b + 1]) for b in range(3)])
+    packed = pack(text, position)
+    return Measured.of(
+        model, alone, lambda: plain(ids, at), lambda: _read(model, packed, device).view(alone.shape)
+    )
 
 
 def _read(model: Any, packed: Packed, device: torch.device) -> Tensor:
-    """Hidden states (M, D) at the positions of packed rows, float32."""
+    """Hidden states (M, D) at the positions of packed rows."""
     names = ("input_ids", "position_ids", "subtree_end", "prefix_ids")
     tensors = {name: torch.from_numpy(getattr(packed, name)).to(device) for name in names}
     at = torch.from_numpy(packed.position).to(device)
-    return hidden_states(model, **tensors).flatten(0, 1).index_select(0, at).float()
+    return hidden_states(model, **tensors).flatten(0, 1).index_select(0, at)

@@ -20,6 +20,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from triewise.models import check_model, compute_again
+from triewise.models import check_model, compute_again, rope_switch, shortest_window
 from triewise.settings import TrainingSettings
+from triewise.tokens import Dropped
 from triewise.training import processes
 from triewise.training.ahead import Ahead, all_workers_alive, default_workers
 from triewise.training.checkpoints import SHARDS, random_state, set_random_state
@@ -44,6 +46,7 @@ from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.temperature import AdaptiveTemperature
 from triewise.training.windows import batch_order, chains
 
+LONG_ROWS = 64  # histories that are read for the length at which packing is probed
 _THEIR_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -298,8 +301,22 @@ def packs(model: Any, examples: Examples) -> bool:
     """Whether rows of these examples may be packed for this model; those of several targets share nothing."""
     if int((examples.windows.items.lengths - examples.windows.n_context).max(initial=0)) > 1:
         return False
-    longest = examples.prompts.max_tokens + int(examples.trie.depth.max())
-    return packing_works(model, np.unique(examples.trie.token[1:]), longest)
+    return packing_works(model, np.unique(examples.trie.token[1:]), _longest_row(model, examples))
+
+
+def _longest_row(model: Any, examples: Examples) -> int:
+    """Tokens of the longest prompt with the longest title behind it.
+
+    All prompts are made where the model has a limit that matters, else only those of the histories with most text.
+    """
+    windows, prompts = examples.windows, replace(examples.prompts, dropped=Dropped())
+    title, most = int(examples.trie.depth.max()), np.argsort(-examples.size, kind="stable")
+    window, switch = shortest_window(model), rope_switch(model)
+    limit = min(window or 1 << 62, switch.tokens if switch else 1 << 62)
+    most = most[:LONG_ROWS] if limit >= prompts.max_tokens + title else most
+    start = windows.items.offsets[most]
+    contexts = (windows.items.values[s : s + n] for s, n in zip(start, windows.n_context[most], strict=True))
+    return max(len(prompts.encode(context.tolist())) for context in contexts) + title
 
 
 class _Conductor(TrainerCallback):  # type: ignore[misc]
