@@ -5,12 +5,10 @@ Shape key: V vocabulary, D width, C some tokens, B rows, Q queries, K keys.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +65,11 @@ def causal_lm(model: Any) -> Any:
 
 def body(model: Any) -> nn.Module:
     """The model below its head: ids (or a cache) in, ``last_hidden_state`` after the final norm out."""
-    inner: nn.Module = causal_lm(model).base_model
+    lm = causal_lm(model)
+    inner: nn.Module = lm.base_model
+    if inner is lm:  # of Llama 4 the name of the body is not that of its attribute
+        parts = [part for part in lm.children() if hasattr(part, "base_model")]
+        inner = parts[0] if len(parts) == 1 else lm
     return inner
 
 
@@ -76,18 +78,13 @@ def text_body(model: Any) -> nn.Module:
     lm = causal_lm(model)
     inner: nn.Module = lm.get_decoder()
     # Of some models the attribute `decoder` is the head.
-    return lm.base_model if inner is lm.get_output_embeddings() else inner
+    return body(lm) if inner in (lm, lm.get_output_embeddings()) else inner
 
 
 def head_weight(model: Any) -> Tensor:
     """(V, D) weight of the output head (tied or not)."""
     weight: Tensor = causal_lm(model).get_output_embeddings().weight
     return weight
-
-
-def head_bias(model: Any) -> Tensor | None:
-    """(V,) bias of the output head, or None."""
-    return getattr(causal_lm(model).get_output_embeddings(), "bias", None)
 
 
 def sample_ids(model: Any, n: int) -> Tensor:
@@ -130,7 +127,7 @@ def cache_of(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Any:
 
 def is_recurrent(model: Any) -> bool:
     """Whether some layers are not attention."""
-    kinds = getattr(_text_config(model), "layer_types", None) or []
+    kinds = getattr(text_config(model), "layer_types", None) or []
     return any("attention" not in kind or "linear" in kind for kind in kinds)
 
 
@@ -158,7 +155,7 @@ def computes_again(model: Any) -> bool:
 
 def shortest_window(model: Any) -> int | None:
     """Tokens the shortest-sighted attention layer sees, or None when all layers see everything."""
-    config = _text_config(model)
+    config = text_config(model)
     kinds = getattr(config, "layer_types", None)
     named = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     sizes = [int(size) for size in named if size]
@@ -168,34 +165,6 @@ def shortest_window(model: Any) -> int | None:
     return min(sizes)
 
 
-def _text_config(model: Any) -> Any:
+def text_config(model: Any) -> Any:
+    """The config of the part that reads text."""
     return causal_lm(model).config.get_text_config(decoder=True)
-
-
-def head_rows(weight: Tensor, tokens: Tensor) -> Tensor:
-    """Rows (C, D) of a head (V, D) that belong to some tokens (C,), int64, distinct: an ``index_select``.
-
-    On a CPU the gradient of a trained head is not filled with zeros: the system hands out zeroed memory, and only
-    what the rows touch is written. A tied head gains less: the gradient of the embedding is added to its own.
-    """
-    if weight.requires_grad and type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu":
-        rows: Tensor = _HeadRows.apply(weight, tokens)  # type: ignore[no-untyped-call]
-        return rows
-    return weight.index_select(0, tokens)
-
-
-class _HeadRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.shape = weight.shape
-        return weight.index_select(0, tokens)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (tokens,) = ctx.saved_tensors
-        # torch.zeros writes its zeros; those of numpy are pages that nobody has touched.
-        zeros = np.zeros(math.prod(ctx.shape) * gradient.element_size(), dtype=np.uint8)
-        whole = torch.from_numpy(zeros).view(gradient.dtype).view(ctx.shape)
-        return whole.index_copy_(0, tokens, gradient), None

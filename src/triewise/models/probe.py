@@ -1,9 +1,9 @@
-"""Does this model respect our mask, our positions and its head by hand? Asked once, before a fast path is used.
+"""Does this model respect our mask and our positions? Asked once, before a fast path is used.
 
-Decoding and packing push tokens of several branches through one forward, under a mask and positions of our own, and
-multiply hidden states with rows of the head. Some models do otherwise, most of them silently. What their config says
-is read here; for the rest a fast path measures itself against plain forwards, and the judgement is made here. Why a
-model is refused is one phrase, for the caller's warning; None: nothing speaks against it.
+Decoding and packing push tokens of several branches through one forward, under a mask and positions of our own.
+Some models do otherwise, most of them silently. What their config says is read here; for the rest a fast path measures
+itself against plain forwards, and the judgement is made here. Why a model is refused is one phrase, for the caller's
+warning; None: nothing speaks against it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from triewise.models.anatomy import body, head_bias, head_weight, is_recurrent, shortest_window, takes_masks
+from triewise.models.anatomy import head_weight, is_recurrent, shortest_window, takes_masks
+from triewise.models.head import is_precise
 
 LEAK = 1e-4  # of the size of the numbers; a branch that sees no other one changes nothing at all, in any precision
 
@@ -78,29 +78,5 @@ def relative(given: Tensor, wanted: Tensor) -> float:
     return float((given - wanted).abs().max() / wanted.abs().max().clamp(min=1e-9))
 
 
-@torch.no_grad()
-def hand_head_matches(model: Any) -> bool:
-    """Whether body and head put together by hand give the model's own logits.
-
-    Soft-capping, logit scaling and heads on another hidden state make it false: then only the model's own
-    forward may be used. Tested on three tokens; relative to the largest logit, 1e-3 in float32 and float64 and 3e-2
-    in what rounds more.
-    """
-    training = model.training
-    model.eval()
-    try:
-        weight = head_weight(model)
-        ids = torch.tensor([[0, 1, 2]], device=weight.device) % weight.shape[0]
-        own = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
-        ours = nn.functional.linear(hidden, weight, head_bias(model)).float()
-    except (AttributeError, TypeError, RuntimeError):  # a state that is not of the head's dtype, for one
-        return False
-    finally:
-        model.train(training)
-    tolerance = (1e-3 if _is_precise(model) else 3e-2) * own.abs().max().clamp(min=1)
-    return ours.shape == own.shape and bool((ours - own).abs().max() <= tolerance)
-
-
 def _is_precise(model: Any) -> bool:
-    return head_weight(model).dtype in (torch.float32, torch.float64)
+    return is_precise(head_weight(model).dtype)

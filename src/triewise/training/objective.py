@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from triewise.errors import UserError
-from triewise.models import body, hand_head_matches, head_bias, head_rows, head_weight
+from triewise.models import body, hand_head, head_weight
 from triewise.progress import note
 from triewise.tokens import DeviceTrie, Trie
 from triewise.training import processes
@@ -236,8 +236,11 @@ class TitleLoss(nn.Module):
     The head sees target positions only, and of its rows, in trie support, those of tokens that are valid somewhere in
     the micro-batch: one product of (M, D) and (D, C), nothing as wide as the vocabulary. Vocabulary support takes the
     positions in blocks and computes a block's logits again in the backward pass. Where head and hidden states put
-    together by hand are not the model's own logits (soft-capping, scaling), the model's whole forward is used instead,
-    with one printed warning.
+    together by hand are not the model's own logits (see `Head`), the model's whole forward is used instead, with one
+    printed warning.
+
+    Attributes:
+        head: The model's head by hand, or None.
     """
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss it gets is normalised already
@@ -245,7 +248,8 @@ class TitleLoss(nn.Module):
     def __init__(self, model: Any, objective: Objective, trie: Trie) -> None:
         super().__init__()
         self.model, self.objective, self.trie = model, objective, trie
-        self.by_hand = hand_head_matches(model)
+        self.head = hand_head(model)
+        self.by_hand = self.head is not None
         if not self.by_hand:
             note(
                 "warning: these logits are more than hidden states times head; the model's whole forward runs"
@@ -253,8 +257,8 @@ class TitleLoss(nn.Module):
 
     def logits(self, batch: Mapping[str, Any], tokens: Tensor | None = None) -> Tensor:
         """Next-token logits (M, V) at the positions of a micro-batch, or (M, C) of some tokens (C,)."""
-        if self.by_hand:
-            return self.head(self.hidden(batch), tokens)
+        if self.head is not None:
+            return self.head.logits(self.model, self.hidden(batch), tokens)
         full: Tensor = self.model(input_ids=batch["input_ids"], use_cache=False).logits
         chosen = full.flatten(0, 1).index_select(0, batch["position"])
         return chosen if tokens is None else chosen.index_select(1, tokens)
@@ -268,14 +272,6 @@ class TitleLoss(nn.Module):
         else:
             hidden = body(self.model)(input_ids=ids, use_cache=False).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch["position"])
-
-    def head(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
-        """Logits (M, V) of hidden states (M, D), or (M, C) of some tokens (C,)."""
-        weight, bias = head_weight(self.model), head_bias(self.model)
-        if tokens is not None:
-            weight = head_rows(weight, tokens)
-            bias = None if bias is None else bias.index_select(0, tokens)
-        return nn.functional.linear(hidden, weight, bias)
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Sum of the weighted losses of a micro-batch, not normalised, and sums for the log.
@@ -310,7 +306,7 @@ class TitleLoss(nn.Module):
         columns = None if tokens is None else Columns(tokens, n_vocabulary)
         arguments = (batch["target"], batch["node"], batch["weight"])
         at_once = max(1, LOGITS_AT_ONCE // n_vocabulary)
-        if self.by_hand and tokens is None and len(batch["target"]) > at_once:
+        if self.head is not None and tokens is None and len(batch["target"]) > at_once:
             arrays = (*(self.hidden(one) for one in passes), *arguments)
             blocks = zip(*(torch.split(a, at_once) for a in arrays), strict=True)
             done = [checkpoint(self._block, score, *block, use_reentrant=False) for block in blocks]
@@ -324,8 +320,10 @@ class TitleLoss(nn.Module):
 
     def _block(self, score: Callable[..., TokenLosses], *arrays: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and nll (m,) of some positions over the whole vocabulary; run again for the backward pass."""
+        assert self.head is not None
         *hidden, target, node, weight = arrays
-        parts = score(*(self.head(states, None) for states in hidden), target, node, self.trie, weight)
+        logits = [self.head.logits(self.model, states) for states in hidden]
+        parts = score(*logits, target, node, self.trie, weight)
         return parts.loss, parts.nll
 
 
