@@ -118,7 +118,7 @@ def hand_head(model: Any) -> Head | None:
             hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
             largest = float(Head().scores(model, hidden).abs().max())
             # A power of two: nothing is rounded otherwise than it was.
-            louder = 2.0 ** math.ceil(math.log2(max(LOUD / max(largest, 1e-3), 1.0)))
+            louder = 2.0 ** math.ceil(math.log2(max(1.0, LOUD / max(1e-3, largest))))
             pairs = [(hidden * by, _own_logits(model, ids, by)) for by in sorted({1.0, louder})]
         except (AttributeError, TypeError, RuntimeError):  # a state that is not as wide as the head, for one
             return None
