@@ -109,6 +109,10 @@ class TrieEngine:
         chunk: Trie nodes of one forward.
         at_once: Users that share a forward.
 
+    Attributes:
+        tolerance: Nats by which the gap between two titles changes with what shares their forwards; None until a
+            search has measured it.
+
     Raises:
         UserError: Unknown support, or a trie token outside the model's vocabulary.
     """
@@ -129,6 +133,7 @@ class TrieEngine:
             )
         self.model, self.trie, self.support = model, trie, support
         self.chunk, self.at_once = chunk, at_once
+        self.tolerance: float | None = None
         # What calls leave for later ones: each is read once in a call and replaced as a whole, so threads may share it.
         # The last prompt that was asked for, and the prefix with the version of the weights that made it.
         self._recent: list[int] = []
