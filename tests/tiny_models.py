@@ -23,6 +23,10 @@ def tiny_model(kind: str = "qwen2", vocabulary: int = 30, seed: int = 0, **chang
         config = tf.Gemma2Config(
             **shape, num_key_value_heads=2, head_dim=8, sliding_window=512, **common, **changes
         )
+    elif kind == "bert":  # more than a factor and a cap lies between its body and its logits
+        config = tf.BertConfig(**shape, is_decoder=True, **common, **changes)
+    elif kind == "granite":
+        config = tf.GraniteConfig(**shape, **({"logits_scaling": 4.0} | changes), **common)
     elif kind == "llama":
         config = tf.LlamaConfig(**shape, **common, **changes)
     else:

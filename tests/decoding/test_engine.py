@@ -25,7 +25,7 @@ TOLERANCE = 1e-4  # float32, two layers
 
 
 @pytest.mark.parametrize("support", ["trie", "vocabulary"])
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gpt2", "gemma2", "granite"])
 def test_the_sweep_equals_one_forward_per_title(kind: str, support: str) -> None:
     model = tiny_model(kind)
     engine = TrieEngine(model, Trie.from_sequences(SIX), support, chunk=2)
@@ -93,7 +93,7 @@ def test_eager_attention_takes_an_additive_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [("gemma3", "attention window of 4 tokens"), ("gemma2", "not the product")]
+    ("kind", "reason"), [("gemma3", "attention window of 4 tokens"), ("bert", "not the product")]
 )
 def test_models_the_tree_cache_is_wrong_for_take_the_plain_path_with_one_warning(
     kind: str, reason: str
@@ -176,7 +176,7 @@ def test_threads_that_share_an_engine_get_what_each_gets_alone(support: str) -> 
 
 
 def test_one_warning_for_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, said = TrieEngine(tiny_model("gemma2"), Trie.from_sequences(SIX)), []
+    engine, said = TrieEngine(tiny_model("bert"), Trie.from_sequences(SIX)), []
     monkeypatch.setattr(warnings, "warn", lambda text, **_: said.append(text))
     with ThreadPoolExecutor(6) as pool:
         assert not any(pool.map(engine.fits_tree, [PROMPTS] * 12))

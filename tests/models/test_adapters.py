@@ -28,7 +28,7 @@ from triewise.app import evaluate_run, train_run
 from triewise.cache import cache_folder
 from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.models import Backbone, hand_head_matches, load_backbone
+from triewise.models import Backbone, hand_head, load_backbone
 from triewise.models.adapters import add_lora, describe_lora, freeze_unused
 from triewise.models.merging import is_quantised, merged, without_adapter
 from triewise.recipe import load_recipe, parse_recipe
@@ -109,7 +109,7 @@ def test_an_adapter_begins_as_its_base_learns_and_survives_saving_and_merging(
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the engine warns where it has to leave its fast path
         assert np.array_equal(scores(backbone), plain)
-    assert hand_head_matches(backbone.model)
+    assert hand_head(backbone.model) is not None
     before = one_step(backbone, tmp_path / "run")
     after = dict(backbone.model.named_parameters())
     changed = {name for name, old in before.items() if not old.equal(after[name])}
@@ -463,7 +463,7 @@ def test_four_bits_one_step_saved_loaded_merged(kind: str, bases: dict[str, Path
     load = {"device": "cpu", "dtype": "float32", "quantisation": "4bit"}
     base = load_backbone(str(bases[kind]), **load)
     assert base.quantised
-    assert hand_head_matches(base.model)
+    assert hand_head(base.model) is not None
     plain = scores(base)
     assert np.abs(plain - scores(load_backbone(str(bases[kind]), device="cpu"))).max() > 1e-2
     backbone = load_backbone(str(bases[kind]), **load, lora=LORA)

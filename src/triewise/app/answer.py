@@ -60,17 +60,20 @@ class Answer:
         recommendations: Best first; fewer than ``k`` where fewer may be returned.
         certified: Whether no better title is missing; see `Ranking`.
         unknown: Titles or ids of the history that are not in the catalogue, and were left out.
+        tied: So many of the last places may be other titles' as well; see `Ranking`.
     """
 
     recommendations: tuple[Recommended, ...]
     certified: bool
     unknown: tuple[str, ...]
+    tied: int = 0
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; ``unknown`` where there is something."""
+        """JSON values; ``tied`` and ``unknown`` where there is something."""
         unknown = {"unknown": list(self.unknown)} if self.unknown else {}
+        tied = {"tied": self.tied} if self.tied else {}
         listed = [recommended.as_json() for recommended in self.recommendations]
-        return {"recommendations": listed, "certified": self.certified, **unknown}
+        return {"recommendations": listed, "certified": self.certified, **tied, **unknown}
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def answer(
             for i, s, why in zip(best, ranking.scores[b], told, strict=False)
         )
         unknown = tuple(name for name in histories[b] if name not in item)
-        answers.append(Answer(titles, bool(ranking.certified[b]), unknown))
+        tied = 0 if ranking.tied is None else int(ranking.tied[b])
+        answers.append(Answer(titles, bool(ranking.certified[b]), unknown, tied))
     return Answers(tuple(answers), ranking.counters)
 
 

@@ -31,6 +31,7 @@ class BestFirst:
         done: The best finished titles of users who go on, with their final scores.
         results: Those of users who are done.
         proven: (B,) whether nothing that was left open can matter.
+        dropped: (B,) the best that any dropped prefix or title could have become.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class BestFirst:
         self.open, self.done = Hypotheses.none(), Hypotheses.none()
         self.results: list[Hypotheses] = []
         self.proven = np.ones(len(filters), dtype=bool)
+        self.dropped = np.full(len(filters), -np.inf, dtype=np.float32)
         self.threshold = np.full(len(filters), -np.inf, dtype=np.float32)
         self.expanded = np.zeros(len(filters), dtype=np.int64)
         self.beams = Hypotheses.none()  # titles that the beam search of users who go on had found
@@ -102,9 +104,12 @@ class BestFirst:
             touched = np.union1d(touched, through)
         kth = np.maximum(kth_score(self.done, self.k, len(self.filters)), self.threshold)
         bound = bounds(self.open.total, self.open.node, self.trie, self.penalty)
-        self.open = self.open.take(bound >= kth[self.open.user])
+        near = bound >= kth[self.open.user]
+        np.maximum.at(self.dropped, self.open.user[~near], bound[~near])
+        self.open, bound = self.open.take(near), bound[near]
         if self.limit is not None:
             over = self.expanded[self.open.user] >= self.limit
+            np.maximum.at(self.dropped, self.open.user[over], bound[over])
             cut = np.unique(self.open.user[over])
             self.proven[cut] = False
             self.open = self.open.take(~over)
@@ -127,7 +132,8 @@ class BestFirst:
             together = self.done.then(divided(titles, self.trie, self.penalty))
             # Ties at the last place stay in: which of them is returned is decided by item index, at the end.
             kth = kth_score(together, self.k, len(self.filters))
-            self.done = together.take(together.total >= kth[together.user])
+            self.done, below = together.parted(together.total >= kth[together.user])
+            np.maximum.at(self.dropped, below.user, below.total)
             known = self.trie.n_children[longer.node] == 1
             known[known] = self.growth.known(longer.user[known], longer.node[known])
             longer, open_ones = longer.parted(known)

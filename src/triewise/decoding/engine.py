@@ -11,6 +11,7 @@ head, E edges scored in a chunk, U distinct tokens on them, V vocabulary, D widt
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Iterator
@@ -36,12 +37,14 @@ from triewise.decoding.treecache import (
 )
 from triewise.errors import UserError
 from triewise.models import (
+    LOGIT_BLOCK,
+    Head,
     Measured,
     as_if_alone,
     body,
+    causal_lm,
     check_model,
-    hand_head_matches,
-    head_bias,
+    hand_head,
     head_weight,
     max_positions,
     place_limit,
@@ -57,7 +60,6 @@ SHARED_AT_LEAST = 8  # tokens of a common beginning that are worth a forward of 
 SHORTEST = 32  # tokens of the prompts of a probe, at least
 BELOW = 5  # nodes of the path that a probe looks at
 CHUNK = 256  # nodes of one forward: large enough for good matrix products, small enough for the cache
-LOGIT_BLOCK = 1 << 24  # logits of the whole vocabulary that are held at one time
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,10 @@ class TrieEngine:
         chunk: Trie nodes of one forward.
         at_once: Users that share a forward.
 
+    Attributes:
+        tolerance: Nats by which the gap between two titles changes with what shares their forwards; None until a
+            search has measured it.
+
     Raises:
         UserError: Unknown support, or a trie token outside the model's vocabulary.
     """
@@ -141,6 +147,7 @@ class TrieEngine:
             )
         self.model, self.trie, self.support = model, trie, support
         self.chunk, self.at_once = chunk, at_once
+        self.tolerance: float | None = None
         # What calls leave for later ones: each is read once in a call and replaced as a whole, so threads may share it.
         # The last prompt that was asked for, and the prefix with the version of the weights that made it.
         self._recent: list[int] = []
@@ -159,6 +166,11 @@ class TrieEngine:
         """Tokens of the longest title."""
         return int(self.trie.depth.max())
 
+    @cached_property
+    def head(self) -> Head | None:
+        """The model's head by hand; None where only its own forward gives its logits."""
+        return hand_head(self.model)
+
     @property
     def tree_cache_works(self) -> bool:
         """Whether branches behind short prompts equal plain forwards, and our head the model's own.
@@ -169,7 +181,7 @@ class TrieEngine:
 
     @cached_property
     def _other_head(self) -> str | None:
-        matches = hand_head_matches(self.model)
+        matches = self.head is not None
         return None if matches else "its logits are not the product of the last hidden state and the head"
 
     def _misfit(self, n_prompt: int, shortest: int) -> str | None:
@@ -343,8 +355,8 @@ class TrieEngine:
 
     @torch.inference_mode()
     def _plain_sweep(self, prompts: TokenLists, counters: Counters) -> Iterator[tuple[Int64, Tensor]]:
-        """The slow, correct path for any causal LM: whole sequences, the model's own forward, no cache, no mask."""
-        trie, device = self.trie, self.device
+        """See `plain_edges`: one forward for each title, users together."""
+        trie = self.trie
         run = np.concatenate([chunk.node for chunk in self._plan])[1:]
         inner_parent = np.zeros(trie.n_nodes, dtype=bool)
         inner_parent[trie.parent[run]] = True
@@ -357,41 +369,87 @@ class TrieEngine:
             fresh = [n for n in (0, *path) if needed[n] and not scored[n]]
             fresh = [int(end)] if crossing else fresh
             scored[fresh] = True
-            logits, length_B = self.plain_logits(
-                prompts, [trie.token[path].tolist()] * len(prompts), counters
-            )
-            for node in fresh:
-                at = length_B - len(path) + int(trie.depth[node]) - 1
-                row_BV = logits[torch.arange(len(prompts), device=device), at].float()
-                children = Children.below(trie, np.full(len(prompts), node, dtype=np.int64))
-                counters.add_scored(len(prompts))
-                log_p = self.log_softmax(children, row_BV).view(len(prompts), -1)
-                yield children.node[: log_p.shape[1]], log_p
+            node = np.broadcast_to(np.array(fresh, dtype=np.int64), (len(prompts), len(fresh)))
+            paths = [trie.token[path].tolist()] * len(prompts)
+            if fresh:
+                children, log_p = self.plain_edges(prompts, paths, node, counters)
+                yield np.split(children.node, len(prompts))[0], log_p.view(len(prompts), -1)
 
     def edges(self, children: Children, hidden_BRD: Tensor, counters: Counters) -> Tensor:
         """Log-probabilities (B, E) float32 of edges, <= 0, on the CPU, from hidden states above them (B, R, D)."""
-        device, weight, bias = self.device, head_weight(self.model), head_bias(self.model)
-        token, row, column = children.to(device)
-        z_BRU = torch.nn.functional.linear(hidden_BRD, weight[token], None if bias is None else bias[token])
+        assert self.head is not None
+        token, row, column = children.to(hidden_BRD.device)
+        z_BRU = self.head.scores(self.model, hidden_BRD, token)
         # On the CPU, where sums have an order: atomic ones of a GPU differ in their last bits from run to run.
-        z_BE, row = z_BRU[:, row, column].float().cpu(), torch.from_numpy(children.row)
+        z_BE, row = z_BRU[:, row, column].cpu(), torch.from_numpy(children.row)
         n_users, n_rows = hidden_BRD.shape[:2]
         counters.add_scored(n_users * n_rows)
-        total_BR = _log_sum_exp(hidden_BRD, weight, bias).cpu() if self.support == "vocabulary" else None
+        total_BR = None
+        if self.support == "vocabulary":
+            total_BR = self.head.log_totals(self.model, hidden_BRD.flatten(0, 1)).view(n_users, n_rows).cpu()
         return _normalised(z_BE, row, n_rows, total_BR)
 
-    def plain_logits(
-        self, prompts: TokenLists, paths: TokenLists, counters: Counters
-    ) -> tuple[Tensor, Tensor]:
-        """The model's own logits (B, L, V) of prompts with tokens behind them, without cache and mask; lengths (B,)."""
+    def plain_edges(
+        self, prompts: TokenLists, paths: TokenLists, node: Int64, counters: Counters
+    ) -> tuple[Children, Tensor]:
+        """The slow, correct path for any causal LM: whole sequences, no cache, no mask of ours.
+
+        Args:
+            prompts: Token ids of T users.
+            paths: Tokens of a path along the trie behind each prompt.
+            node: int64 (T, F), nodes on these paths.
+            counters: Receives the work done.
+
+        Returns:
+            The edges below the nodes, and their log-probabilities, float32 (E,), <= 0, on the CPU.
+        """
         texts = [[*prompt, *path] for prompt, path in zip(prompts, paths, strict=True)]
+        last = np.array([len(prompt) - 1 for prompt in prompts], dtype=np.int64)
+        place = last[:, None] + self.trie.depth[node]
+        counters.prompt_tokens += sum(map(len, prompts))
+        counters.tree_tokens += sum(map(len, paths))
+        kept = max(map(len, texts)) if self.head is not None or not self._keeps else len(np.unique(place))
+        width = head_weight(self.model).shape[0 if self.head is None else 1]
+        at_once, done = max(1, LOGIT_BLOCK // (kept * width)), []
+        for start in range(0, len(texts), at_once):
+            some = slice(start, start + at_once)
+            done.append(self._plain_block(texts[some], place[some], node[some], counters))
+        children = Children.below(self.trie, node.reshape(-1))
+        if self.head is None:
+            return children, torch.cat(done)
+        return children, self.edges(children, torch.cat(done)[None], counters)[0]
+
+    def _plain_block(self, texts: TokenLists, place: Int64, node: Int64, counters: Counters) -> Tensor:
+        """Hidden states (T * F, D) at places (T, F) of texts; without head by hand log-probabilities of edges (E,)."""
         ids, length_B = pad(texts, self.device)
-        n_path = sum(map(len, paths))
-        counters.tree_tokens += n_path
-        counters.prompt_tokens += sum(map(len, texts)) - n_path
         counters.rounds += 1
-        run = lambda ids: self.model(input_ids=ids, use_cache=False).logits  # noqa: E731
-        return as_if_alone(self.model, run, ids, length_B), length_B
+        row, column = (
+            torch.arange(len(texts), device=self.device)[:, None],
+            torch.from_numpy(place).to(self.device),
+        )
+        wanted, at = torch.unique(column, return_inverse=True)
+        keep = {"logits_to_keep": wanted} if self.head is None and self._keeps else {}
+
+        def run(ids: Tensor) -> Tensor:
+            if self.head is not None:
+                hidden: Tensor = body(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+                return hidden
+            logits: Tensor = self.model(input_ids=ids, use_cache=False, **keep).logits
+            return logits
+
+        made = run(ids) if keep else as_if_alone(self.model, run, ids, length_B)
+        made = made[row, at if keep else column].flatten(0, 1)
+        if self.head is not None:
+            return made
+        counters.add_scored(node.size)
+        children = Children.below(self.trie, node.reshape(-1))
+        return self.log_softmax(children, made.float())
+
+    @cached_property
+    def _keeps(self) -> bool:
+        """Whether the model's forward makes logits of some positions only, where it is told which."""
+        told = "logits_to_keep" in inspect.signature(causal_lm(self.model).forward).parameters
+        return told and rope_switch(self.model) is None
 
     def log_softmax(self, children: Children, logits_RV: Tensor) -> Tensor:
         """The same from logits (R, V) float32 that the model made itself; float32 (E,), <= 0."""
@@ -471,15 +529,6 @@ def _normalised(z_BE: Tensor, row: Tensor, n_rows: int, total_BR: Tensor | None)
         total_BR = top_BR + sum_BR.log()
     # A log-sum-exp rounds differently from a gathered logit: without the clamp a sure edge can exceed 0.
     return (z_BE - total_BR[:, row]).clamp(max=0)
-
-
-def _log_sum_exp(hidden_BRD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, R) float32 log of the sum over the vocabulary, in blocks of rows."""
-    flat = hidden_BRD.reshape(-1, hidden_BRD.shape[-1])
-    rows = max(1, LOGIT_BLOCK // weight.shape[0])
-    parts = (flat[start : start + rows] for start in range(0, len(flat), rows))
-    blocks = [torch.nn.functional.linear(part, weight, bias).float().logsumexp(1) for part in parts]
-    return torch.cat(blocks).view(hidden_BRD.shape[:2])
 
 
 def _weights_version(model: Any) -> tuple[int, ...]:

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from triewise.arrays import Bool, Float32, Int64, place_in_run
-from triewise.decoding.engine import LOGIT_BLOCK, Children, TrieEngine
+from triewise.decoding.engine import Children, TrieEngine
 from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, on_device
-from triewise.models import head_weight
 from triewise.tokens import Trie
 
 Foreseen = Callable[[], tuple[Int64, Int64]]
@@ -185,19 +184,11 @@ class Growth:
             self._scored[b][n] = edges
 
     def _score_plainly(self, user: Int64, node: Int64) -> None:
-        """The slow, correct path for any causal LM: prompt and path from the beginning, the model's own forward."""
-        engine, trie, counters = self.engine, self.trie, self.counters
+        """See `TrieEngine.plain_edges`: one sequence for each node."""
         prompts = [self.prompts[b] for b in user.tolist()]
-        paths = [trie.token[trie.path_to(n)].tolist() for n in node.tolist()]
-        longest = max(len(prompt) + len(path) for prompt, path in zip(prompts, paths, strict=True))
-        at_once = max(1, LOGIT_BLOCK // (longest * head_weight(engine.model).shape[0]))
-        for start in range(0, len(paths), at_once):
-            block = slice(start, start + at_once)
-            logits, length = engine.plain_logits(prompts[block], paths[block], counters)
-            row_RV = logits[torch.arange(len(logits), device=engine.device), length - 1].float()
-            counters.add_scored(len(row_RV))
-            log_p = engine.log_softmax(Children.below(trie, node[block]), row_RV)
-            self._keep(user[block], node[block], log_p.cpu().numpy())
+        paths = [self.trie.token[self.trie.path_to(n)].tolist() for n in node.tolist()]
+        _, log_p = self.engine.plain_edges(prompts, paths, node[:, None], self.counters)
+        self._keep(user, node, log_p.numpy())
 
 
 def edges_on_paths(

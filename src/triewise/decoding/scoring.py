@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.arrays import Bool, Float32, Float64, Int64, place_in_run, runs
+from triewise.arrays import Bool, Float32, Float64, Int32, Int64, place_in_run, runs
 from triewise.errors import UserError
 from triewise.ranking import check_numbers
 from triewise.tokens import Trie, decoding_weights, is_trained, scale_within
@@ -233,6 +233,20 @@ class Discards:
         """(B,) whether everything dropped is strictly below the K-th returned score, or nothing was dropped."""
         below: Bool = self.bound < last
         return below | ~self.any
+
+
+def tied_places(scores: Float32, missing: Float32, tolerance: float) -> Int32:
+    """(B,) how many of the last places other titles may hold as well, as far as scores can be told apart.
+
+    Args:
+        scores: (B, K), descending, -inf where no title is.
+        missing: (B,) no title that is not there scores above it.
+        tolerance: Gaps up to it say nothing.
+    """
+    last = scores[:, -1:]
+    tied = (scores <= last + tolerance) & (missing[:, None] >= last - tolerance) & np.isfinite(scores)
+    count: Int32 = tied.sum(1, dtype=np.int32)
+    return count
 
 
 def bounds(total: Float32, node: Int64, trie: Trie, length_penalty: float) -> Float32:

@@ -1,27 +1,32 @@
 """The doors of the search: every title ranked, beams, the best titles with a proof, scores of given titles.
 
-No language model lives here: the engine gives edge scores, `scoring` says what a path is worth.
+No language model lives here: the engine gives edge scores, `scoring` says what a path is worth. In half precision a
+score depends on what shares the forward, by hundredths of a nat up to one: how much is measured here, and told with
+each ranking.
 
 Dimension key: B users, N trie nodes, G groups (leaves), I items, K returned items, W beams.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from triewise.arrays import Float32, Float64, Int32, Int64, blank_lists, within
+from triewise.arrays import Bool, Float32, Float64, Int32, Int64, blank_lists, within
 from triewise.decoding.beams import Beams
 from triewise.decoding.best_first import BestFirst
 from triewise.decoding.engine import TrieEngine, edge_log_probabilities
 from triewise.decoding.filters import TitleFilter
 from triewise.decoding.growth import Edges, Growth, edges_on_paths
-from triewise.decoding.scoring import Hypotheses, Rule, best_of_each, path_sums
+from triewise.decoding.scoring import Hypotheses, Rule, best_of_each, path_sums, tied_places
 from triewise.decoding.treecache import Counters, Prefix, TokenLists
 from triewise.errors import UserError
+from triewise.models import is_precise, max_positions
 from triewise.ranking import (
     Groups,
     ItemLists,
@@ -36,6 +41,10 @@ from triewise.ranking import (
 from triewise.tokens import Trie
 
 MAX_EXPANSIONS = 2000  # prefixes of a user, in vocabulary support
+# What the tolerance is measured on: prompts of other titles' tokens, so many at most, and titles behind them.
+PROMPTS, PROMPT_TOKENS, TITLES = 4, 48, 8
+# Times the change of a title's score: 5.7 standard deviations of the gap between two titles.
+TIMES = 8.0
 Scope = Literal["node", "step"]
 GainOver = Literal["trained", "all"]
 Filters = Sequence[Items | None] | None
@@ -76,7 +85,7 @@ def rank_catalogue(
             where ``counts`` are not given), or ``all``; see `decoding_weights`.
 
     Returns:
-        A `Ranking` with ``certified`` true everywhere; scores in nats.
+        A `Ranking` with ``certified`` true everywhere; scores in nats. In half precision with its tolerance.
 
     Raises:
         UserError: ``alpha`` or ``assistant_weight`` outside [0, 1], ``alpha > 0`` without ``gain``, a weight below 1
@@ -88,15 +97,18 @@ def rank_catalogue(
     trie, counters, n_users = engine.trie, Counters(), len(prompts)
     rule = Rule.of(trie, n_users, alpha, "node", gain, assistant, assistant_weight, _among(counts, gain_over))
     groups, leaves = Groups.from_labels(trie.leaf, counts), np.unique(trie.leaf)
-    items, best = blank_lists(n_users, k or groups.n_groups)
+    tolerance = _tolerance(engine, length_penalty, rule)
+    asked = k and k + bool(tolerance)  # the first that is missing is looked at
+    items, best = blank_lists(n_users, asked or groups.n_groups)
     for users, prefix in _blocks(engine, prompts, counters):
         edges = edge_log_probabilities(engine, [prompts[b] for b in users], counters, prefix)
         scores = path_sums(trie, rule.on_all_edges(edges, users))[:, leaves]
         if length_penalty:
             scores = scores / trie.depth[leaves].astype(np.float32) ** length_penalty
         own = [None if given is None else [given[b] for b in users] for given in (exclude, allow)]
-        items[users], best[users] = rank_groups(scores, groups, k, *own)
-    return Ranking(items, best, np.ones(n_users, dtype=bool), counters.as_dict())
+        items[users], best[users] = rank_groups(scores, groups, asked, *own)
+    certified = np.ones(n_users, dtype=bool)
+    return _ranking(items, best, k, certified, counters, tolerance, np.full(n_users, -np.inf, np.float32))
 
 
 def beam_search(
@@ -146,11 +158,12 @@ def beam_search(
     filters, counters = _filters(engine.trie, prompts, exclude, allow), Counters()
     search = Beams(engine.trie, rule, filters, beams, length_penalty)
     _drive(Growth(engine, prompts, counters), search)
-    items, scores = _returned(engine.trie, search.results, k, filters, counts)
+    tolerance = _tolerance(engine, length_penalty, rule)
+    items, scores = _returned(engine.trie, search.results, k + bool(tolerance), filters, counts)
     certified = search.discards.certify(scores[:, k - 1])
     if scope == "step":
         certified[:] = False  # a title's score depends on the beams beside it
-    return Ranking(items, scores, certified, counters.as_dict())
+    return _ranking(items, scores, k, certified, counters, tolerance, search.discards.bound)
 
 
 def exact_search(
@@ -206,8 +219,9 @@ def exact_search(
         max_expansions = max_expansions or MAX_EXPANSIONS
     search = BestFirst(growth, rule, filters, k, length_penalty, max_expansions, first)
     _drive(growth, search)
-    items, scores = _returned(trie, search.results, k, filters, counts)
-    return Ranking(items, scores, search.proven, counters.as_dict())
+    tolerance = _tolerance(engine, length_penalty, rule)
+    items, scores = _returned(trie, search.results, k + bool(tolerance), filters, counts)
+    return _ranking(items, scores, k, search.proven, counters, tolerance, search.dropped)
 
 
 def score(engine: TrieEngine, prompts: TokenLists, candidates: ItemLists) -> Float32:
@@ -241,6 +255,62 @@ def score(engine: TrieEngine, prompts: TokenLists, candidates: ItemLists) -> Flo
         node = np.where(on_path, trie.parent[node], 0).astype(np.int64)
     result[user, within(size)] = total
     return result
+
+
+def _ranking(
+    items: Int32,
+    scores: Float32,
+    k: int | None,
+    certified: Bool,
+    counters: Counters,
+    tolerance: float,
+    dropped: Float32,
+) -> Ranking:
+    """The first ``k`` places; with a tolerance one more is given, and what a search dropped scored at most (B,)."""
+    if not tolerance:
+        return Ranking(items, scores, certified, counters.as_dict())
+    missing = dropped if k is None or k >= scores.shape[1] else np.maximum(dropped, scores[:, k])
+    items, scores = items[:, :k], scores[:, :k]
+    tied = tied_places(scores, missing, tolerance)
+    return Ranking(items, scores, certified, counters.as_dict(), tolerance, tied)
+
+
+def _tolerance(engine: TrieEngine, length_penalty: float, rule: Rule) -> float:
+    """Nats, after the length penalty, that the gap between two titles changes by where they are run otherwise."""
+    if engine.tolerance is None:
+        weights = [p for p in engine.model.parameters() if p.is_floating_point()]
+        engine.tolerance = 0.0 if all(is_precise(p.dtype) for p in weights) else TIMES * _change(engine)
+    trie = engine.trie
+    shortest = (trie.shortest if length_penalty > 0 else trie.longest)[0]  # its score changes most
+    return float(engine.tolerance * rule.weight / shortest**length_penalty)
+
+
+@torch.inference_mode()
+def _change(engine: TrieEngine) -> float:
+    """Change of titles' scores, nats, between searches and a plain forward for each title alone.
+
+    Root mean square over titles, of the user with the largest.
+    """
+    trie, positions, nobody = engine.trie, max_positions(engine.model), Counters()
+    leaf, item = np.unique(trie.leaf, return_index=True)  # by length
+    some = np.linspace(0, len(leaf) - 1, PROMPTS * TITLES).astype(np.int64)
+    room = PROMPT_TOKENS if positions is None else min(PROMPT_TOKENS, positions - engine.longest_path)
+    paths = [trie.path_to(int(n)) for n in leaf[some]]
+    tokens = [np.concatenate([trie.token[path] for path in paths[user::PROMPTS]]) for user in range(PROMPTS)]
+    # Of several lengths: what pads them is part of how they are run.
+    prompts = [ids[: max(1, room * (user + 1) // PROMPTS)].tolist() for user, ids in enumerate(tokens)]
+    engine.fits_tree(prompts)
+    # A copy, of an engine that has probed its model: it remembers what it was asked last.
+    found = score(copy.copy(engine), prompts, [item[some[::PROMPTS]]] * PROMPTS)
+    alone = np.zeros_like(found)
+    for user, place in np.ndindex(found.shape):
+        path = paths[place * PROMPTS]
+        above = [n for n in (0, *path[:-1]) if engine.needed[n]]
+        if above:
+            text = [trie.token[path[:-1]].tolist()]
+            children, log_p = engine.plain_edges([prompts[user]], text, np.array([above], np.int64), nobody)
+            alone[user, place] = log_p.numpy()[np.isin(children.node, path)].sum()
+    return float(np.sqrt(np.mean((found - alone) ** 2, axis=1).max()))
 
 
 class Strategy(Protocol):

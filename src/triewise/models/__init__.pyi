@@ -9,8 +9,6 @@ from .anatomy import (
     causal_lm as causal_lm,
     compute_again as compute_again,
     computes_again as computes_again,
-    head_bias as head_bias,
-    head_rows as head_rows,
     head_weight as head_weight,
     own_mask as own_mask,
     resolve_device as resolve_device,
@@ -20,6 +18,7 @@ from .anatomy import (
 from .backbones import load_backbone as load_backbone, load_tokenizer as load_tokenizer
 from .checks import check_model as check_model, max_positions as max_positions
 from .encoders import PAD as PAD, SequentialModel as SequentialModel
+from .head import LOGIT_BLOCK as LOGIT_BLOCK, Head as Head, hand_head as hand_head, is_precise as is_precise
 from .hub import download as download, upload as upload
 from .lengths import (
     as_if_alone as as_if_alone,
@@ -30,7 +29,6 @@ from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
 from .merging import twin as twin
 from .probe import (
     Measured as Measured,
-    hand_head_matches as hand_head_matches,
     place_limit as place_limit,
     refusal as refusal,
 )

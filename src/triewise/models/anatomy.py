@@ -5,12 +5,10 @@ Shape key: V vocabulary, D width, C some tokens, B rows, Q queries, K keys.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +65,11 @@ def causal_lm(model: Any) -> Any:
 
 def body(model: Any) -> nn.Module:
     """The model below its head: ids (or a cache) in, ``last_hidden_state`` after the final norm out."""
-    inner: nn.Module = causal_lm(model).base_model
+    lm = causal_lm(model)
+    inner: nn.Module = lm.base_model
+    if inner is lm:  # of Llama 4 the name of the body is not that of its attribute
+        parts = [part for part in lm.children() if hasattr(part, "base_model")]
+        inner = parts[0] if len(parts) == 1 else lm
     return inner
 
 
@@ -76,18 +78,13 @@ def text_body(model: Any) -> nn.Module:
     lm = causal_lm(model)
     inner: nn.Module = lm.get_decoder()
     # Of some models the attribute `decoder` is the head.
-    return lm.base_model if inner is lm.get_output_embeddings() else inner
+    return body(lm) if inner in (lm, lm.get_output_embeddings()) else inner
 
 
 def head_weight(model: Any) -> Tensor:
     """(V, D) weight of the output head (tied or not)."""
     weight: Tensor = causal_lm(model).get_output_embeddings().weight
     return weight
-
-
-def head_bias(model: Any) -> Tensor | None:
-    """(V,) bias of the output head, or None."""
-    return getattr(causal_lm(model).get_output_embeddings(), "bias", None)
 
 
 def sample_ids(model: Any, n: int) -> Tensor:
@@ -180,30 +177,6 @@ def computes_again(model: Any) -> bool:
     return bool(model.training) and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
-def head_rows(weight: Tensor, tokens: Tensor) -> Tensor:
-    """Rows (C, D) of a head (V, D) that belong to some tokens (C,), int64, distinct: an ``index_select``.
-
-    On a CPU the gradient of a trained head is not filled with zeros: the system hands out zeroed memory, and only
-    what the rows touch is written. A tied head gains less: the gradient of the embedding is added to its own.
-    """
-    if weight.requires_grad and type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu":
-        rows: Tensor = _HeadRows.apply(weight, tokens)  # type: ignore[no-untyped-call]
-        return rows
-    return weight.index_select(0, tokens)
-
-
-class _HeadRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.shape = weight.shape
-        return weight.index_select(0, tokens)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (tokens,) = ctx.saved_tensors
-        # torch.zeros writes its zeros; those of numpy are pages that nobody has touched.
-        zeros = np.zeros(math.prod(ctx.shape) * gradient.element_size(), dtype=np.uint8)
-        whole = torch.from_numpy(zeros).view(gradient.dtype).view(ctx.shape)
-        return whole.index_copy_(0, tokens, gradient), None
+def text_config(model: Any) -> Any:
+    """The config of the part that reads text."""
+    return causal_lm(model).config.get_text_config(decoder=True)

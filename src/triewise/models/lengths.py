@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.models.anatomy import body, causal_lm
+from triewise.models.anatomy import body, causal_lm, text_config
 
 _MASKED = ("sliding_window", "attention_chunk_size")  # windows that transformers puts into its masks
 _NAMES_WINDOW = re.compile(r"window|local")
@@ -28,7 +28,7 @@ _EVERYTHING = {"full_attention", "attention", "global"}
 
 def is_recurrent(model: Any) -> bool:
     """Whether some layers are not attention."""
-    kinds = getattr(_text_config(model), "layer_types", None)
+    kinds = getattr(text_config(model), "layer_types", None)
     if not kinds:
         return bool(getattr(causal_lm(model), "_is_stateful", False))
     return any("attention" not in kind or "linear" in kind for kind in kinds)
@@ -36,7 +36,7 @@ def is_recurrent(model: Any) -> bool:
 
 def shortest_window(model: Any) -> int | None:
     """Tokens of a path that the shortest-sighted layer sees, or None: all."""
-    config = _text_config(model)
+    config = text_config(model)
     if _sees_everything(config) or getattr(config, "use_sliding_window", True) is False:
         return None
     masked = min(_sizes(getattr(config, name, None) for name in _MASKED), default=None)
@@ -48,7 +48,7 @@ def unknown_window(model: Any) -> int | None:
 
     What it counts is not known; where there is one of the usual names beside it, that one is meant.
     """
-    config = _text_config(model)
+    config = text_config(model)
     if _sees_everything(config) or list(_sizes(getattr(config, name, None) for name in _MASKED)):
         return None
     named = (
@@ -59,7 +59,7 @@ def unknown_window(model: Any) -> int | None:
 
 def counts_places(model: Any) -> bool:
     """Whether attention is biased by distance in places (ALiBi)."""
-    said = _settings(_text_config(model).to_dict())
+    said = _settings(text_config(model).to_dict())
     named = any((re.fullmatch(r"(use_)?alibi", key) and value) or value == "alibi" for key, value in said)
     return named or any("alibi" in name for name in dir(type(body(model))))
 
@@ -88,7 +88,7 @@ class RopeSwitch:
 
 def rope_switch(model: Any) -> RopeSwitch | None:
     """Where RoPE changes with the length, for all layers or some; None where it does not."""
-    config = _text_config(model)
+    config = text_config(model)
     said = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(said, Mapping):
         return None
@@ -142,10 +142,6 @@ def _forget(model: Any) -> None:
             if "dynamic" in kind:
                 one = torch.zeros(1, 1, device=next(module.buffers()).device)
                 module(one[None], one.long(), **({} if name is None else {"layer_type": name}))
-
-
-def _text_config(model: Any) -> Any:
-    return causal_lm(model).config.get_text_config(decoder=True)
 
 
 def _sees_everything(config: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Does this model respect our mask, our positions and its head by hand? Asked once, before a fast path is used.
+"""Does this model respect our mask and our positions? Asked once, before a fast path is used.
 
 Decoding and packing push tokens of several branches through one forward, under a mask and positions of our own, and
 multiply hidden states with rows of the head. Some models do otherwise, most of them silently. What their config says
@@ -25,7 +25,6 @@ from triewise.models.anatomy import (
     body,
     cache_of,
     causal_lm,
-    head_bias,
     head_weight,
     own_mask,
     sample_ids,
@@ -259,31 +258,3 @@ def _sees_behind(model: Any, hidden: int) -> bool:
 
 def _longer(keys: Tensor, places: int) -> Tensor:
     return torch.cat([keys, keys[:, :, -1:].expand(-1, -1, places, -1)], dim=2)
-
-
-@torch.no_grad()
-def hand_head_matches(model: Any) -> bool:
-    """Whether body and head put together by hand give the model's own logits.
-
-    Soft-capping, logit scaling and heads on another hidden state make it false: then only the model's own
-    forward may be used. Tested on three tokens; relative to the largest logit, 1e-3 in float32 and float64 and 3e-2
-    in what rounds more.
-    """
-    training = model.training
-    model.eval()
-    try:
-        weight = head_weight(model)
-        ids = torch.tensor([[0, 1, 2]], device=weight.device) % weight.shape[0]
-        own = model(input_ids=ids, use_cache=False).logits.float()
-        hidden = body(model)(input_ids=ids, use_cache=False).last_hidden_state
-        ours = nn.functional.linear(hidden, weight, head_bias(model)).float()
-    except (AttributeError, TypeError, RuntimeError):  # a state that is not of the head's dtype, for one
-        return False
-    finally:
-        model.train(training)
-    tolerance = (1e-3 if _is_precise(model) else 3e-2) * own.abs().max().clamp(min=1)
-    return ours.shape == own.shape and bool((ours - own).abs().max() <= tolerance)
-
-
-def _is_precise(model: Any) -> bool:
-    return head_weight(model).dtype in (torch.float32, torch.float64)

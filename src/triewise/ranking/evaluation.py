@@ -130,7 +130,9 @@ def evaluate(
         The evaluation; its metrics lie in [0, 1].
     """
     started = time.perf_counter()
-    places, certified, counters = _ranked(recommender, split, name, max(k, COVERED), depth, exclude, allow)
+    places, certified, counters, told = _ranked(
+        recommender, split, name, max(k, COVERED), depth, exclude, allow
+    )
     seconds = time.perf_counter() - started
     totals = [n if n is None else recommender.groups.total(n) for n in (train_targets, train_interactions)]
     metrics: dict[str, Any] = {"name": name, "split": split_name, "n_users": split.n_rows}
@@ -139,7 +141,7 @@ def evaluate(
     metrics[f"coverage@{COVERED}"] = _coverage(places.items[:, :COVERED], recommender.groups, allow)
     metrics |= _parts(places.rank, *(n if n is None else n[split.target] for n in totals))
     # ``certified_at``: so many of the best titles; None: all of them.
-    metrics |= {"certified": int(certified.sum()), "certified_at": depth, "counters": counters}
+    metrics |= {"certified": int(certified.sum()), "certified_at": depth, **told, "counters": counters}
     speed = round(split.n_rows / max(seconds, 1e-9), 2)
     metrics["timing"] = {"seconds": round(seconds, 3), "users_per_second": speed}
     lists = places.items[:, :k], places.scores[:, :k]
@@ -154,15 +156,18 @@ def _ranked(
     depth: int | None,
     exclude: str,
     allow: Items | None,
-) -> tuple[Places, Bool, dict[str, int]]:
-    """Where the targets stand and who stands first, what is certified, and the work done."""
+) -> tuple[Places, Bool, dict[str, int], dict[str, float]]:
+    """Where the targets stand and who stands first, what is certified, and the work done.
+
+    At last, of a recommender with a tolerance, that and the number of rows with tied places.
+    """
     excluded, n_rows, of_item = excluded_items(split, exclude), split.n_rows, recommender.groups.of_item
-    certified, counters = np.ones(n_rows, dtype=bool), dict[str, int]()
+    certified, counters, told = np.ones(n_rows, dtype=bool), dict[str, int](), dict[str, float]()
     with progress(f"ranking {name}", n_rows, "users") as advance:
         if depth is None and isinstance(recommender, ItemScorer):
             history, target = split.history, split.target
             places = count_places(recommender, history, target, k, excluded, allow, advance=advance)
-            return places, certified, counters
+            return places, certified, counters, told
         places = Places.blank(n_rows, k)
         block = int(np.clip(SCORES_AT_ONCE // (depth or recommender.groups.n_groups), 1, 256))
         for start in range(0, n_rows, block):
@@ -179,9 +184,12 @@ def _ranked(
             places.items[rows, :width] = ranking.items[:, :width]
             places.scores[rows, :width] = ranking.scores[:, :width]
             certified[rows] = ranking.certified
+            if ranking.tied is not None:
+                tied = told.get("tied", 0) + int((ranking.tied > 0).sum())
+                told = {"tolerance": ranking.tolerance, "tied": tied}
             add_counters(counters, ranking.counters)
             advance(n)
-    return places, certified, counters
+    return places, certified, counters, told
 
 
 def _judged(

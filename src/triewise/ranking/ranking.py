@@ -31,14 +31,20 @@ class Ranking:
     Attributes:
         items: (B, K) int32, the representative item of each group; -1 where fewer than K groups are allowed.
         scores: (B, K) float32, descending; -inf where ``items`` is -1. Of language models log-probabilities, nats.
-        certified: (B,) bool, whether no group that is missing can belong there.
+        certified: (B,) bool, whether no group that is missing can belong there. With a tolerance: by more than that.
         counters: Work done, see `Counters`.
+        tolerance: How far apart two scores must be before they say which of the two is better; 0 where a group gets
+            the same score however it is computed. Language models in half precision measure theirs.
+        tied: (B,) int32, so many of the last places may be missing groups' as well, being within the tolerance of the
+            last place; None without tolerance.
     """
 
     items: NDArray[np.int32]
     scores: NDArray[np.float32]
     certified: NDArray[np.bool_]
     counters: dict[str, int] = field(default_factory=dict)
+    tolerance: float = 0.0
+    tied: NDArray[np.int32] | None = None
 
     def titles(self, catalog: Catalog) -> list[list[str]]:
         """The titles of each user's items, best first; only those that are there, so lists may be shorter than K."""

@@ -17,15 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 from triewise.errors import UserError
-from triewise.models import (
-    as_if_alone,
-    body,
-    hand_head_matches,
-    head_bias,
-    head_rows,
-    head_weight,
-    whole_rows,
-)
+from triewise.models import as_if_alone, body, hand_head, head_weight, whole_rows
 from triewise.progress import note
 from triewise.tokens import DeviceTrie, Trie
 from triewise.training import processes
@@ -273,8 +265,11 @@ class TitleLoss(nn.Module):
     The head sees target positions only, and of its rows, in trie support, those of tokens that are valid somewhere in
     the micro-batch: one product of (M, D) and (D, C), nothing as wide as the vocabulary. Vocabulary support takes the
     positions in blocks and computes a block's logits again in the backward pass. Where head and hidden states put
-    together by hand are not the model's own logits (soft-capping, scaling), the model's whole forward is used instead,
-    with one printed warning.
+    together by hand are not the model's own logits (see `Head`), the model's whole forward is used instead, with one
+    printed warning.
+
+    Attributes:
+        head: The model's head by hand, or None.
     """
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss it gets is normalised already
@@ -285,7 +280,8 @@ class TitleLoss(nn.Module):
     def __init__(self, model: Any, objective: Objective, trie: Trie) -> None:
         super().__init__()
         self.model, self.objective, self.trie = model, objective, trie
-        self.by_hand = hand_head_matches(model)
+        self.head = hand_head(model)
+        self.by_hand = self.head is not None
         if not self.by_hand:
             note(
                 "warning: these logits are more than hidden states times head; the model's whole forward runs"
@@ -293,8 +289,8 @@ class TitleLoss(nn.Module):
 
     def logits(self, batch: Mapping[str, Any], tokens: Tensor | None = None) -> Tensor:
         """Next-token logits (M, V) at the positions of a micro-batch, or (M, C) of some tokens (C,)."""
-        if self.by_hand:
-            return self.head(self.hidden(batch), tokens)
+        if self.head is not None:
+            return self.head.logits(self.model, self.hidden(batch), tokens)
         full = self._alone(lambda ids: self.model(input_ids=ids, use_cache=False).logits, batch)
         chosen = full.flatten(0, 1).index_select(0, batch["position"])
         return chosen if tokens is None else chosen.index_select(1, tokens)
@@ -314,14 +310,6 @@ class TitleLoss(nn.Module):
         """States or logits (B, L, X) of rows that are not packed, each as it is by itself."""
         with whole_rows():
             return as_if_alone(self.model, run, batch["input_ids"], batch["length"])
-
-    def head(self, hidden: Tensor, tokens: Tensor | None) -> Tensor:
-        """Logits (M, V) of hidden states (M, D), or (M, C) of some tokens (C,)."""
-        weight, bias = head_weight(self.model), head_bias(self.model)
-        if tokens is not None:
-            weight = head_rows(weight, tokens)
-            bias = None if bias is None else bias.index_select(0, tokens)
-        return nn.functional.linear(hidden, weight, bias)
 
     def forward(self, **batch: Any) -> dict[str, Tensor]:
         """Sum of the weighted losses of a micro-batch, not normalised, and sums for the log.
@@ -358,7 +346,7 @@ class TitleLoss(nn.Module):
         arguments = (batch["target"], batch["node"], batch["weight"])
         extra = [batch[name] for name in self.per_target]
         at_once = max(1, LOGITS_AT_ONCE // n_vocabulary)
-        if self.by_hand and tokens is None and len(batch["target"]) > at_once:
+        if self.head is not None and tokens is None and len(batch["target"]) > at_once:
             arrays = (*(self.hidden(one) for one in passes), *arguments, *extra)
             blocks = zip(*(torch.split(a, at_once) for a in arrays), strict=True)
             done = [checkpoint(self._block, score, *block, use_reentrant=False) for block in blocks]
@@ -373,8 +361,9 @@ class TitleLoss(nn.Module):
 
     def _block(self, score: Callable[..., TokenLosses], *arrays: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and nll (m,) of some positions over the whole vocabulary; run again for the backward pass."""
+        assert self.head is not None
         n_hidden = len(arrays) - 3 - len(self.per_target)
-        logits = [self.head(states, None) for states in arrays[:n_hidden]]
+        logits = [self.head.logits(self.model, states) for states in arrays[:n_hidden]]
         target, node, weight, *extra = arrays[n_hidden:]
         parts = score(*logits, target, node, self.trie, weight, None, None, *extra)
         return parts.loss, parts.nll
