@@ -148,7 +148,9 @@ def _attention(
     n, n_heads, n_new, _ = query.shape
     n_groups = n_heads // key.shape[1]
     biased = kwargs.get("position_bias") is not None
-    if n_groups == 1 or biased or not getattr(attention_mask, "shared", False):
+    # The mask is repeated instead: (n, 1, GC, S) against (n, HD, S).
+    worth = 1 < n_groups <= key.shape[1] * key.shape[3] / n_new
+    if biased or not worth or not getattr(attention_mask, "shared", False):
         return _SDPA(module, query, key, value, attention_mask, *args, **kwargs)
     query = query.reshape(n, key.shape[1], n_groups * n_new, -1)
     mask = attention_mask.repeat(1, 1, n_groups, 1)
