@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.ranking import Ranking, Recommender
+if TYPE_CHECKING:
+    from triewise.ranking import Ranking, Recommender
 
 
 @functools.cache

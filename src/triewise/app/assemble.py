@@ -33,7 +33,6 @@ from triewise.models import (
     unfreeze_lora,
 )
 from triewise.progress import note
-from triewise.recipe import Recipe
 from triewise.recommenders import (
     GenerativeRecommender,
     SavedRecommender,
@@ -76,6 +75,7 @@ from triewise.training import (
 
 if TYPE_CHECKING:
     from triewise.arrays import Int64
+    from triewise.recipe import Recipe
 
 REFERENCE = "reference.npz"
 _OF_LOADING = {

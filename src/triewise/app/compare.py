@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,11 @@ from triewise.ranking import (
     paired_interval,
     paired_p,
 )
-from triewise.recipe import Recipe
 from triewise.recommenders import SETTINGS, SavedRecommender, load
 from triewise.reports import Comparison, Example, Report, Row, write_report
+
+if TYPE_CHECKING:
+    from triewise.recipe import Recipe
 
 POPULAR, KNN = "most popular", "item-kNN"
 MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from triewise.app.compare import report_runs
 from triewise.app.folders import open_data
 from triewise.app.runs import evaluate_run, train_run
 from triewise.progress import note
 from triewise.recipe import load_recipe
-from triewise.reports import Report
+
+if TYPE_CHECKING:
+    from triewise.reports import Report
 
 LIMIT_S = 600.0
 RESERVE_S = 90.0  # for ranking, comparing and drawing after the last training

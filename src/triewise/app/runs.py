@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,8 +35,10 @@ from triewise.recommenders import (
     load,
 )
 from triewise.reports import model_card
-from triewise.settings import EvaluationSettings
 from triewise.training import BY_ITSELF, MAY_CHANGE, TrainResult, processes, resume_point
+
+if TYPE_CHECKING:
+    from triewise.settings import EvaluationSettings
 
 
 def train_run(

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from triewise.arrays import Bool
 from triewise.data.splits import LazySplit, Split
 
 if TYPE_CHECKING:
+    from triewise.arrays import Bool
     from triewise.data.catalog import Catalog
     from triewise.data.interactions import Interactions
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from triewise.arrays import Bool, Int32, Int64
 from triewise.errors import UserError
+
+if TYPE_CHECKING:
+    from triewise.arrays import Bool, Int32, Int64
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from triewise.arrays import Int64
 from triewise.data.fetch import CITATION, fetch
 from triewise.data.interactions import Events, ordered_ids
 from triewise.data.movielens_files import INTERACTIONS, TITLES, film_titles, movies_dat, u_item
@@ -32,6 +32,9 @@ from triewise.data.tables import (
 )
 from triewise.errors import UserError
 from triewise.progress import note
+
+if TYPE_CHECKING:
+    from triewise.arrays import Int64
 
 # Names of columns, in small letters: those of csv:DIR, and of the files it is mostly made from.
 USER = ("user", "user_id", "userid", "reviewerid")

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from triewise.arrays import Int32, Int64, Ragged
-from triewise.data.interactions import Interactions
+
+if TYPE_CHECKING:
+    from triewise.data.interactions import Interactions
 
 NAMES = ("train", "valid", "test")
 WAYS = ("leave-one-out", "time-windows", "time-growing")

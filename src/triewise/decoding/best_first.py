@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from triewise.arrays import Int64
 from triewise.decoding.growth import Edges, Growth, forced_runs
 from triewise.decoding.scoring import Hypotheses, Rule, best_of_each, bounds, divided, kth_score, place_among
 
 if TYPE_CHECKING:
+    from triewise.arrays import Int64
     from triewise.decoding.beams import Beams
     from triewise.decoding.filters import TitleFilter
 

@@ -17,14 +17,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from triewise.arrays import Int64
 from triewise.decoding.treecache import (
     NOTHING,
     Counters,
@@ -53,6 +52,9 @@ from triewise.models import (
     shortest_window,
 )
 from triewise.tokens import Trie
+
+if TYPE_CHECKING:
+    from triewise.arrays import Int64
 
 Support = Literal["trie", "vocabulary"]
 AT_ONCE = 16

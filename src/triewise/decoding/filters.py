@@ -10,12 +10,15 @@ Shape key: N nodes, I items, E nodes asked about.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from triewise.ranking import Items, checked_items
-from triewise.tokens import Trie
+
+if TYPE_CHECKING:
+    from triewise.tokens import Trie
 
 LONG = 32  # an allow-list of more than one item in so many is long
 

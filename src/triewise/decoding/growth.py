@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ import torch
 from triewise.arrays import Bool, Float32, Int64, place_in_run
 from triewise.decoding.engine import Children, TrieEngine
 from triewise.decoding.treecache import NOTHING, Counters, Prefix, TokenLists, TreeCache, on_device
-from triewise.tokens import Trie
+
+if TYPE_CHECKING:
+    from triewise.tokens import Trie
 
 Foreseen = Callable[[], tuple[Int64, Int64]]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -38,7 +38,9 @@ from triewise.ranking import (
     rank_groups,
     resolve_filters,
 )
-from triewise.tokens import Trie
+
+if TYPE_CHECKING:
+    from triewise.tokens import Trie
 
 MAX_EXPANSIONS = 2000  # prefixes of a user, in vocabulary support
 # What the tolerance is measured on: prompts of other titles' tokens, so many at most, and titles behind them.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor
 from triewise.arrays import Int64, place_in_run
 from triewise.decoding.rooms import Rooms, Target, shared
 from triewise.models import body, cache_of, head_weight, own_mask
-from triewise.tokens import Trie
+
+if TYPE_CHECKING:
+    from triewise.tokens import Trie
 
 TokenLists = Sequence[Sequence[int]]
 NOTHING = -1  # a place of a forward that holds no node

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from triewise.errors import UserError, first_line
 from triewise.files import read_json, write_json
 from triewise.models.anatomy import causal_lm, probing, sample_ids, text_body
 from triewise.models.merging import PEFT_FAILURES, adapted_layers, fold, is_adapted, is_packed, twin
-from triewise.settings import LoraSettings
+
+if TYPE_CHECKING:
+    from triewise.settings import LoraSettings
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PROBE = 8  # tokens of the text that shows which layers are used

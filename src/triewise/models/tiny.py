@@ -6,13 +6,15 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from triewise.errors import UserError
 from triewise.models.loading import Backbone
-from triewise.settings import TinyModel
+
+if TYPE_CHECKING:
+    from triewise.settings import TinyModel
 
 PAD, START, END = "<|pad|>", "<|start|>", "<|end|>"
 FREQUENT = 5  # titles with a number before it becomes a token of its own

@@ -10,12 +10,15 @@ Dimension key: B users, I items, N neighbours, P different pairs of items, those
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from triewise.arrays import Float32, Float64, Int32, Int64, Ragged, among_best, offsets_of, place_in_run
-from triewise.data import Split
 from triewise.ranking.ranking import Groups, ItemLists, check_histories, rank_items
+
+if TYPE_CHECKING:
+    from triewise.data import Split
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from triewise.arrays import Bool, Float32, Float64, Int32, Int64, Ragged
 from triewise.errors import UserError
 from triewise.files import atomic_path, read_json, write_json
 from triewise.progress import progress
@@ -36,6 +35,7 @@ from triewise.ranking.ranking import (
 from triewise.ranking.target_ranks import Places, count_places
 
 if TYPE_CHECKING:
+    from triewise.arrays import Bool, Float32, Float64, Int32, Int64, Ragged
     from triewise.data import Split
 
 CUTS = (1, 5, 10, 20)

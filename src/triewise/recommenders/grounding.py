@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,7 +36,9 @@ from triewise.ranking import (
     rank_groups,
     resolve_filters,
 )
-from triewise.tokens import Prompts
+
+if TYPE_CHECKING:
+    from triewise.tokens import Prompts
 
 TOKENS_AT_ONCE = 8192  # of texts that are embedded in one forward
 POPULARITY_GAMMAS = tuple(float(g) for g in range(100))  # the grids of BIGRec's code

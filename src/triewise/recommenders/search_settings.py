@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from triewise.decoding import GainOver, Scope, Support
+if TYPE_CHECKING:
+    from triewise.decoding import GainOver, Scope, Support
 
 Search = Literal["beam", "exact", "catalogue", "grounding"]
 SEARCHES: tuple[Search, ...] = ("beam", "exact", "catalogue", "grounding")

@@ -25,12 +25,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from triewise.arrays import Ragged
-from triewise.data import Catalog
 from triewise.errors import UserError, first_line
 from triewise.tokens.readback import ReadBack, read_back
+
+if TYPE_CHECKING:
+    from triewise.data import Catalog
 
 _ANNOUNCEMENT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "

@@ -5,8 +5,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from triewise.arrays import Ragged
+if TYPE_CHECKING:
+    from triewise.arrays import Ragged
 
 
 @dataclass(frozen=True)

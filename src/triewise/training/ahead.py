@@ -10,13 +10,15 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from triewise.errors import UserError, first_line
-from triewise.training.objective import MicroBatches
+
+if TYPE_CHECKING:
+    from triewise.training.objective import MicroBatches
 
 AT_MOST = 4  # workers where nobody says: one builds 64 rows in 17 ms
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.settings import ObjectiveSettings
 from triewise.tokens import Dropped, Prompts, Trie, zero_gain
-from triewise.training.windows import Windows
+
+if TYPE_CHECKING:
+    from triewise.settings import ObjectiveSettings
+    from triewise.training.windows import Windows
 
 LONGEST = 256  # prompts that are made to see whether they lose titles
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triewise.errors import UserError
-from triewise.tokens import Trie
-from triewise.training.examples import Examples
 from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses, lengths, title_sums
+
+if TYPE_CHECKING:
+    from triewise.tokens import Trie
+    from triewise.training.examples import Examples
 
 
 def contrast_parts(

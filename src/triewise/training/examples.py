@@ -10,15 +10,17 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from triewise.arrays import Ragged, ranges
 from triewise.errors import UserError
-from triewise.tokens import Prompts, Trie
 from triewise.training.windows import Windows
+
+if TYPE_CHECKING:
+    from triewise.tokens import Prompts, Trie
 
 Ints = NDArray[np.integer[Any]]
 

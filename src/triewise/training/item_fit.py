@@ -10,19 +10,21 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from triewise.errors import UserError
-from triewise.models import SequentialModel
-from triewise.settings import SequentialSettings, TrainingSettings
 from triewise.training.checkpoints import random_state, set_random_state
 from triewise.training.item_tasks import ItemLoss, Sequences, cloze_task, item_loss, shifted_task, task_loss
 from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.windows import batch_order
+
+if TYPE_CHECKING:
+    from triewise.models import SequentialModel
+    from triewise.settings import SequentialSettings, TrainingSettings
 
 # What of [sequential] a checkpoint is of, beside the encoder; "base" is ``loss``.
 _OF_THE_LOSS = (

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from triewise.training import processes
 from triewise.training.checkpoints import random_state, set_random_state
 from triewise.training.losses import lml_parts
-from triewise.training.objective import TitleLoss
+
+if TYPE_CHECKING:
+    from triewise.training.objective import TitleLoss
 
 PARTS = ("loss_invalid", "loss_choice", "grad_norm_invalid", "grad_norm_choice")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from torch.utils.data import Dataset
 from triewise.errors import UserError
 from triewise.models import as_if_alone, body, hand_head, head_weight, whole_rows
 from triewise.progress import note
-from triewise.tokens import DeviceTrie, Trie
 from triewise.training import processes
-from triewise.training.examples import Batch, Examples
 from triewise.training.losses import (
     Columns,
     check_temperature,
@@ -36,6 +34,10 @@ from triewise.training.losses import (
 )
 from triewise.training.packing import hidden_states, pack
 from triewise.training.temperature import AdaptiveTemperature
+
+if TYPE_CHECKING:
+    from triewise.tokens import DeviceTrie, Trie
+    from triewise.training.examples import Batch, Examples
 
 SUPPORTS = ("trie", "vocabulary")
 NORMALISERS = ("weights", "decisions", "sum")

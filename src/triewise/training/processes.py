@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triewise.errors import UserError
-from triewise.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from triewise.settings import TrainingSettings
 
 T = TypeVar("T")
 # One process prepares data and validates while the others wait; one that has died is noticed at once.

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,6 @@ from triewise.errors import UserError
 from triewise.files import TEMPORARY, atomic_folder, read_json, write_json
 from triewise.models import load_trained, save_trained
 from triewise.progress import progress
-from triewise.settings import TrainingSettings
 from triewise.training import processes
 from triewise.training.checkpoints import (
     BEST,
@@ -43,7 +42,10 @@ from triewise.training.checkpoints import (
     set_random_state,
     signals_set,
 )
-from triewise.training.sharding import Shards
+
+if TYPE_CHECKING:
+    from triewise.settings import TrainingSettings
+    from triewise.training.sharding import Shards
 
 # A resumed run may change these: they decide when to look, when to stop and what memory it takes, not what is computed.
 MAY_CHANGE = {

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,12 +32,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from triewise.models import check_model, compute_again, rope_switch, shortest_window
-from triewise.settings import TrainingSettings
 from triewise.tokens import Dropped
 from triewise.training import processes
 from triewise.training.ahead import Ahead, all_workers_alive, default_workers
 from triewise.training.checkpoints import SHARDS, random_state, set_random_state
-from triewise.training.examples import Examples
 from triewise.training.meter import PARTS, Meter, measure_parts
 from triewise.training.objective import Learned, MicroBatches, Objective
 from triewise.training.packing import packing_works
@@ -45,6 +43,10 @@ from triewise.training.sharding import Shards, shardable_twin
 from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.temperature import AdaptiveTemperature
 from triewise.training.windows import batch_order, chains
+
+if TYPE_CHECKING:
+    from triewise.settings import TrainingSettings
+    from triewise.training.examples import Examples
 
 LONG_ROWS = 64  # histories that are read for the length at which packing is probed
 _THEIR_SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
