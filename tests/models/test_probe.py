@@ -198,7 +198,7 @@ def test_what_only_long_prompts_show_is_noticed_where_prompts_are_long(
     with pytest.warns(UserWarning, match="through the tree mask are off by"):
         assert not engine.fits_tree(long)
     tried = []
-    monkeypatch.setattr(engine, "_measured", lambda *size: tried.append(size))
+    monkeypatch.setattr("triewise.decoding.engine.measured", lambda *size: tried.append(size))
     assert engine.fits_tree(short) and not engine.fits_tree([long[0] + long[0][:50]])
     assert not tried
 
