@@ -12,6 +12,7 @@ from .anatomy import (
     head_bias as head_bias,
     head_rows as head_rows,
     head_weight as head_weight,
+    n_inputs as n_inputs,
     own_mask as own_mask,
     resolve_device as resolve_device,
     training_dtype as training_dtype,
@@ -20,6 +21,13 @@ from .backbones import load_backbone as load_backbone, load_tokenizer as load_to
 from .checks import check_model as check_model, max_positions as max_positions
 from .encoders import PAD as PAD, SequentialModel as SequentialModel
 from .hub import download as download, upload as upload
+from .item_slots import (
+    Histories as Histories,
+    ItemSlots as ItemSlots,
+    SlotIds as SlotIds,
+    attach as attach,
+    slots_of as slots_of,
+)
 from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
 from .probe import (
     Measured as Measured,

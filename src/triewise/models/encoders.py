@@ -85,7 +85,11 @@ class SequentialModel(nn.Module):
         return torch.einsum("md,mcd->mc", states, self.weight[items]) + self.bias[items]
 
     def last_scores(self, ids: Tensor) -> Tensor:
-        """Scores (B, I) of what comes after each row (B, L); a row without items is scored by the bias alone.
+        """Scores (B, I) of what comes after each row (B, L); a row without items is scored by the bias alone."""
+        return self.scores(self.last_states(ids))
+
+    def last_states(self, ids: Tensor) -> Tensor:
+        """States (B, D) that predict what comes after each row (B, L); zeros for a row without items.
 
         A bidirectional model gets a mask behind each row.
         """
@@ -94,9 +98,10 @@ class SequentialModel(nn.Module):
         if self.bidirectional:
             ids = F.pad(ids, (0, 1))
             ids[rows, length] = self.mask
-            return self.scores(self(ids)[rows, length])
-        states = self(ids)[rows, (length - 1).clamp(min=0)]
-        return self.scores(states * (length > 0)[:, None])
+            states: Tensor = self(ids)[rows, length]
+            return states
+        last: Tensor = self(ids)[rows, (length - 1).clamp(min=0)]
+        return last * (length > 0)[:, None]
 
 
 class _GRU(nn.Module):

@@ -21,7 +21,7 @@ from triewise.decoding import (
     score,
 )
 from triewise.errors import UserError
-from triewise.models import Backbone, load_backbone, upload
+from triewise.models import Backbone, load_backbone, slots_of, upload
 from triewise.ranking import (
     Groups,
     ItemLists,
@@ -76,8 +76,14 @@ class GenerativeRecommender(SearchSettings, Assisted):
     card: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse an assistant that does not belong here."""
+        """Refuse an assistant or item vectors that do not belong here."""
         self.check_assistant(self.catalog)
+        slots = slots_of(self.backbone.model)
+        if slots is not None and slots.catalog != self.catalog.fingerprint():
+            raise UserError(
+                "wanted item vectors of this catalogue, got a model with those of other items; restore its "
+                "catalogue, or train it on this one"
+            )
 
     @cached_property
     def groups(self) -> Groups:
@@ -277,7 +283,13 @@ class GenerativeRecommender(SearchSettings, Assisted):
         )
         backbone.model.requires_grad_(False)  # so the engine may keep what the prompts of all calls share
         trie = Trie.load(saved.folder / TRIE)
-        prompts = build_prompts(backbone.tokenizer, saved.catalog, **manifest["prompt"])
+        slots = slots_of(backbone.model)
+        prompts = build_prompts(
+            backbone.tokenizer,
+            saved.catalog,
+            slots=None if slots is None else slots.ids,
+            **manifest["prompt"],
+        )
         saved.check(hashes(prompts, trie, saved.counts))
         rebuilt = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
         if rebuilt.fingerprint() != trie.fingerprint():

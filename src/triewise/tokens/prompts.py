@@ -21,11 +21,14 @@ import json
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from triewise.arrays import Ragged
 from triewise.data import Catalog
 from triewise.errors import UserError
+
+if TYPE_CHECKING:
+    from triewise.models import SlotIds
 
 _ANNOUNCEMENT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -48,6 +51,7 @@ _TITLE = {"plain": "{}", "msl": '"{}"', "d3": "{}\n"}
 _IN_HISTORY = {"msl": '"{}"', "d3": "{}"}
 TEMPLATES = tuple(_TITLE)
 WITHOUT = ("no-input", "unknown")
+_USER = " is a user representation. "  # behind the user's slot, as in A-LLMRec
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # where the user's text goes while a chat template is rendered
 
 # Tokenizers keep the settings of a call until the next, and counts are read and written. A lock of the module, because
@@ -84,6 +88,8 @@ class Prompts:
         settings: The keyword arguments of :func:`build_prompts` that make this object again.
         dropped: Titles that were dropped because of ``max_tokens`` so far.
         special: Ids that text never becomes: the special tokens without the one for unknown text.
+        slots: Where given, the slot of an item stands behind its title, and that of the user, if there are any, in
+            front of everything.
     """
 
     tokenizer: Any = field(repr=False)
@@ -100,6 +106,7 @@ class Prompts:
     settings: dict[str, Any] = field(repr=False)
     dropped: Dropped = field(default_factory=Dropped, repr=False)
     special: frozenset[int] = field(default=frozenset(), repr=False)
+    slots: SlotIds | None = field(default=None, repr=False)
 
     @property
     def n_dropped(self) -> int:
@@ -116,8 +123,9 @@ class Prompts:
             UserError: If the instruction alone is longer than ``max_tokens``.
         """
         items = [int(i) for i in history][-self.max_history :] if self.max_history else []
+        user = [] if self.slots is None else self.slots.user(items)
         for first in range(len(items) + 1):
-            ids = self._encode(items[first:])
+            ids = [*user, *self._encode(items[first:])]
             if len(ids) <= self.max_tokens:
                 self.dropped.add(first)
                 return ids
@@ -164,10 +172,25 @@ class Prompts:
         return self._around(text)
 
     def _encode(self, items: list[int]) -> list[int]:
+        if self.slots is not None:
+            return self._slotted(items, self.slots)
         if self.template == "plain":
             return [*self.bos, *itertools.chain.from_iterable(self.title_tokens[i].tolist() for i in items)]
         titles = ", ".join(_IN_HISTORY[self.template].format(self.title[i]) for i in items)
         return self._around(self.lead + titles + _AFTER[self.template])
+
+    def _slotted(self, items: list[int], slots: SlotIds) -> list[int]:
+        """The same with the slot of each item behind its title; texts between slots are tokenised apart."""
+        if self.template == "plain":
+            texts, end = [self.title_tokens[i].tolist() for i in items], []
+        else:
+            titles = [_IN_HISTORY[self.template].format(self.title[i]) for i in items]
+            lead = self.lead if slots.histories is None else _USER + self.lead
+            parts = [(", " if n else lead) + title for n, title in enumerate(titles)]
+            parts.append(_AFTER[self.template] if items else lead + _AFTER[self.template])
+            *texts, end = _plain_ids(self.tokenizer, parts, self.special)
+        behind = ([*ids, slots.item(i)] for ids, i in zip(texts, items, strict=True))
+        return [*self.bos, *self.before, *itertools.chain.from_iterable(behind), *end, *self.after]
 
     def _around(self, text: str) -> list[int]:
         """Ids of a text between those that every prompt has."""
@@ -185,6 +208,7 @@ def build_prompts(
     max_history: int = 20,
     max_tokens: int = 1024,
     chat: bool = False,
+    slots: SlotIds | None = None,
 ) -> Prompts:
     """Tokenise the catalogue and fix everything a prompt depends on.
 
@@ -197,6 +221,7 @@ def build_prompts(
         max_history: At most so many titles of a history are used, the most recent ones.
         max_tokens: Length limit of a prompt in tokens.
         chat: Wrap the prompt in the tokenizer's chat template as a user's turn (instruct models).
+        slots: Of the model that reads the prompts, see `Prompts`.
 
     Raises:
         UserError: Unknown template, a tokenizer without terminator, ``chat`` where it cannot be, or a
@@ -209,7 +234,9 @@ def build_prompts(
     bos = _bos(tokenizer, template, chat)
     frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), template]
     lengths = {"max_history": max_history, "max_tokens": max_tokens}
-    identity = [*frame, lead, before, after, bos, *lengths.values(), tokenizer_hash(tokenizer)]
+    identity: list[Any] = [*frame, lead, before, after, bos, *lengths.values(), tokenizer_hash(tokenizer)]
+    if slots is not None:
+        identity.append([slots.first, slots.n_items, slots.histories is not None])
     return Prompts(
         tokenizer=tokenizer,
         title=catalog.title,
@@ -224,6 +251,7 @@ def build_prompts(
         hash=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat},
         special=special,
+        slots=slots,
     )
 
 

@@ -111,6 +111,11 @@ class Examples:
                 f"windows with several targets need the plain template, got {prompts.template!r}: elsewhere titles of "
                 "the history are no answers; use supervision = 'last'"
             )
+        if (windows.items.lengths - windows.n_context).max(initial=0) > 1 and prompts.slots is not None:
+            raise UserError(
+                "windows with several targets have no item slots behind them, which these prompts have; use "
+                "supervision = 'last'"
+            )
         self._node_T = before_T.astype(np.int64)
         self._weight_T = weight_T.astype(np.float32)
         self._zero_T = zero_gain[after_T]
