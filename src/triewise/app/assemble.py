@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triewise.app.folders import open_run
+from triewise.app.hybrid import remember, taught, with_slots
 from triewise.data import Dataset, Split, data_hash
 from triewise.errors import UserError
 from triewise.models import (
@@ -27,6 +28,7 @@ from triewise.models import (
     load_backbone,
     max_positions,
     resolve_device,
+    slots_of,
     training_dtype,
     unfreeze_lora,
 )
@@ -105,7 +107,8 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     """Backbone, prompts, trie, training windows and target counts of a recipe."""
     settings, reference = recipe.backbone, recipe.objective.preference.reference
     how, autocast = settings.model_dump(include=_HOW), False
-    if not settings.lora.rank:  # every weight is trained
+    frozen = recipe.hybrid is not None and recipe.hybrid.frozen
+    if not (settings.lora.rank or frozen):  # every weight is trained
         how["dtype"], autocast = training_dtype(settings.dtype, resolve_device(settings.device))
     if reference is not None:
         backbone = _reference_backbone(recipe, reference, how)
@@ -120,6 +123,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     freeze_unused(backbone.model)
     if backbone.adapted:
         note(describe_lora(backbone.model))
+    backbone = with_slots(recipe, dataset, backbone)
     prompts = _prompts(recipe, dataset, backbone)
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     if reference is not None:
@@ -136,6 +140,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
                     "data.max_history and backbone, or train a reference for this recipe"
                 )
     windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
+    remember(backbone, windows, prompts.max_history)
     counts = target_counts(windows, dataset.catalog.n_items)
     for line in training_warnings(recipe.objective, prompts, trie, windows, counts):
         note(line)
@@ -144,7 +149,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
 
 def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
     """Prompts that leave room for the longest title, where the model has only so many positions."""
-    settings = recipe.backbone
+    settings, slots = recipe.backbone, slots_of(backbone.model)
     build = functools.partial(
         build_prompts,
         backbone.tokenizer,
@@ -154,6 +159,7 @@ def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
         dataset.info["verb"],
         max_history=recipe.data.max_history,
         chat=settings.chat,
+        slots=None if recipe.hybrid is None or slots is None else slots.ids,
     )
     prompts = build(max_tokens=settings.max_tokens or MAX_TOKENS)
     positions, longest = max_positions(backbone.model), int(prompts.title_tokens.lengths.max(initial=0))
@@ -207,7 +213,7 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
         rejected = draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed)
 
     def fit_it(out: Path, **how: Any) -> TrainResult:
-        learned = _learned(recipe, model, examples, rejected, out / REFERENCE)
+        learned = taught(recipe, parts.backbone, _learned(recipe, model, examples, rejected, out / REFERENCE))
         how |= {"seed": recipe.seed, "autocast": parts.autocast}
         return train(model, examples, learned, recipe.training, out, **how)
 

@@ -188,11 +188,11 @@ class ItemSlots(nn.Module):
         made = self.nothing.expand(len(slot), -1)
         items, users = (slot < n_items).nonzero()[:, 0], (slot > n_items).nonzero()[:, 0]
         if len(items):
-            made = made.index_put((items,), self.item(self.table[slot[items]]).float())
+            made = made.index_put((items,), self.item(self.table[slot[items]]).to(made.dtype))
         if len(users) and self.user is not None and self.ids.histories is not None:
             numbers = (slot[users] - n_items - 1).tolist()
             states = self.ids.histories.states(numbers, slot.device)
-            made = made.index_put((users,), self.user(states).float())
+            made = made.index_put((users,), self.user(states).to(made.dtype))
         return made
 
     def parts(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 from .cautions import training_warnings as training_warnings
 from .checkpoints import resume_point as resume_point
 from .contrast import Contrast as Contrast
+from .curriculum import Curriculum as Curriculum
 from .examples import Examples as Examples, along_titles as along_titles
 from .item_fit import fit as fit
 from .item_tasks import Sequences as Sequences

@@ -59,7 +59,7 @@ class Learned(Protocol):
     def module(self, model: Any, trie: Trie) -> TitleLoss:
         """What is wrapped and called."""
 
-    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> MicroBatches:
+    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> Dataset[dict[str, Any]]:
         """Its arguments, for each of ``rows`` (n, B) those of a micro-batch."""
 
 

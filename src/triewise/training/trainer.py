@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from triewise.models import compute_again
+from triewise.models import compute_again, slots_of
 from triewise.settings import TrainingSettings
 from triewise.training import processes
 from triewise.training.checkpoints import random_state, set_random_state
@@ -35,6 +35,7 @@ from triewise.training.examples import Examples
 from triewise.training.meter import PARTS, Meter, measure_parts
 from triewise.training.objective import Learned, MicroBatches, Objective
 from triewise.training.packing import packing_works
+from triewise.training.rates import floor_cosine
 from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.temperature import AdaptiveTemperature
 from triewise.training.windows import batch_order, chains
@@ -165,6 +166,15 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         ours = math.fsum(batch.pop("contribution") for batch in batches)
         total = math.fsum(theirs for (theirs,) in processes.gather([ours]))
         return batches, float(self.learned.divisor(torch.tensor(total, dtype=torch.float64)))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The course of the learning rate."""
+        settings = self.settings
+        if settings.schedule != "cosine-floor":
+            return super().create_scheduler(num_training_steps, optimizer)
+        share = functools.partial(floor_cosine, steps=settings.steps, warmup=settings.warmup_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
 
     def parts_of_next_step(self) -> dict[str, float]:
         """What ``log_parts`` adds to the row of the step that is about to begin; nothing where it has none."""
@@ -304,7 +314,7 @@ def _arguments(
         per_device_train_batch_size=processes.share(settings),
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=_THEIR_SCHEDULES[settings.schedule],
+        lr_scheduler_type=_THEIR_SCHEDULES.get(settings.schedule, "constant"),
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -318,7 +328,7 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
         logging_nan_inf_filter=False,  # it would wait for the device at every step
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=slots_of(model) is not None,  # projections, in batches of text alone
     )
     # Else the Trainer wraps the model in DataParallel where it sees more.
     arguments._n_gpu = min(arguments.n_gpu, 1)
