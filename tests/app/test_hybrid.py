@@ -23,7 +23,7 @@ from triewise.recipe import parse_recipe
 from triewise.training.checkpoints import remove
 from triewise.training.curriculum import are_hybrid
 
-FEW = ("training.steps=6", "training.log_every=2", "evaluation.users=20")
+FEW = ("training.steps=6", "training.log_every=2", "evaluation.users=20", "hybrid.alignment.steps=3")
 
 
 class World:
@@ -61,12 +61,15 @@ def text_alone(world: World) -> tuple[Path, float]:
 
 
 def shuffled(world: World, run: Path) -> float:
-    """HR@1 where every slot shows the vector of some other item."""
+    """HR@1 where every slot shows the vector of some other item, and users are those of other items."""
     made: Any = triewise.load(run)
     slots = slots_of(made.backbone.model)
     assert slots is not None
-    order = np.random.default_rng(0).permutation(len(slots.table))
-    slots.table.copy_(slots.table[torch.from_numpy(order)].clone())
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(slots.table)))
+    slots.table.copy_(slots.table[order].clone())
+    if slots.ids.histories is not None:
+        rows = slots.ids.histories.encoder.items.weight
+        rows[1:-1] = rows[1:-1][order].clone()
     test = pl.read_parquet(world.folder / "prepared" / "test.parquet")
     first = made.recommend(test["history"].to_list(), 1).items[:, 0]
     return float((first == test["target"].to_numpy()).mean())
@@ -89,6 +92,28 @@ def test_llara_with_an_adapter_on_a_model_of_text(world: World, text_alone: tupl
     assert world.hr1(run) >= 2 * text_alone[1]
     assert shuffled(world, run) < 0.3
     assert triewise.load(run).used["adapter"] == "merged"
+
+
+ALIGNED = ("hybrid.alignment.steps=200", "hybrid.alignment.learning_rate=3e-3")
+
+
+def test_a_llmrec_learns_from_codes_and_users_what_text_alone_cannot(
+    world: World, text_alone: tuple[Path, float]
+) -> None:
+    run = world.train(WORDS + HYBRID, "a-llmrec", *ALIGNED, kind="a-llmrec")
+    found = world.hr1(run)
+    assert found >= 0.9
+    assert found >= 2 * text_alone[1]
+    assert shuffled(world, run) < 0.3
+
+
+@pytest.mark.slow
+def test_a_llmrec_under_a_frozen_language_model(world: World, text_alone: tuple[Path, float]) -> None:
+    """Only the projections are trained, as its authors do."""
+    base = (f"backbone.name={text_alone[0] / 'model'}", "backbone.template=plain", "hybrid.frozen=true")
+    run = world.train(WORDS + HYBRID, "frozen", *ALIGNED, *base, "training.steps=160", kind="a-llmrec")
+    assert world.hr1(run) >= 2 * text_alone[1]
+    assert shuffled(world, run) < 0.3
 
 
 # --- everything else, in a small world and a few steps ----------------------------------------------------------------
@@ -155,7 +180,7 @@ def test_text_alone_leaves_the_projections_alone(small: World) -> None:
 
 
 def test_a_frozen_language_model_stays_as_it_is(small: World) -> None:
-    text = small.train(WORDS, "text", *FEW)
+    text = small.train(WORDS, "text", *FEW[:3])
     base = (f"backbone.name={text / 'model'}", "backbone.template=plain", "hybrid.frozen=true")
     run = small.train(WORDS + HYBRID, "frozen", *FEW, *base, "hybrid.curriculum=0")
     before, after = (triewise.load(folder).backbone.model for folder in (text, run))
@@ -178,6 +203,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(small: World, kind: str) -> None
         ours, theirs = (load_file(run / "model" / name) for run in (whole, cut))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_the_alignment_is_made_once(small: World, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its file is read again by a run that goes on, and replaced where its inputs are others."""
+    how = (*FEW, "training.checkpoint_every=3")
+    run = small.train(WORDS + HYBRID, "aligned", *how, kind="a-llmrec")
+    said = "alignment of items and titles: 3 steps"
+    assert said in capfd.readouterr().err
+    before = load_file(run / "alignment.safetensors")["codes"]
+    small.train(WORDS + HYBRID, "aligned", *how, kind="a-llmrec", resume=True)
+    assert said not in capfd.readouterr().err
+    slots: Any = slots_of(triewise.load(run).backbone.model)
+    assert torch.equal(slots.table, before) and before.min() > 0
+    changed = (*how, "hybrid.alignment.text_weight=0.9")
+    small.train(WORDS + HYBRID, "aligned", *changed, kind="a-llmrec", overwrite=True)
+    assert said in capfd.readouterr().err
+    assert not torch.equal(load_file(run / "alignment.safetensors")["codes"], before)
 
 
 def test_gradient_checkpointing_changes_nothing(small: World) -> None:
@@ -208,7 +250,7 @@ def test_item_vectors_of_another_run_are_refused(small: World, world: World) -> 
         small.train(WORDS + HYBRID, "refused", f"hybrid.items={items}", *changes)
 
     with pytest.raises(UserError, match="wanted a sequential run as hybrid.items"):
-        with_items(small.train(WORDS, "no-items", *FEW))
+        with_items(small.train(WORDS, "no-items", *FEW[:3]))
     with pytest.raises(UserError, match="were trained on other rows"):
         with_items(world.folder / "items")
     seen = small.train(ITEMS, "seen", "training.steps=2", "training.rows=train+valid")

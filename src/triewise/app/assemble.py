@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triewise.app.folders import open_run
-from triewise.app.hybrid import remember, taught, with_slots
+from triewise.app.hybrid import align, remember, taught, with_slots
 from triewise.data import Dataset, Split, data_hash
 from triewise.errors import UserError
 from triewise.models import (
@@ -213,6 +213,7 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
         rejected = draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed)
 
     def fit_it(out: Path, **how: Any) -> TrainResult:
+        align(recipe, parts.backbone, parts.prompts, parts.windows, out)
         learned = taught(recipe, parts.backbone, _learned(recipe, model, examples, rejected, out / REFERENCE))
         how |= {"seed": recipe.seed, "autocast": parts.autocast}
         return train(model, examples, learned, recipe.training, out, **how)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from triewise.app.folders import open_run
 from triewise.data import data_hash
 from triewise.errors import UserError
-from triewise.models import ItemSlots, attach, slots_of
+from triewise.models import ItemSlots, attach, slots_of, title_encoder
 from triewise.recommenders import SequentialRecommender
-from triewise.training import Curriculum
+from triewise.training import Curriculum, kept_alignment
 
 if TYPE_CHECKING:
     from triewise.data import Dataset
     from triewise.models import Backbone
     from triewise.recipe import Recipe
     from triewise.settings import HybridSettings
+    from triewise.tokens import Prompts
     from triewise.training import Learned, Windows
+
+CODES = "alignment.safetensors"
 
 
 def with_slots(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Backbone:
@@ -35,9 +39,11 @@ def with_slots(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Backbone
     slots = slots_of(model)
     if slots is None:
         items = _items(recipe, hybrid, dataset).model
-        encoder = items if hybrid.kind == "a-llmrec" else None
         words, name = model.get_input_embeddings(), dataset.catalog.fingerprint()
-        slots = ItemSlots(words, hybrid.kind, items.items.weight[1:-1], name, encoder, recipe.seed)
+        table, encoder = items.items.weight[1:-1], None
+        if hybrid.kind == "a-llmrec":  # its codes are made before training
+            table, encoder = table.new_zeros(len(table), hybrid.alignment.width), items
+        slots = ItemSlots(words, hybrid.kind, table, name, encoder, recipe.seed)
         attach(model, slots)
     for part in (slots.item, slots.user):
         if part is not None:
@@ -52,6 +58,17 @@ def remember(backbone: Backbone, windows: Windows, max_history: int) -> None:
         return
     for items, n_context in zip(windows.items, windows.n_context, strict=True):
         slots.ids.histories.number(items[:n_context][-max_history:], keep=True)
+
+
+def align(recipe: Recipe, backbone: Backbone, prompts: Prompts, windows: Windows, out: Path) -> None:
+    """Stage 1 of A-LLMRec, once for a run folder; the codes of a reference stay."""
+    slots = slots_of(backbone.model)
+    if recipe.hybrid is None or slots is None or slots.ids.histories is None or slots.table.any():
+        return
+    settings, encoder = recipe.hybrid.alignment, slots.ids.histories.encoder
+    titles = title_encoder(settings.text_encoder, prompts.title, prompts.title_tokens, recipe.seed)
+    device = slots.table.device
+    slots.table.copy_(kept_alignment(out / CODES, encoder, titles, windows, settings, recipe.seed, device))
 
 
 def taught(recipe: Recipe, backbone: Backbone, learned: Learned) -> Learned:

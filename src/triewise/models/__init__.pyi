@@ -35,6 +35,7 @@ from .probe import (
     refusal as refusal,
     relative as relative,
 )
+from .text_encoders import TitleEncoder as TitleEncoder, title_encoder as title_encoder
 from .weights import load_trained as load_trained, save_trained as save_trained
 
 __all__ = [

@@ -11,13 +11,15 @@ Shape key: B rows, L places, D width, H state of a recurrence, I items, M target
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from triewise.arrays import Ragged, padded
 from triewise.settings import EncoderSettings
 
 PAD = 0
@@ -87,6 +89,12 @@ class SequentialModel(nn.Module):
     def last_scores(self, ids: Tensor) -> Tensor:
         """Scores (B, I) of what comes after each row (B, L); a row without items is scored by the bias alone."""
         return self.scores(self.last_states(ids))
+
+    def states_after(self, histories: Sequence[Sequence[int]]) -> Tensor:
+        """States (B, D) that predict what comes after histories of item indices, oldest first, of any length."""
+        ids = padded(Ragged.from_lists([list(history)[-self.max_length :] for history in histories]))
+        ids = ids if ids.shape[1] else np.zeros((len(ids), 1), dtype=np.int32)
+        return self.last_states(torch.from_numpy(ids.astype(np.int64)).to(self.bias.device))
 
     def last_states(self, ids: Tensor) -> Tensor:
         """States (B, D) that predict what comes after each row (B, L); zeros for a row without items.

@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from triewise.arrays import Ragged, padded
 from triewise.errors import UserError, first_line
 from triewise.files import read_json, write_json
 from triewise.models.anatomy import body, causal_lm, probing
@@ -78,11 +77,8 @@ class Histories:
                 "wanted prompts of this process and of its last million histories, got the slot of an unknown user; "
                 "encode the history again"
             )
-        last = self.encoder.max_length
-        ids = padded(Ragged.from_lists([list(history or ())[-last:] for history in found]))
-        ids = ids if ids.shape[1] else np.zeros((len(ids), 1), dtype=np.int32)
         with torch.no_grad():
-            return self.encoder.to(device).last_states(torch.from_numpy(ids.astype(np.int64)).to(device))
+            return self.encoder.to(device).states_after([history or () for history in found])
 
 
 @dataclass(frozen=True)
