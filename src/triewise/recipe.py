@@ -96,8 +96,9 @@ class Recipe(Section):
             raise ValueError("training.supervision = 'every' needs backbone.template = 'plain'")
         if self.training.supervision == "every" and self.objective.preference.negatives:
             raise ValueError("objective.preference.negatives > 0 needs training.supervision = 'last'")
-        if self.hybrid is not None and self.training.supervision == "every":
-            raise ValueError("[hybrid] needs training.supervision = 'last'")
+        users = self.hybrid is not None and self.hybrid.kind == "a-llmrec"
+        if users and self.training.supervision == "every":
+            raise ValueError("hybrid.kind = 'a-llmrec' needs training.supervision = 'last'")
         if self.hybrid is not None and self.hybrid.frozen and self.backbone.lora.rank:
             raise ValueError("hybrid.frozen = true trains no adapter: set backbone.lora.rank = 0")
         if self.objective.contrast.without_history == "unknown" and self.template == "plain":

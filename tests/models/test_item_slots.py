@@ -190,11 +190,31 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_rows(support: str, templ
         torch.testing.assert_close(packed, plain, rtol=1e-3, atol=1e-4)
 
 
-def test_windows_with_several_targets_are_refused() -> None:
+def several_targets(made: GenerativeRecommender) -> Examples:
+    windows = make_windows(split([[0, 1], [2], [5, 6, 7]], [2, 5, 0]), "every")
+    windows.n_context[:] = [1, 1, 2]
+    return Examples(windows, made.prompts, made.trie, None, np.zeros(made.trie.n_nodes, dtype=bool))
+
+
+def test_each_of_several_targets_has_its_slot_behind_it() -> None:
+    """A row is the prompt of all its items, without the slot of the last."""
     made = recommender("llara")
-    windows = make_windows(split([[0, 1]], [2]), "every")
-    with pytest.raises(UserError, match="have no item slots behind them"):
-        Examples(windows, made.prompts, made.trie, None, np.zeros(made.trie.n_nodes, dtype=bool))
+    examples = several_targets(made)
+    batch = examples.batch([0, 1, 2])
+    n_tokens = 0
+    for row, items in zip(batch.input_ids, examples.windows.items, strict=True):
+        expected = made.prompts.encode(items.tolist())[:-1]
+        assert row[: len(expected)].tolist() == expected and not row[len(expected) :].any()
+        n_tokens += len(expected)
+    assert batch.n_tokens == n_tokens
+    assert (batch.input_ids.ravel()[batch.position + 1] == batch.target).all()
+    length = examples.prompts.title_tokens.lengths
+    assert len(batch.target) == length[[1, 2, 5, 7, 0]].sum()
+
+
+def test_a_user_with_several_histories_is_refused() -> None:
+    with pytest.raises(UserError, match="a user's slot knows one"):
+        several_targets(recommender("a-llmrec"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -281,3 +301,33 @@ def test_ids_beyond_the_slots_are_refused() -> None:
     assert slots is not None
     with pytest.raises(UserError, match="wanted prompt tokens in"):
         rank_catalogue(made.engine, [[1, slots.placeholder + 1]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_explanations_and_free_text_know_slots_too(kind: str) -> None:
+    made = recommender(kind)
+    told = made.explain([0, 1], [2, 3], target=6)
+    assert [one.item for one in told][:2] == [2, 3]
+    near = made.with_settings(search="grounding", text_tokens=4).recommend([[0, 1]], 3)
+    assert near.items.shape == (1, 3)
+
+
+@pytest.mark.parametrize("quantisation", ["8bit", "4bit"])
+def test_slots_over_a_quantised_base(quantisation: str, tmp_path: Path) -> None:
+    pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed (pip install 'triewise[quant]')"
+    )
+    made = recommender("llara")
+    made.backbone.save(tmp_path / "base")
+    how = {"device": "cpu", "dtype": "float32", "quantisation": quantisation}
+    base = load_backbone(str(tmp_path / "base"), lora=LoraSettings(rank=2), **how)
+    slots = slots_of(base.model)
+    assert slots is not None and base.quantised and base.adapted
+    words = replace(made, backbone=base)
+    before = words.recommend(HISTORIES, None)
+    words.save_pretrained(tmp_path / "saved")
+    after = triewise.load(tmp_path / "saved", device="cpu", dtype="float32").recommend(HISTORIES, None)
+    np.testing.assert_allclose(after.scores, before.scores, **TIGHT)
+    if quantisation == "4bit":  # the layers of 8bit round their inputs, a merged one does not
+        merged = words.merged().recommend(HISTORIES, None)
+        np.testing.assert_allclose(merged.scores, before.scores, **TIGHT)
