@@ -78,9 +78,8 @@ class Recipe(Section):
     def _sequential_alone(self) -> Recipe:
         if self.sequential is None:
             return self
-        unused: list[str] = [
-            name for name in ("backbone", "objective", "hybrid") if name in self.model_fields_set
-        ]
+        unused: list[str] = [name for name in ("backbone", "objective") if name in self.model_fields_set]
+        unused += ["hybrid"] * (self.hybrid is not None)
         for section, keys in _OF_LANGUAGE_MODELS.items():
             chosen, default = getattr(self, section), type(getattr(self, section))()
             unused += [f"{section}.{key}" for key in keys if getattr(chosen, key) != getattr(default, key)]
