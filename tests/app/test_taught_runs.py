@@ -16,7 +16,7 @@ from triewise.errors import UserError
 from triewise.models import SequentialModel
 from triewise.recipe import Recipe, parse_recipe
 from triewise.recommenders import SequentialRecommender
-from triewise.recommenders.assistants import Teacher, beginnings
+from triewise.recommenders.assistants import TitleTeacher, beginnings
 from triewise.settings import EncoderSettings
 
 TINY = {"vocabulary": 300, "width": 16, "heads": 2, "feed_forward": 32}
@@ -95,6 +95,6 @@ def test_reading_a_window_once_is_reading_every_beginning(
             row[:n] for row, first in zip(lists, n_context, strict=True) for n in range(first, len(row))
         ]
         assert before == wanted
-        found = Teacher(model)(rows, n_context)
+        found = TitleTeacher(model)(rows, n_context)
         np.testing.assert_allclose(found, model.log_probabilities(before), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(np.exp(found).sum(1), 1, rtol=1e-6)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from triewise.app.enhance import enhancement_of
 from triewise.app.folders import open_run
+from triewise.app.hybrid import align, remember, taught, with_slots
 from triewise.data import Dataset, Split, data_hash
 from triewise.errors import UserError
 from triewise.files import sha256_file
@@ -29,6 +30,7 @@ from triewise.models import (
     load_backbone,
     max_positions,
     resolve_device,
+    slots_of,
     training_dtype,
     unfreeze_lora,
 )
@@ -37,7 +39,7 @@ from triewise.recommenders import (
     GenerativeRecommender,
     SavedRecommender,
     SequentialRecommender,
-    Teacher,
+    TitleTeacher,
     hashes,
     load,
 )
@@ -123,7 +125,8 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     """Backbone, prompts, trie, training windows and target counts of a recipe."""
     settings, reference = recipe.backbone, recipe.objective.preference.reference
     how, autocast = settings.model_dump(include=_OF_LOADING), False
-    if not settings.lora.rank:  # every weight is trained
+    frozen = recipe.hybrid is not None and recipe.hybrid.frozen
+    if not (settings.lora.rank or frozen):  # every weight is trained
         how["dtype"], autocast = training_dtype(settings.dtype, resolve_device(settings.device))
     if reference is not None:
         backbone = _reference_backbone(recipe, reference, how)
@@ -138,6 +141,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     freeze_unused(backbone.model)
     if backbone.adapted:
         note(describe_lora(backbone.model))
+    backbone = with_slots(recipe, dataset, backbone)
     prompts = _prompts(recipe, dataset, backbone)
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     if reference is not None:
@@ -154,6 +158,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
                     "data.max_history and backbone, or train a reference for this recipe"
                 )
     windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
+    remember(backbone, windows, prompts.max_history)
     counts = target_counts(windows, dataset.catalog.n_items)
     for line in training_warnings(recipe.objective, prompts, trie, windows, counts):
         note(line)
@@ -162,7 +167,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
 
 def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
     """Prompts that leave room for the longest title, where the model has only so many positions."""
-    settings = recipe.backbone
+    settings, slots = recipe.backbone, slots_of(backbone.model)
     build = functools.partial(
         build_prompts,
         backbone.tokenizer,
@@ -172,6 +177,7 @@ def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
         dataset.info["verb"],
         max_history=recipe.data.max_history,
         chat=settings.chat,
+        slots=None if recipe.hybrid is None or slots is None else slots.ids,
     )
     prompts = build(max_tokens=settings.max_tokens or MAX_TOKENS)
     positions, longest = max_positions(backbone.model), int(prompts.title_tokens.lengths.max(initial=0))
@@ -220,14 +226,16 @@ def _reference_backbone(recipe: Recipe, reference: Path, how: dict[str, Any]) ->
 def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
     parts = assemble(recipe, dataset)
     model = parts.backbone.model
-    examples, rejected, taught = _examples(recipe, parts), None, None
+    examples, rejected, soft = _examples(recipe, parts), None, None
     if recipe.objective.soft_targets is not None:
-        taught = _teacher(recipe, dataset, recipe.objective.soft_targets)
+        soft = _teacher(recipe, dataset, recipe.objective.soft_targets)
     if n := recipe.objective.preference.negatives:
         rejected = draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed)
 
     def fit_it(out: Path, **how: Any) -> TrainResult:
-        learned = _learned(recipe, model, examples, rejected, taught, out / REFERENCE)
+        align(recipe, parts.backbone, parts.prompts, parts.windows, out)
+        learned = _learned(recipe, model, examples, rejected, soft, out / REFERENCE)
+        learned = taught(recipe, parts.backbone, learned)
         how |= {"seed": recipe.seed, "autocast": parts.autocast}
         return train(model, examples, learned, recipe.training, out, **how)
 
@@ -317,7 +325,7 @@ def _examples(recipe: Recipe, parts: Assembly) -> Examples:
     return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
 
 
-def _teacher(recipe: Recipe, dataset: Dataset, run: Path) -> tuple[Teacher, str]:
+def _teacher(recipe: Recipe, dataset: Dataset, run: Path) -> tuple[TitleTeacher, str]:
     """What softens the targets, and the hash of its weights; UserError where it is no teacher of these rows."""
     theirs, record = open_run(run)
     if theirs.training.rows != "train" and recipe.training.rows == "train":
@@ -332,7 +340,7 @@ def _teacher(recipe: Recipe, dataset: Dataset, run: Path) -> tuple[Teacher, str]
         )
     teacher = load(run, assistant=False, trust_remote_code=theirs.backbone.trust_remote_code)
     weights = sorted((run / "model").glob("*.safetensors"))
-    return Teacher(teacher), " ".join(sha256_file(file) for file in weights)
+    return TitleTeacher(teacher), " ".join(sha256_file(file) for file in weights)
 
 
 def _learned(
@@ -340,7 +348,7 @@ def _learned(
     model: Any,
     examples: Examples,
     rejected: NDArray[np.int32] | None,
-    taught: tuple[Teacher, str] | None,
+    soft: tuple[TitleTeacher, str] | None,
     kept: Path,
 ) -> Learned:
     """What is trained; the reference of S-DPO is read from ``kept``, or computed and written there."""
@@ -353,7 +361,7 @@ def _learned(
     temperature = settings.temperature
     ats = AdaptiveTemperature(**settings.adaptive.model_dump()) if temperature == "adaptive" else temperature
     objective = Objective(settings.support, ats, settings.normaliser, settings.expand_negatives)
-    if taught is not None:
+    if soft is not None:
         numbers = (settings.soft_alpha, settings.soft_temperature, settings.soft_form)
-        return SoftTargets(objective, taught[0], *numbers, taught[1])
+        return SoftTargets(objective, soft[0], *numbers, soft[1])
     return Contrast(objective, **contrast.model_dump()) if contrast.strength else objective

@@ -6,7 +6,9 @@ Items with the same title cannot be told apart by a model that writes titles: th
 from __future__ import annotations
 
 import difflib
+import hashlib
 import html
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,6 +62,10 @@ class Catalog:
     def n_titles(self) -> int:
         """Number of distinct titles."""
         return len(np.unique(self.group))
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of ids and titles, in their order."""
+        return hashlib.sha256(json.dumps([self.item_id, self.title]).encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"Catalog({self.n_items} items, {self.n_titles} titles)"

@@ -46,6 +46,7 @@ from triewise.models import (
     hand_head,
     head_weight,
     max_positions,
+    n_inputs,
     place_limit,
     refusal,
     rope_switch,
@@ -232,11 +233,11 @@ class TrieEngine:
             raise UserError(
                 "wanted at least one token in every prompt, got an empty one; start prompts with a BOS token"
             )
-        n_vocabulary = head_weight(self.model).shape[0]
+        n_ids = n_inputs(self.model)
         largest = max((max(prompt) for prompt in prompts), default=0)
-        if largest >= n_vocabulary or min((min(prompt) for prompt in prompts), default=0) < 0:
+        if largest >= n_ids or min((min(prompt) for prompt in prompts), default=0) < 0:
             raise UserError(
-                f"wanted prompt tokens in [0, {n_vocabulary}), the model's vocabulary, got up to {largest}; "
+                f"wanted prompt tokens in [0, {n_ids}), the model's vocabulary, got up to {largest}; "
                 "encode prompts with this model's tokenizer"
             )
         longest = max((len(prompt) for prompt in prompts), default=0) + self.longest_path

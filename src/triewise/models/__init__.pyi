@@ -10,6 +10,7 @@ from .anatomy import (
     compute_again as compute_again,
     computes_again as computes_again,
     head_weight as head_weight,
+    n_inputs as n_inputs,
     own_mask as own_mask,
     resolve_device as resolve_device,
     training_dtype as training_dtype,
@@ -26,6 +27,13 @@ from .head import (
     is_precise as is_precise,
 )
 from .hub import download as download, upload as upload
+from .item_slots import (
+    Histories as Histories,
+    ItemSlots as ItemSlots,
+    SlotIds as SlotIds,
+    attach as attach,
+    slots_of as slots_of,
+)
 from .lengths import (
     as_if_alone as as_if_alone,
     rope_switch as rope_switch,
@@ -38,6 +46,7 @@ from .probe import (
     place_limit as place_limit,
     refusal as refusal,
 )
+from .text_encoders import TitleEncoder as TitleEncoder, title_encoder as title_encoder
 from .weights import load_trained as load_trained, save_trained as save_trained
 
 __all__ = [

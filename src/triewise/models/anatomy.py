@@ -87,6 +87,11 @@ def head_weight(model: Any) -> Tensor:
     return weight
 
 
+def n_inputs(model: Any) -> int:
+    """Every id that the input embedding resolves lies below: the vocabulary, and slots where it has some."""
+    return int(getattr(causal_lm(model).get_input_embeddings(), "n_ids", head_weight(model).shape[0]))
+
+
 def sample_ids(model: Any, n: int) -> Tensor:
     """Token ids (1, n), int64, from all over the vocabulary, on the model's device: a text for probes."""
     weight = head_weight(model)

@@ -16,6 +16,7 @@ from triewise.models.adapters import ADAPTER_CONFIG, add_lora, load_lora
 from triewise.models.anatomy import resolve_device, resolve_dtype
 from triewise.models.checks import check_model, check_vocabulary
 from triewise.models.hub import download
+from triewise.models.item_slots import load_slots
 from triewise.models.loading import BASE, BASE_FACTS, Backbone, How, from_pretrained, quantised, tokenizer_of
 from triewise.models.smollm2 import SMOLLM2, converted_smollm2, explain_stand_in, smollm2
 from triewise.models.tiny import build_tiny, train_tokenizer
@@ -87,10 +88,10 @@ def load_backbone(
         backbone.model.to(target)  # to no dtype: transformers keeps rotary frequencies in float32
     backbone.model.eval()
     check_model(backbone.model)
-    if lora is None or not lora.rank:
-        return backbone
-    adapted = add_lora(backbone.model, lora, seed)
-    return replace(backbone, model=adapted, origin=backbone.origin | {"lora": lora.model_dump(mode="json")})
+    if lora is not None and lora.rank:
+        backbone = _adapted(backbone, lora, seed)
+    load_slots(backbone.model, Path(name))
+    return backbone
 
 
 def load_tokenizer(name: str, *, titles: Sequence[str] = (), tiny: TinyModel | None = None) -> Any:
@@ -106,6 +107,12 @@ def load_tokenizer(name: str, *, titles: Sequence[str] = (), tiny: TinyModel | N
             explain_stand_in(error)
             return tokenizer_of(converted_smollm2())
     return tokenizer_of(name)
+
+
+def _adapted(backbone: Backbone, lora: LoraSettings, seed: int) -> Backbone:
+    """The same with a new adapter."""
+    origin = backbone.origin | {"lora": lora.model_dump(mode="json")}
+    return replace(backbone, model=add_lora(backbone.model, lora, seed), origin=origin)
 
 
 def _checkpoint_or_adapter(name: str, revision: str | None, base: str | Path | None, how: How) -> Backbone:

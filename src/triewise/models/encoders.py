@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from triewise.arrays import Ragged, padded
 from triewise.settings import EncoderSettings
 
 PAD = 0
@@ -124,7 +126,17 @@ class SequentialModel(nn.Module):
         return torch.einsum("md,mcd->mc", states, self.weight[items]) + self.bias[items]
 
     def last_scores(self, ids: Tensor) -> Tensor:
-        """Scores (B, I) of what comes after each row (B, L); a row without items is scored by the bias alone.
+        """Scores (B, I) of what comes after each row (B, L); a row without items is scored by the bias alone."""
+        return self.scores(self.last_states(ids))
+
+    def states_after(self, histories: Sequence[Sequence[int]]) -> Tensor:
+        """States (B, D) that predict what comes after histories of item indices, oldest first, of any length."""
+        ids = padded(Ragged.from_lists([list(history)[-self.max_length :] for history in histories]))
+        ids = ids if ids.shape[1] else np.zeros((len(ids), 1), dtype=np.int32)
+        return self.last_states(torch.from_numpy(ids.astype(np.int64)).to(self.bias.device))
+
+    def last_states(self, ids: Tensor) -> Tensor:
+        """States (B, D) that predict what comes after each row (B, L); zeros for a row without items.
 
         A bidirectional model gets a mask behind each row.
         """
@@ -133,9 +145,10 @@ class SequentialModel(nn.Module):
         if self.bidirectional:
             ids = F.pad(ids, (0, 1))
             ids[rows, length] = self.mask
-            return self.scores(self(ids)[rows, length])
-        states = self(ids)[rows, (length - 1).clamp(min=0)]
-        return self.scores(states * (length > 0)[:, None])
+            states: Tensor = self(ids)[rows, length]
+            return states
+        last: Tensor = self(ids)[rows, (length - 1).clamp(min=0)]
+        return last * (length > 0)[:, None]
 
 
 class ItemOffset(nn.Module):

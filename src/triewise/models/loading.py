@@ -13,6 +13,7 @@ from triewise.files import atomic_folder, read_json, sha256_file, write_json
 from triewise.models.adapters import freeze, quantisation_config, save_lora
 from triewise.models.checks import check_config, check_vocabulary, check_weights
 from triewise.models.hub import from_hub, silence
+from triewise.models.item_slots import save_slots, without_slots
 from triewise.models.merging import is_adapted, is_quantised, merged, without_adapter
 
 BASE = "base"  # in an adapter's folder: the weights of a base that can be had from nowhere else
@@ -61,11 +62,13 @@ class Backbone:
 
         Without adapter it is an ordinary Hugging Face checkpoint. With one it is an ordinary PEFT adapter, the
         tokenizer, and ``base.json`` with the origin of the base; a base that was not loaded from anywhere is in
-        ``base/``.
+        ``base/``. Item slots are in two files of their own.
         """
         silence()
-        with atomic_folder(folder) as temporary:
+        with atomic_folder(folder) as temporary, without_slots(self.model) as slots:
             self.tokenizer.save_pretrained(temporary)
+            if slots is not None:
+                save_slots(slots, temporary)
             if not self.adapted:
                 self.model.save_pretrained(temporary)
                 return

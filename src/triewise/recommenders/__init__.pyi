@@ -1,4 +1,4 @@
-from .assistants import Teacher as Teacher
+from .assistants import TitleTeacher as TitleTeacher
 from .generative import GenerativeRecommender as GenerativeRecommender, hashes as hashes
 from .grounding import GroundedRecommender as GroundedRecommender
 from .loader import load as load

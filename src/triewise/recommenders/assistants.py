@@ -117,7 +117,7 @@ class Collaborator:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TitleTeacher:
     """A recommender of the same catalogue that says, for every target of a training window, how likely each title is.
 
     Attributes:

@@ -21,7 +21,7 @@ from triewise.decoding import (
     score,
 )
 from triewise.errors import UserError
-from triewise.models import Backbone, load_backbone, upload
+from triewise.models import Backbone, load_backbone, slots_of, upload
 from triewise.ranking import (
     Groups,
     ItemLists,
@@ -76,8 +76,14 @@ class GenerativeRecommender(SearchSettings, Assisted):
     card: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse an assistant that does not belong here."""
+        """Refuse an assistant or item vectors that do not belong here."""
         self.check_assistant(self.catalog)
+        slots = slots_of(self.backbone.model)
+        if slots is not None and slots.catalog != self.catalog.fingerprint():
+            raise UserError(
+                "wanted item vectors of this catalogue, got a model with those of other items; restore its "
+                "catalogue, or train it on this one"
+            )
 
     @cached_property
     def groups(self) -> Groups:
@@ -284,10 +290,11 @@ class GenerativeRecommender(SearchSettings, Assisted):
         backbone.model.requires_grad_(False)  # so the engine may keep what the prompts of all calls share
         trie = Trie.load(saved.folder / TRIE)
         made: dict[str, Any] = manifest["prompt"]
+        slots = slots_of(backbone.model)
         start = single_start(
             backbone.tokenizer, made["template"], made["chat"]
         )  # where the folder names none
-        made = {"start": start} | made
+        made = {"start": start, "slots": None if slots is None else slots.ids} | made
         prompts = build_prompts(backbone.tokenizer, saved.catalog, **made)
         if prompts.template == "d3" and prompts.hash != manifest["hashes"]["prompt"]:
             made |= {"template": "d3-reworded"}  # it was saved with the former words

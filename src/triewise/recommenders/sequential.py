@@ -129,7 +129,7 @@ class SequentialRecommender(Assisted):
         return once_a_title(self.groups, self.groups.scores(self.own_scores(histories).astype(np.float64)))
 
     def log_probabilities_along(self, rows: Ragged, n_context: Int64) -> Doubles:
-        """`log_probabilities` of what follows each beginning of rows, (S, I); see `assistants.Teacher`.
+        """`log_probabilities` of what follows each beginning of rows, (S, I); see `assistants.TitleTeacher`.
 
         A model that reads every position at once runs each row once.
         """
@@ -172,16 +172,12 @@ class SequentialRecommender(Assisted):
         """
         check_histories(histories, self.groups)
         scores = np.zeros((len(histories), self.catalog.n_items), dtype=np.float32)
-        last = self.model.max_length
-        was_training, device = self.model.training, self.model.bias.device
+        was_training = self.model.training
         self.model.eval()
         with torch.inference_mode():
             for start in range(0, len(histories), self.batch_users):
-                part = [np.asarray(h)[-last:].tolist() for h in histories[start : start + self.batch_users]]
-                ids = padded(Ragged.from_lists(part))
-                if not ids.shape[1]:
-                    ids = np.zeros((len(ids), 1), dtype=np.int32)
-                found = self.model.last_scores(torch.from_numpy(ids.astype(np.int64)).to(device))
+                part = [np.asarray(h).tolist() for h in histories[start : start + self.batch_users]]
+                found = self.model.scores(self.model.states_after(part))
                 scores[start : start + len(part)] = found.cpu().numpy()
         self.model.train(was_training)
         return scores

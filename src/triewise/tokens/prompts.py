@@ -34,6 +34,9 @@ from triewise.tokens.readback import ReadBack, read_back
 if TYPE_CHECKING:
     from triewise.data import Catalog
 
+if TYPE_CHECKING:
+    from triewise.models import SlotIds
+
 _ANNOUNCEMENT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
@@ -58,6 +61,7 @@ _TITLE = {"plain": "{}", "msl": '"{}"', **dict.fromkeys(("d3", "d3-reworded"), "
 _IN_HISTORY = {"msl": '"{}"', **dict.fromkeys(("d3", "d3-reworded"), "{}")}
 TEMPLATES = tuple(_TITLE)
 WITHOUT = ("no-input", "unknown")
+_USER = " is a user representation. "  # behind the user's slot, as in A-LLMRec
 _PLACE = "\N{OBJECT REPLACEMENT CHARACTER}"  # where the user's text goes while a chat template is rendered
 
 # Tokenizers keep the settings of a call until the next, and counts are read and written. A lock of the module, because
@@ -94,6 +98,8 @@ class Prompts:
         settings: The keyword arguments of :func:`build_prompts` that make this object again.
         dropped: Titles that were dropped because of ``max_tokens`` so far.
         special: Ids that text never becomes: the special tokens without the one for unknown text.
+        slots: Where given, the slot of an item stands behind its title, and that of the user, if there are any, in
+            front of everything.
     """
 
     tokenizer: Any = field(repr=False)
@@ -110,6 +116,7 @@ class Prompts:
     settings: dict[str, Any] = field(repr=False)
     dropped: Dropped = field(default_factory=Dropped, repr=False)
     special: frozenset[int] = field(default=frozenset(), repr=False)
+    slots: SlotIds | None = field(default=None, repr=False)
 
     @property
     def n_dropped(self) -> int:
@@ -126,8 +133,9 @@ class Prompts:
             UserError: If the instruction alone is longer than ``max_tokens``.
         """
         items = [int(i) for i in history][-self.max_history :] if self.max_history else []
+        user = [] if self.slots is None else self.slots.user(items)
         for first in range(len(items) + 1):
-            ids = self._encode(items[first:])
+            ids = [*user, *self._encode(items[first:])]
             if len(ids) <= self.max_tokens:
                 self.dropped.add(first)
                 return ids
@@ -183,10 +191,25 @@ class Prompts:
         return self._around(text)
 
     def _encode(self, items: list[int]) -> list[int]:
+        if self.slots is not None:
+            return self._slotted(items, self.slots)
         if self.template == "plain":
             return [*self.bos, *itertools.chain.from_iterable(self.title_tokens[i].tolist() for i in items)]
         titles = ", ".join(_IN_HISTORY[self.template].format(self.title[i]) for i in items)
         return self._around(self.lead + titles + _AFTER[self.template])
+
+    def _slotted(self, items: list[int], slots: SlotIds) -> list[int]:
+        """The same with the slot of each item behind its title; texts between slots are tokenised apart."""
+        if self.template == "plain":
+            texts, end = [self.title_tokens[i].tolist() for i in items], []
+        else:
+            titles = [_IN_HISTORY[self.template].format(self.title[i]) for i in items]
+            lead = self.lead if slots.histories is None else _USER + self.lead
+            parts = [(", " if n else lead) + title for n, title in enumerate(titles)]
+            parts.append(_AFTER[self.template] if items else lead + _AFTER[self.template])
+            *texts, end = _plain_ids(self.tokenizer, parts, self.special)
+        behind = ([*ids, slots.item(i)] for ids, i in zip(texts, items, strict=True))
+        return [*self.bos, *self.before, *itertools.chain.from_iterable(behind), *end, *self.after]
 
     def _around(self, text: str) -> list[int]:
         """Ids of a text between those that every prompt has."""
@@ -205,6 +228,7 @@ def build_prompts(
     max_tokens: int = 1024,
     chat: bool = False,
     start: Sequence[int] | None = None,
+    slots: SlotIds | None = None,
 ) -> Prompts:
     """Tokenise the catalogue and fix everything a prompt depends on.
 
@@ -219,6 +243,7 @@ def build_prompts(
         chat: Wrap the prompt in the tokenizer's chat template as a user's turn (instruct models).
         start: Ids in front of every prompt; None: with ``chat`` nothing, else what the tokenizer itself puts in front
             of a text, and for ``plain``, which needs a first token, its start token or terminator where that is none.
+        slots: Of the model that reads the prompts, see `Prompts`.
 
     Raises:
         UserError: Unknown template, a tokenizer without terminator or one that cannot split special tokens, ``chat``
@@ -234,7 +259,9 @@ def build_prompts(
     name = template.removesuffix("-reworded")
     frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), name]
     lengths = {"max_history": max_history, "max_tokens": max_tokens}
-    identity = [*frame, lead, before, after, bos, *lengths.values(), tokenizer_hash(tokenizer)]
+    identity: list[Any] = [*frame, lead, before, after, bos, *lengths.values(), tokenizer_hash(tokenizer)]
+    if slots is not None:
+        identity.append([slots.first, slots.n_items, slots.histories is not None])
     return Prompts(
         tokenizer=tokenizer,
         title=catalog.title,
@@ -250,6 +277,7 @@ def build_prompts(
         settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat}
         | ({} if bos == own == single else {"start": list(bos)}),
         special=special,
+        slots=slots,
     )
 
 

@@ -1,6 +1,8 @@
+from .alignment import kept_alignment as kept_alignment
 from .cautions import training_warnings as training_warnings
 from .checkpoints import resume_point as resume_point
 from .contrast import Contrast as Contrast
+from .curriculum import Curriculum as Curriculum
 from .distil import (
     TEACHER as TEACHER,
     VECTORS as VECTORS,

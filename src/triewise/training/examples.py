@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.arrays import Ragged, ranges
+from triewise.arrays import Ragged, ranges, within
 from triewise.errors import UserError
 from triewise.training.windows import Windows
 
@@ -110,7 +110,13 @@ class Examples:
         for name, array, size, what in sized:
             if array.shape != (size,):
                 raise UserError(f"wanted {name} for {size} {what}, got an array of shape {array.shape}")
-        if (windows.items.lengths - windows.n_context).max(initial=0) > 1 and prompts.template != "plain":
+        several = (windows.items.lengths - windows.n_context).max(initial=0) > 1
+        if several and prompts.slots is not None and prompts.slots.histories is not None:
+            raise UserError(
+                "windows with several targets have several histories, and a user's slot knows one; use "
+                "supervision = 'last'"
+            )
+        if several and prompts.template != "plain":
             raise UserError(
                 f"windows with several targets need the plain template, got {prompts.template!r}: elsewhere titles of "
                 "the history are no answers; use supervision = 'last'"
@@ -171,12 +177,19 @@ class Examples:
         n_tokens_B = np.bincount(row_T, minlength=len(index_B))
         place_T = ranges(prefix_B, n_tokens_B).at
 
-        length_B = prefix_B + n_tokens_B
+        length_B, slots = prefix_B + n_tokens_B, self.prompts.slots
+        if slots is not None:  # behind each target but the last of a window stands its slot
+            length_B += np.maximum(n_titles_B - 1, 0)
+            place_T = place_T + within(n_titles_B)[token_T.row]
         input_ids = np.zeros((len(index_B), int(length_B.max(initial=0))), dtype=np.int64)
         for row, prefix in enumerate(prefixes):
             input_ids[row, : len(prefix)] = prefix
         target = title.values[token_T.at].astype(np.int64)
         input_ids[row_T, place_T] = target
+        if slots is not None:
+            end_S = np.cumsum(title.lengths[item_S]) - 1
+            more_S = np.append(row_T[end_S[1:]] == row_T[end_S[:-1]], False)
+            input_ids[row_T[end_S[more_S]], place_T[end_S[more_S]] + 1] = slots.first + item_S[more_S]
         return Batch(
             input_ids=input_ids,
             position=row_T * input_ids.shape[1] + place_T - 1,

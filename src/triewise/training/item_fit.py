@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from triewise.errors import UserError
 from triewise.training.checkpoints import random_state, set_random_state
 from triewise.training.item_tasks import ItemLoss, Sequences, cloze_task, item_loss, shifted_task, task_loss
+from triewise.training.rates import floor_cosine
 from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.windows import batch_order
 
@@ -76,6 +77,8 @@ def fit(
 
 def learning_rate(settings: TrainingSettings, step: int) -> float:
     """The rate of a step (the first is 0): linear warm-up, then constant, or down to 0 in a line or half a wave."""
+    if settings.schedule == "cosine-floor":
+        return settings.learning_rate * floor_cosine(step, settings.steps, settings.warmup_steps)
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
     share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)

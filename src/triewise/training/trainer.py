@@ -31,7 +31,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from triewise.models import check_model, compute_again, rope_switch, shortest_window
+from triewise.models import check_model, compute_again, rope_switch, shortest_window, slots_of
+from triewise.settings import TrainingSettings
 from triewise.tokens import Dropped
 from triewise.training import processes
 from triewise.training.ahead import Ahead, all_workers_alive, default_workers
@@ -39,6 +40,7 @@ from triewise.training.checkpoints import SHARDS, random_state, set_random_state
 from triewise.training.meter import PARTS, Meter, measure_parts
 from triewise.training.objective import Learned, MicroBatches, Objective
 from triewise.training.packing import packing_works
+from triewise.training.rates import floor_cosine
 from triewise.training.sharding import Shards, shardable_twin
 from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.temperature import AdaptiveTemperature
@@ -197,6 +199,15 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         ours = math.fsum(batch.pop("contribution") for batch in batches)
         total = math.fsum(theirs for (theirs,) in processes.gather([ours]))
         return batches, float(self.learned.divisor(torch.tensor(total, dtype=torch.float64)))
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The course of the learning rate."""
+        settings = self.settings
+        if settings.schedule != "cosine-floor":
+            return super().create_scheduler(num_training_steps, optimizer)
+        share = functools.partial(floor_cosine, steps=settings.steps, warmup=settings.warmup_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
 
     def parts_of_next_step(self) -> dict[str, float]:
         """What ``log_parts`` adds to the row of the step that is about to begin; nothing where it has none."""
@@ -366,7 +377,7 @@ def _arguments(
         per_device_train_batch_size=processes.share(settings),
         gradient_accumulation_steps=settings.accumulation,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=_THEIR_SCHEDULES[settings.schedule],
+        lr_scheduler_type=_THEIR_SCHEDULES.get(settings.schedule, "constant"),
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
@@ -380,7 +391,7 @@ def _arguments(
         report_to="none",
         disable_tqdm=True,
         logging_nan_inf_filter=False,  # it would wait for the device at every step
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=slots_of(model) is not None,  # projections, in batches of text alone
     )
     # Else the Trainer wraps the model in DataParallel where it sees more.
     arguments._n_gpu = min(arguments.n_gpu, 1)

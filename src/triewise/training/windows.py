@@ -236,7 +236,7 @@ def _continues(rows: Ragged, code_R: Ints) -> NDArray[np.bool_]:
 def _fit(windows: Windows, prompts: Prompts) -> Windows:
     """Drop the oldest titles of windows whose prompt, that is all but the last title, is too long."""
     items = windows.items
-    size = prompts.title_tokens.lengths[items.values]
+    size = prompts.title_tokens.lengths[items.values] + (prompts.slots is not None)
     end = np.concatenate(([0], np.cumsum(size)))
     last = items.offsets[1:] - 1
     room = prompts.max_tokens - len(prompts.bos)

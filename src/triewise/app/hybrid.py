@@ -1,0 +1,103 @@
+"""Hybrids: a language model that reads the item vectors of a sequential run (LLaRA, A-LLMRec)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from triewise.app.folders import open_run
+from triewise.data import data_hash
+from triewise.errors import UserError
+from triewise.models import ItemSlots, attach, slots_of, title_encoder
+from triewise.recommenders import SequentialRecommender
+from triewise.training import Curriculum, kept_alignment
+
+if TYPE_CHECKING:
+    from triewise.data import Dataset
+    from triewise.models import Backbone
+    from triewise.recipe import Recipe
+    from triewise.settings import HybridSettings
+    from triewise.tokens import Prompts
+    from triewise.training import Learned, Windows
+
+CODES = "alignment.safetensors"
+
+
+def with_slots(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Backbone:
+    """The backbone with slots for the items of the run that a recipe names; those of a reference are trained on.
+
+    Raises:
+        UserError: That run is none of this data, or has seen what this one may not.
+    """
+    hybrid = recipe.hybrid
+    if hybrid is None:
+        return backbone
+    model = backbone.model
+    if hybrid.frozen:
+        model.requires_grad_(False)
+    slots = slots_of(model)
+    if slots is None:
+        items = _items(recipe, hybrid, dataset).model
+        words, name = model.get_input_embeddings(), dataset.catalog.fingerprint()
+        table, encoder = items.items.weight[1:-1], None
+        if hybrid.kind == "a-llmrec":  # its codes are made before training
+            table, encoder = table.new_zeros(len(table), hybrid.alignment.width), items
+        slots = ItemSlots(words, hybrid.kind, table, name, encoder, recipe.seed)
+        attach(model, slots)
+    for part in (slots.item, slots.user):
+        if part is not None:
+            part.requires_grad_(True)
+    return replace(backbone, origin=backbone.origin | {"hybrid": hybrid.kind})
+
+
+def remember(backbone: Backbone, windows: Windows, max_history: int) -> None:
+    """Let user slots of all training rows be known, in every process that reads them."""
+    slots = slots_of(backbone.model)
+    if slots is None or slots.ids.histories is None:
+        return
+    for items, n_context in zip(windows.items, windows.n_context, strict=True):
+        slots.ids.histories.number(items[:n_context][-max_history:], keep=True)
+
+
+def align(recipe: Recipe, backbone: Backbone, prompts: Prompts, windows: Windows, out: Path) -> None:
+    """Stage 1 of A-LLMRec, once for a run folder; the codes of a reference stay."""
+    slots = slots_of(backbone.model)
+    if recipe.hybrid is None or slots is None or slots.ids.histories is None or slots.table.any():
+        return
+    settings, encoder = recipe.hybrid.alignment, slots.ids.histories.encoder
+    titles = title_encoder(settings.text_encoder, prompts.title, prompts.title_tokens, recipe.seed)
+    device = slots.table.device
+    slots.table.copy_(kept_alignment(out / CODES, encoder, titles, windows, settings, recipe.seed, device))
+
+
+def taught(recipe: Recipe, backbone: Backbone, learned: Learned) -> Learned:
+    """What is learned, under the curriculum of the recipe."""
+    slots, settings = slots_of(backbone.model), recipe.training
+    share = 0.0 if recipe.hybrid is None else recipe.hybrid.share_of_curriculum
+    n_batches = settings.steps * settings.accumulation
+    length = round(share * n_batches)
+    if slots is None or not length:
+        return learned
+    return Curriculum(learned, slots.ids, n_batches, length, recipe.seed)
+
+
+def _items(recipe: Recipe, hybrid: HybridSettings, dataset: Dataset) -> SequentialRecommender:
+    """The sequential run whose item vectors are read."""
+    theirs, record = open_run(hybrid.items)
+    if theirs.sequential is None:
+        raise UserError(
+            f"wanted a sequential run as hybrid.items, got the language model {hybrid.items}; give one with a "
+            "[sequential]"
+        )
+    if record["hashes"]["data"] != data_hash(dataset):
+        raise UserError(
+            f"the item vectors of {hybrid.items} were trained on other rows than those of {dataset.folder}; give both "
+            "the same data, split and data.max_history"
+        )
+    if theirs.training.rows != "train" and recipe.training.rows == "train":
+        raise UserError(
+            f"the item vectors of {hybrid.items} were trained on the validation rows; set training.rows = "
+            f"{theirs.training.rows!r} here too, or give a run trained on train"
+        )
+    return SequentialRecommender.from_pretrained(hybrid.items, device="cpu")
