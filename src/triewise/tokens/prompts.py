@@ -252,24 +252,23 @@ def build_prompts(
     _check(tokenizer, template, chat)
     special = _special(tokenizer)
     lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
-    before, after = _chat_sides(tokenizer) if chat else ((), ())
+    sides = _chat_sides(tokenizer) if chat else ((), ())
     single = single_start(tokenizer, template, chat)
     own = () if chat else _in_front(tokenizer) or single
     bos = own if start is None else tuple(start)
     name = template.removesuffix("-reworded")
     frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), name]
     lengths = {"max_history": max_history, "max_tokens": max_tokens}
-    identity: list[Any] = [*frame, lead, before, after, bos, *lengths.values(), tokenizer_hash(tokenizer)]
-    if slots is not None:
-        identity.append([slots.first, slots.n_items, slots.histories is not None])
+    read = [] if slots is None else [[slots.first, slots.n_items, slots.histories is not None]]
+    identity = [*frame, lead, *sides, bos, *lengths.values(), tokenizer_hash(tokenizer), *read]
     return Prompts(
         tokenizer=tokenizer,
         title=catalog.title,
         template=template,
         title_tokens=_title_tokens(tokenizer, catalog.title, template, special),
         bos=bos,
-        before=before,
-        after=after,
+        before=sides[0],
+        after=sides[1],
         lead=lead,
         max_history=max_history,
         max_tokens=max_tokens,
