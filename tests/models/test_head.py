@@ -123,3 +123,12 @@ def test_float32_is_one_product_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatc
     assert Head().log_totals(model, hidden).equal(whole.logsumexp(1))
     monkeypatch.setattr(head, "LOGIT_BLOCK", 700)
     torch.testing.assert_close(Head().log_totals(model, hidden), whole.logsumexp(1))
+
+
+def test_a_body_that_gives_float32_whatever_it_is_in() -> None:
+    model = build("mamba").bfloat16()
+    made, hidden = hand_head(model), body(model)(input_ids=IDS, use_cache=False).last_hidden_state
+    assert made is not None and hidden.dtype == torch.float32
+    logits = made.logits(model, hidden)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - model(input_ids=IDS).logits).abs().max() < 1e-6

@@ -299,7 +299,7 @@ class TrieEngine:
     def edges(self, children: Children, hidden_BRD: Tensor, counters: Counters) -> Tensor:
         """Log-probabilities (B, E) float32 of edges, <= 0, on the CPU, from hidden states above them (B, R, D)."""
         assert self.head is not None
-        token, row, column = children.to(self.device)
+        token, row, column = children.to(hidden_BRD.device)
         z_BRU = self.head.scores(self.model, hidden_BRD, token)
         # On the CPU, where sums have an order: atomic ones of a GPU differ in their last bits from run to run.
         z_BE, row = z_BRU[:, row, column].cpu(), row.cpu()

@@ -46,7 +46,10 @@ class Head:
 
     def logits(self, model: Any, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Logits (..., V) of hidden states (..., D), or (..., C) of some tokens (C,), in the dtype of the weights."""
-        return self._shaped(nn.functional.linear(hidden, *_rows(model, tokens)))
+        weight, bias = _rows(model, tokens)
+        if not is_precise(weight.dtype):
+            hidden = hidden.to(weight.dtype)  # some bodies (Mamba) give float32 whatever they are in
+        return self._shaped(nn.functional.linear(hidden, weight, bias))
 
     def scores(self, model: Any, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """The same in float32, products of half-precision weights included; for decoding."""
@@ -55,9 +58,11 @@ class Head:
     def log_totals(self, model: Any, hidden: Tensor) -> Tensor:
         """Log-sum-exp of `scores` over the vocabulary, (R,), of hidden states (R, D); in blocks."""
         weight, bias = _rows(model)
-        columns = max(1, CAST_BLOCK // weight.shape[1]) if _is_cast(hidden, weight) else len(weight)
-        biases = itertools.repeat(None) if bias is None else torch.split(bias, columns)
-        parts = list(zip(torch.split(weight, columns), biases, strict=False))
+        parts: list[tuple[Tensor, Tensor | None]] = [(weight, bias)]
+        if _is_cast(hidden, weight):
+            columns = max(1, CAST_BLOCK // weight.shape[1])
+            biases = itertools.repeat(None) if bias is None else torch.split(bias, columns)
+            parts = list(zip(torch.split(weight, columns), biases, strict=False))
         totals = []
         for some in torch.split(hidden, max(1, LOGIT_BLOCK // len(weight))):
             of_parts = [self._shaped(_product(some, *part)).logsumexp(1) for part in parts]
@@ -74,7 +79,9 @@ class Head:
 
 def _rows(model: Any, tokens: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Weight (V, D) and bias (V,) of the head, or those of some tokens."""
-    weight, bias = head_weight(model), getattr(causal_lm(model).get_output_embeddings(), "bias", None)
+    layer = causal_lm(model).get_output_embeddings()
+    weight: Tensor = layer.weight
+    bias: Tensor | None = getattr(layer, "bias", None)
     if tokens is None:
         return weight, bias
     return head_rows(weight, tokens), None if bias is None else bias.index_select(0, tokens)
@@ -174,7 +181,8 @@ def head_rows(weight: Tensor, tokens: Tensor) -> Tensor:
     On a CPU the gradient of a trained head is not filled with zeros: the system hands out zeroed memory, and only
     what the rows touch is written. A tied head gains less: the gradient of the embedding is added to its own.
     """
-    if weight.requires_grad and type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu":
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    if trained and type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu":
         rows: Tensor = _HeadRows.apply(weight, tokens)  # type: ignore[no-untyped-call]
         return rows
     return weight.index_select(0, tokens)
