@@ -108,8 +108,7 @@ def rank_catalogue(
             scores = scores / trie.depth[leaves].astype(np.float32) ** length_penalty
         own = [None if given is None else [given[b] for b in users] for given in (exclude, allow)]
         items[users], best[users] = rank_groups(scores, groups, asked, *own)
-    certified = np.ones(n_users, dtype=bool)
-    return _ranking(items, best, k, certified, counters, tolerance, np.full(n_users, -np.inf, np.float32))
+    return _ranking(items, best, k, np.ones(n_users, dtype=bool), counters, tolerance)
 
 
 def beam_search(
@@ -261,12 +260,14 @@ def _ranking(
     certified: Bool,
     counters: Counters,
     tolerance: float,
-    dropped: Float32,
+    dropped: Float32 | None = None,
 ) -> Ranking:
     """The first ``k`` places; with a tolerance one more is given, and what a search dropped scored at most (B,)."""
     if not tolerance:
         return Ranking(items, scores, certified, counters.as_dict())
-    missing = dropped if k is None or k >= scores.shape[1] else np.maximum(dropped, scores[:, k])
+    missing = np.full(len(scores), -np.inf, dtype=np.float32) if dropped is None else dropped
+    if k is not None and k < scores.shape[1]:
+        missing = np.maximum(missing, scores[:, k])
     items, scores = items[:, :k], scores[:, :k]
     tied = tied_places(scores, missing, tolerance)
     return Ranking(items, scores, certified, counters.as_dict(), tolerance, tied)

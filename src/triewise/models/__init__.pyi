@@ -17,7 +17,13 @@ from .anatomy import (
 from .backbones import load_backbone as load_backbone, load_tokenizer as load_tokenizer
 from .checks import check_model as check_model, max_positions as max_positions
 from .encoders import PAD as PAD, SequentialModel as SequentialModel
-from .head import LOGIT_BLOCK as LOGIT_BLOCK, Head as Head, hand_head as hand_head, is_precise as is_precise
+from .head import (
+    LOGIT_BLOCK as LOGIT_BLOCK,
+    Head as Head,
+    hand_head as hand_head,
+    head_rows as head_rows,
+    is_precise as is_precise,
+)
 from .hub import download as download, upload as upload
 from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
 from .probe import (
