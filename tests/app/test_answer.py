@@ -37,6 +37,11 @@ def test_titles_in_titles_out(recommender: GenerativeRecommender) -> None:
     assert [a.unknown for a in answers.of_each] == [("Alien 4",), (), ()]
     assert answers.of_each[0].as_json()["unknown"] == ["Alien 4"]
     assert all(a.certified for a in answers.of_each)
+    assert "tied" not in answers.of_each[0].as_json()
+    recommender.engine.tolerance = 50.0  # what half precision would measure
+    rounded = answer(recommender, histories, k=4, exclude=["two\nlines"]).of_each
+    recommender.engine.tolerance = None
+    assert [a.as_json()["tied"] for a in rounded] == [4, 4, 4]
     assert answers.counters == ranking.counters
     by_id = answer(recommender, [["raw-0"], ["raw-3"], []], k=4, by="id", exclude=["raw-8"])
     assert [a.recommendations for a in by_id.of_each] == [a.recommendations for a in answers.of_each]

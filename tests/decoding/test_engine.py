@@ -197,3 +197,42 @@ def test_user_errors() -> None:
         TrieEngine(tiny_model(vocabulary=4), trie)
     with pytest.raises(UserError, match="at least one token in every prompt"):
         edge_log_probabilities(TrieEngine(tiny_model(), trie), [[1], []], Counters())
+
+
+@pytest.mark.parametrize("support", ["trie", "vocabulary"])
+@pytest.mark.parametrize("takes", [True, False])
+def test_the_plain_path_makes_the_logits_it_needs_in_blocks(
+    takes: bool, support: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model with a head of its own; with and without a forward that is told which positions are wanted."""
+    from triewise.decoding import engine as module
+
+    model, made = tiny_model("bert"), []
+    forward = type(model).forward
+
+    def seen(self: Any, input_ids: Any, use_cache: Any, **keep: Any) -> Any:
+        output = forward(self, input_ids=input_ids, use_cache=use_cache, **keep)
+        made.append((input_ids.shape, output.logits.numel()))
+        return output
+
+    def unkept(self: Any, input_ids: Any, use_cache: Any) -> Any:
+        return seen(self, input_ids, use_cache)
+
+    def kept(self: Any, input_ids: Any, use_cache: Any, logits_to_keep: Any = 0) -> Any:
+        return seen(self, input_ids, use_cache, logits_to_keep=logits_to_keep)
+
+    monkeypatch.setattr(type(model), "forward", kept if takes else unkept)
+    monkeypatch.setattr(module, "LOGIT_BLOCK", 150)  # five positions of 30 tokens
+    for search in (rank_catalogue, exact_search):
+        engine = TrieEngine(model, Trie.from_sequences(SIX), support)  # type: ignore[arg-type]
+        with pytest.warns(UserWarning, match="plain, slower path"):
+            assert not engine.tree_cache_works
+        made.clear()
+        ranking = search(engine, PROMPTS, 4)
+        for b, prompt in enumerate(PROMPTS):
+            wanted = reference.catalogue(model, prompt, SIX, support)
+            assert ranking.scores[b] == pytest.approx([wanted[i] for i in ranking.items[b]], abs=TOLERANCE)
+        assert made
+        for shape, n in made[: ranking.counters["rounds"]]:
+            assert n <= 150 or shape[0] == 1
+            assert takes or n == shape[0] * shape[1] * 30

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -10,7 +12,7 @@ import pytest
 
 from tests.worlds import catalog, split
 from triewise.files import read_json
-from triewise.ranking import Groups, MostPopular, evaluate, interval, paired_interval, paired_p
+from triewise.ranking import Groups, MostPopular, Ranking, evaluate, interval, paired_interval, paired_p
 
 COUNTS = np.array([9, 8, 7, 2, 6, 5, 4, 3, 0])  # items 3 and 4 have equal titles
 POPULAR = MostPopular(Groups.from_labels(catalog().group, COUNTS), COUNTS)
@@ -92,6 +94,20 @@ def test_a_ranking_of_limited_depth_misses_what_lies_behind() -> None:
     assert result.metrics["n_not_ranked"] == 1
     assert "HR@20" not in result.metrics  # a list of three says nothing about it
     assert result.metrics["HR@10"] == 0.5
+
+
+def test_a_tolerance_is_told_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = split([[0], [1], [2]], [1, 8, 4])
+    assert not {"tolerance", "tied"} & evaluate(POPULAR, rows, name="p", depth=3).metrics.keys()
+    recommend = type(POPULAR).recommend
+
+    def rounded(*given: Any) -> Ranking:
+        tied = np.array([0, 2, 1], dtype=np.int32)
+        return replace(recommend(*given), tolerance=0.5, tied=tied)
+
+    monkeypatch.setattr(type(POPULAR), "recommend", rounded)
+    metrics = evaluate(POPULAR, rows, name="p", depth=3).metrics
+    assert (metrics["tolerance"], metrics["tied"], metrics["certified"]) == (0.5, 2, 3)
 
 
 def test_files_are_as_promised(tmp_path: Path) -> None:

@@ -256,6 +256,7 @@ def build_prompts(
     single = single_start(tokenizer, template, chat)
     own = () if chat else _in_front(tokenizer) or single
     bos = own if start is None else tuple(start)
+    said = {} if bos == own == single else {"start": list(bos)}
     name = template.removesuffix("-reworded")
     frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), name]
     lengths = {"max_history": max_history, "max_tokens": max_tokens}
@@ -273,8 +274,7 @@ def build_prompts(
         max_history=max_history,
         max_tokens=max_tokens,
         hash=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-        settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat}
-        | ({} if bos == own == single else {"start": list(bos)}),
+        settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat, **said},
         special=special,
         slots=slots,
     )
