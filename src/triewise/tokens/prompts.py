@@ -250,7 +250,6 @@ def build_prompts(
             where it cannot be, or a tokenizer that puts the terminator into a title.
     """
     _check(tokenizer, template, chat)
-    special = _special(tokenizer)
     lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
     sides = _chat_sides(tokenizer) if chat else ((), ())
     single = single_start(tokenizer, template, chat)
@@ -266,7 +265,7 @@ def build_prompts(
         tokenizer=tokenizer,
         title=catalog.title,
         template=template,
-        title_tokens=_title_tokens(tokenizer, catalog.title, template, special),
+        title_tokens=_title_tokens(tokenizer, catalog.title, template, special := _special(tokenizer)),
         bos=bos,
         before=sides[0],
         after=sides[1],
