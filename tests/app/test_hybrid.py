@@ -155,6 +155,9 @@ def test_s_dpo_goes_on_from_a_hybrid(small: World, kind: str) -> None:
     changes = (*FEW, "hybrid.curriculum=0", "objective.support=vocabulary", *preference)
     second = small.train(WORDS + HYBRID, f"{kind}-sdpo", *changes, kind=kind)
     slots: list[Any] = [slots_of(triewise.load(run).backbone.model) for run in (first, second)]
+    other = next(name for name in KINDS if name != kind)
+    with pytest.raises(UserError, match=f"wanted hybrid.kind = '{kind}'"):
+        small.train(WORDS + HYBRID, "refused", *changes, kind=other)
     assert torch.equal(slots[0].table, slots[1].table)
     assert not torch.equal(slots[0].item[0].weight, slots[1].item[0].weight)
 

@@ -28,7 +28,7 @@ def with_slots(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Backbone
     """The backbone with slots for the items of the run that a recipe names; those of a reference are trained on.
 
     Raises:
-        UserError: That run is none of this data, or has seen what this one may not.
+        UserError: That run is none of this data, or has seen what this one may not; a reference of another kind.
     """
     hybrid = recipe.hybrid
     if hybrid is None:
@@ -45,6 +45,11 @@ def with_slots(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Backbone
             table, encoder = table.new_zeros(len(table), hybrid.alignment.width), items
         slots = ItemSlots(words, hybrid.kind, table, name, encoder, recipe.seed)
         attach(model, slots)
+    elif slots.kind != hybrid.kind:
+        raise UserError(
+            f"wanted hybrid.kind = {slots.kind!r}, whose item slots the model to start from has, got {hybrid.kind!r}; "
+            "give the same, or start from another model"
+        )
     for part in (slots.item, slots.user):
         if part is not None:
             part.requires_grad_(True)
