@@ -157,8 +157,8 @@ def whole_run(out: Path, resume: bool = False, dropout: float = 0.3, workers: in
     """A run with adaptive temperature, validation and checkpoints; what it leaves."""
     model = learned(dropout)
     objective = Objective(temperature=ats())
-    config = TrainingSettings(**(vars(WHOLE) | {"keep_checkpoints": 9}))
-    how = {"validate": some_metric, "resume": resume, "workers": workers}
+    config = TrainingSettings(**(vars(WHOLE) | {"keep_checkpoints": 9, "workers": workers}))
+    how = {"validate": some_metric, "resume": resume}
     result = train(model, cycle_world(), objective, config, out, **how)
     return {
         "result": (result.steps_done, result.stopped, result.best_step),

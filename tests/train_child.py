@@ -59,14 +59,12 @@ def some_metric(model: Any) -> dict[str, float]:
     return {"NDCG@10": -model.lm_head.weight.abs().sum().item()}
 
 
-def adaptive_run(
-    out: Path, resume: bool = False, seed: int = 0, workers: int | None = None, **changes: Any
-) -> tuple[Any, TrainResult]:
+def adaptive_run(out: Path, resume: bool = False, seed: int = 0, **changes: Any) -> tuple[Any, TrainResult]:
     """Dropout, adaptive temperature, accumulation, validation and checkpoints together."""
     model = small_model(dropout=0.3)
     objective = Objective(temperature=AdaptiveTemperature(eta=0.5, clamp=(0.1, 5.0)))
     settings = TrainingSettings(**{**vars(CONFIG), **changes})
-    how = {"seed": seed, "resume": resume, "workers": workers}
+    how = {"seed": seed, "resume": resume}
     return model, train(model, cycle_world(), objective, settings, out, validate=some_metric, **how)
 
 

@@ -39,7 +39,7 @@ _BEFORE = {"evaluation": {"gain_over": "all"}}
 
 # What only a language model has a use for; the values that change nothing.
 _OF_LANGUAGE_MODELS = {
-    "training": ("accumulation", "log_parts", "order", "packing", "gradient_checkpointing"),
+    "training": ("accumulation", "log_parts", "order", "packing", "gradient_checkpointing", "workers"),
     "evaluation": (
         *("search", "choose", "support", "length_penalty", "alpha", "scope", "gamma"),
         *("against_exact", "merge_adapter"),

@@ -253,6 +253,9 @@ class TrainingSettings(Section):
     gradient_checkpointing: bool = _key(
         False, "compute activations again in the backward pass: less memory, more time"
     )
+    workers: int | None = _key(
+        None, "processes that build batches ahead; default: up to 4 for a GPU under Linux, else none", ge=0
+    )
     learning_rate: float = _key(1e-4, "the peak, after the warm-up", gt=0)
     warmup_steps: int = _key(20, "steps of linear warm-up", ge=0)
     schedule: Literal["linear", "constant", "cosine", "cosine-floor"] = _key(

@@ -120,11 +120,10 @@ def test_a_mistake_of_the_user_is_told_as_without_workers() -> None:
 
 
 def run(out: Path, workers: int, **changes: Any) -> Any:
-    settings = TrainingSettings(
-        **{"steps": 6, "learning_rate": 3e-3, "batch_size": 4, "log_every": 2, **changes}
-    )
+    budget = {"steps": 6, "learning_rate": 3e-3, "batch_size": 4, "log_every": 2, "workers": workers}
+    settings = TrainingSettings(**(budget | changes))
     model = small_model(dropout=0.3)
-    result = train(model, crowded(), Objective("vocabulary"), settings, out, workers=workers)
+    result = train(model, crowded(), Objective("vocabulary"), settings, out)
     return [p.detach() for p in model.parameters()], result
 
 

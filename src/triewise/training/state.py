@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 # A resumed run may change these: they decide when to look, when to stop and what memory it takes, not what is computed.
 MAY_CHANGE = {
     *("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"),
-    "gradient_checkpointing",
+    *("gradient_checkpointing", "workers"),
 }
 BY_ITSELF = ("steps", "patience", "time limit")  # how a run ends that nobody stopped
 _OF_THE_DATA = {"supervision", "rows", "sample", "valid_users"}  # what is learned and validated shows them

@@ -66,7 +66,6 @@ def train(
     validate: Validate | None = None,
     resume: bool = False,
     title: str = "",
-    workers: int | None = None,
 ) -> TrainResult:
     """Train ``model`` in place.
 
@@ -91,8 +90,6 @@ def train(
             ``model`` and ``objective`` as they were when the run was started. False: start anew; what an
             earlier run left in ``out`` is removed.
         title: What the progress line calls this run.
-        workers: Processes that build batches ahead, each of which needs a core and memory; they change nothing that
-            is learned. None: up to 4 for a GPU under Linux, else none.
 
     Raises:
         UserError: ``evaluate_every`` without ``validate``, a checkpoint of another run, a batch that
@@ -102,7 +99,7 @@ def train(
     processes.start()
     with processes.together():
         check_model(model, examples.prompts.tokenizer)
-        trainer = TrieTrainer(model, examples, objective, settings, out, seed, validate, autocast, workers)
+        trainer = TrieTrainer(model, examples, objective, settings, out, seed, validate, autocast)
         result = trainer.run.conduct(trainer.go_on, trainer.take_steps, resume, title)
         if settings.gradient_checkpointing:
             compute_again(model, False)
@@ -130,7 +127,6 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         seed: int = 0,
         validate: Validate | None = None,
         autocast: bool = False,
-        workers: int | None = None,
     ) -> None:
         trained = shardable_twin(model) if processes.sharded() else model
         self.titles = objective.module(trained, examples.trie)
@@ -146,7 +142,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         if settings.gradient_checkpointing:
             compute_again(trained, True)
         self.packing = settings.packing and self.titles.by_hand and packs(model, examples)
-        self.workers = default_workers(self.args.device) if workers is None else workers
+        self.workers = default_workers(self.args.device) if settings.workers is None else settings.workers
         self.loader: Ahead | None = None
         if processes.sharded():
             self.run.shards = Shards(model, self.titles)
