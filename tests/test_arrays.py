@@ -80,3 +80,8 @@ def test_lists_without_items_and_padded_rows() -> None:
     assert items.tolist() == [[-1] * 3] * 2 and items.dtype == np.int32
     assert np.isneginf(scores).all() and scores.shape == (2, 3) and scores.dtype == np.float32
     assert padded(Ragged.from_lists([[4, 0], [], [7]])).tolist() == [[5, 1], [0, 0], [8, 0]]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=8), st.slices(10))
+def test_a_slice_has_the_rows_of_a_list(rows: list[list[int]], part: slice) -> None:
+    assert [row.tolist() for row in Ragged.from_lists(rows)[part]] == rows[part]

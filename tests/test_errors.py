@@ -52,6 +52,7 @@ OUT_OF_REACH: dict[tuple[str, str], str] = {}
 class Place:
     """One call that makes an error; ``lines`` are its possible wordings with ``{}`` for what varies."""
 
+    file: str
     module: str
     function: str
     first: int
@@ -61,7 +62,7 @@ class Place:
     draft: str
 
     def __str__(self) -> str:
-        return f"src/{PLACE[self.module].replace('.', '/')}.py:{self.first} {self.draft}"
+        return f"src/{PLACE[self.file].replace('.', '/')}.py:{self.first} {self.draft}"
 
 
 def canonical(line: str) -> str:
@@ -188,7 +189,9 @@ def sections() -> dict[str, str]:
 
     def walk(model: Any, key: str) -> Iterator[tuple[str, str]]:
         yield from (
-            (base.__name__, key or "recipe") for base in model.__mro__ if base.__module__ == Recipe.__module__
+            (base.__name__, key or "recipe")
+            for base in model.__mro__
+            if base.__module__.removeprefix("triewise.") in OF_RECIPES
         )
         for name, info in model.model_fields.items():
             for kind in (info.annotation, *get_args(info.annotation)):
@@ -203,6 +206,9 @@ def as_reported(lines: set[str], key: str) -> set[str]:
     return {
         f"{{}}: {key}: {line}" + ("" if key == "recipe" or ", got " in line else ", got {}") for line in lines
     }
+
+
+OF_RECIPES = ("recipe", "settings")  # modules whose ValueErrors `recipe.parse_recipe` reports
 
 
 @cache
@@ -222,19 +228,21 @@ def places() -> tuple[Place, ...]:
             lines, text = reader.wordings(node.args[0], function), draft(node.args[0])
             if node.func.id == "_complain" and lines == {"{}"}:
                 continue  # passes on the line of a UserError
-            if file.stem == "recipe" and node.func.id == "ValueError":
+            module = file.stem
+            if module in OF_RECIPES and node.func.id == "ValueError":
                 key = sections()[name.partition(".")[0]]
                 lines, text = as_reported(lines, key), as_reported({text}, key).pop()
-                text, name = text.replace("{}", "{file}", 1), "parse_recipe"
+                text, name, module = text.replace("{}", "{file}", 1), "parse_recipe", "recipe"
             found.append(
                 Place(
                     file.stem,
+                    module,
                     name,
                     node.lineno,
                     node.end_lineno or node.lineno,
                     node.func.id,
                     frozenset(map(canonical, lines)),
-                    f"| `{file.stem}.{name}` | `{text}` | |",
+                    f"| `{module}.{name}` | `{text}` | |",
                 )
             )
     return tuple(found)

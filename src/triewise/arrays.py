@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import polars as pl
@@ -80,11 +80,6 @@ class Ragged:
         """Length of each row, int64 (R,)."""
         return np.diff(self.offsets)
 
-    def part(self, start: int, stop: int) -> Ragged:
-        """The rows from ``start`` to before ``stop``; a view."""
-        offsets = self.offsets[start : stop + 1]
-        return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
-
     def take(self, rows: Int64) -> Ragged:
         """The rows with these numbers, in this order."""
         return Ragged.windows(self.values, self.offsets[rows], self.lengths[rows])
@@ -102,7 +97,18 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, row: int) -> Int32:
+    @overload
+    def __getitem__(self, row: int) -> Int32: ...
+    @overload
+    def __getitem__(self, row: slice) -> Ragged: ...
+    def __getitem__(self, row: int | slice) -> Int32 | Ragged:
+        """The values of a row, or, of a slice, those rows; a view but where it has a step."""
+        if isinstance(row, slice):
+            rows = range(len(self))[row]
+            if rows.step != 1:
+                return self.take(np.array(rows, dtype=np.int64))
+            offsets = self.offsets[rows.start : max(rows.start, rows.stop) + 1]
+            return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
         row = range(len(self))[row]
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 

@@ -1,6 +1,6 @@
 """From a recipe and a data set to something that can be trained and ranked with.
 
-Everything that a recipe chooses becomes an object of the rooms above: data, backbone, prompts, trie, windows,
+Everything that a recipe chooses becomes an object of the wings above: data, backbone, prompts, trie, windows,
 weights and objective of a language model, or encoder, sequences and loss of a sequential one.
 """
 
@@ -67,7 +67,12 @@ from triewise.training import (
 )
 
 REFERENCE = "reference.npz"
-_HOW = {"device", "dtype", "quantisation", "trust_remote_code"}  # a backbone is loaded
+_OF_LOADING = {
+    "device",
+    "dtype",
+    "quantisation",
+    "trust_remote_code",
+}  # keys that say how a backbone is loaded
 MAX_TOKENS = 1024  # of a prompt, where a recipe leaves it open
 
 
@@ -106,7 +111,7 @@ def learner_of(recipe: Recipe, dataset: Dataset) -> Learner:
 def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     """Backbone, prompts, trie, training windows and target counts of a recipe."""
     settings, reference = recipe.backbone, recipe.objective.preference.reference
-    how, autocast = settings.model_dump(include=_HOW), False
+    how, autocast = settings.model_dump(include=_OF_LOADING), False
     frozen = recipe.hybrid is not None and recipe.hybrid.frozen
     if not (settings.lora.rank or frozen):  # every weight is trained
         how["dtype"], autocast = training_dtype(settings.dtype, resolve_device(settings.device))

@@ -60,7 +60,7 @@ class Split:
 
     def part(self, start: int, stop: int) -> Split:
         """The rows from ``start`` to before ``stop``; views."""
-        return self._picked(slice(start, stop), lambda rows: rows.part(start, stop))
+        return self._picked(slice(start, stop), lambda rows: rows[start:stop])
 
     def frame(self, start: int, stop: int) -> pl.DataFrame:
         """The rows from ``start`` to before ``stop``, as :meth:`to_frame` gives them."""

@@ -169,9 +169,9 @@ def _ranked(
             rows = slice(start, min(start + block, n_rows))
             n = rows.stop - start
             ranking = recommender.recommend(
-                list(split.history.part(start, rows.stop)),
+                list(split.history[start : rows.stop]),
                 depth,
-                None if excluded is None else list(excluded.part(start, rows.stop)),
+                None if excluded is None else list(excluded[start : rows.stop]),
                 None if allow is None else [allow] * n,
             )
             places.rank[rows], places.itself[rows] = _target_rank(ranking, of_item, split.target[rows])

@@ -181,6 +181,6 @@ def _states(encoder: SequentialModel, windows: Windows) -> Tensor:
     """U (W, d) after the history of each window."""
     found = []
     for start in range(0, len(windows), AT_ONCE):
-        rows = windows.items.part(start, min(start + AT_ONCE, len(windows)))
+        rows = windows.items[start : start + AT_ONCE]
         found.append(encoder.states_after([row[:-1].tolist() for row in rows]))
     return torch.cat(found)
