@@ -801,6 +801,10 @@ def test_recipes_of_the_papers_run_with_a_small_model(
         "training": {"steps": 1, "batch_size": 2, "accumulation": 1, "evaluate_every": 0, "patience": 0},
         "evaluation": {"users": 2},
     }
+    if (
+        paper.objective.adaptive.rows == "root"
+    ):  # the small tokenizer keeps the quote apart: its root has one child
+        changes["objective"] = {"adaptive.rows": "widest"}
     text = [f"{section}.{key}={value}" for section, keys in changes.items() for key, value in keys.items()]
     small = load_recipe(f"papers/{name}", text)
     train_run(small, tmp_path / "run")

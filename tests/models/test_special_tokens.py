@@ -29,7 +29,7 @@ from triewise.tokens import Prompts, Trie, build_prompts
 from triewise.tokens.prompts import TEMPLATES
 
 ORDINARY = ("Red", "Red Dawn", "Blue Moon 🎬", "Night Train (1991)", "漢字の映画", "Cafe\u0301")
-SHOWN = {"plain": "{}", "msl": '"{}"', "d3": "{}\n"}
+SHOWN = {"plain": "{}", "msl": '"{}"', "d3": "{}\n", "d3-reworded": "{}\n"}
 CHATML = (
     "{% for m in messages %}{{ START + m['role'] + '\n' + m['content'] + END + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ START + 'assistant\n' }}{% endif %}"

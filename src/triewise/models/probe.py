@@ -143,7 +143,7 @@ def _judged(model: Any, found: Measured, what: str) -> tuple[str | None, bool]:
         return f"{what} are off by {gap:.2g} nats, rounding by {rounding:.2g}", gap > FAR * accepted
     # What changes too little to be seen, such as positions in a model that has none, does no harm; but not everything.
     faults = [off(states) for states in found.faulty.values()]
-    if max(faults) > HARMLESS and 2 * sum(fault >= FAR * accepted for fault in faults) < len(faults):
+    if size > HARMLESS and 2 * sum(fault >= FAR * accepted for fault in faults) < len(faults):
         return f"faults made on purpose cannot be told from its rounding of {rounding:.2g} nats", False
     return None, True
 
