@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from tests.process_child import OBJECTIVES, single_targets, weighted_examples
 from tests.tiny_models import tiny_model
 from tests.train_child import small_model
-from triewise.models import whole_rows
+from triewise.models import Head, whole_rows
 from triewise.settings import TrainingSettings
 from triewise.training import Objective, trainer as trainer_module
 from triewise.training.checkpoints import random_state, set_random_state
@@ -109,7 +109,7 @@ def two_steps(
 @pytest.fixture
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes compare numbers, which meta tensors do not have; they are run before training, not in a step."""
-    monkeypatch.setattr("triewise.training.objective.hand_head_matches", lambda model: True)
+    monkeypatch.setattr("triewise.training.objective.hand_head", lambda model: Head())
     monkeypatch.setattr(trainer_module, "packs", lambda model, examples: True)
 
 
@@ -200,7 +200,11 @@ def test_the_second_gpu_is_trained_on(monkeypatch: pytest.MonkeyPatch, tmp_path:
     second = torch.device("cuda:1")
     try:
         arguments = trainer_module._arguments(
-            SimpleNamespace(device=second), TrainingSettings(), 0, tmp_path, False
+            SimpleNamespace(device=second, get_input_embeddings=lambda: None),
+            TrainingSettings(),
+            0,
+            tmp_path,
+            False,
         )
         assert arguments.device == PartialState().device == second, "the Trainer's and accelerate's"
         assert arguments.n_gpu <= 1 and chosen == [second]

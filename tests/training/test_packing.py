@@ -301,4 +301,6 @@ def test_only_models_that_can_are_packed(tmp_path: Path) -> None:
     config = TrainingSettings(steps=1, learning_rate=1e-3, batch_size=2)
     assert TrieTrainer(model, examples, Objective("trie"), config, tmp_path).packing
     capped = tiny_model("gemma2", final_logit_softcapping=2.0)
-    assert not TrieTrainer(capped, examples, Objective("trie"), config, tmp_path).packing
+    assert TrieTrainer(capped, examples, Objective("trie"), config, tmp_path).packing
+    other_head = tiny_model("bert")
+    assert not TrieTrainer(other_head, examples, Objective("trie"), config, tmp_path).packing
