@@ -11,16 +11,12 @@ Shape key: N nodes, I items, T tokens of all titles end to end.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from triewise.arrays import Bool, Float64, Int64, within
 from triewise.errors import UserError
-
-if TYPE_CHECKING:
-    from triewise.tokens.trie import Trie
+from triewise.tokens.trie import Trie
 
 # Gains of siblings with equal masses may differ in their last bits, by the order of summation. Scaled to
 # [0, 1] such a difference would cost one of them a weight of 1 - alpha. Relative to the larger gain.
