@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -132,3 +133,20 @@ def test_a_body_that_gives_float32_whatever_it_is_in() -> None:
     logits = made.logits(model, hidden)
     assert logits.dtype == torch.bfloat16
     assert (logits.float() - model(input_ids=IDS).logits).abs().max() < 1e-6
+
+
+def test_another_thread_that_uses_the_model_sees_nothing_of_the_measurement() -> None:
+    model, here, found = tiny_model("gpt2"), threading.get_ident(), []
+    with torch.no_grad():
+        wanted = model(IDS).logits
+
+    def use_it_elsewhere(*_: Any) -> None:
+        if threading.get_ident() == here:
+            thread = threading.Thread(target=lambda: found.append(model(IDS).logits.detach()))
+            thread.start()
+            thread.join()
+
+    model.get_output_embeddings().register_forward_pre_hook(use_it_elsewhere)
+    assert hand_head(model) == Head()
+    assert len(found) == 2  # as it is, and loud
+    assert all(torch.equal(logits, wanted) for logits in found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -147,10 +148,14 @@ def _gives(head: Head, model: Any, pairs: list[tuple[Tensor, Tensor]]) -> bool:
 
 
 def _own_logits(model: Any, ids: Tensor, louder: float) -> Tensor:
-    """The model's logits of some tokens, float32, as if what reaches its head were ``louder`` times as large."""
+    """The model's logits of some tokens, float32, as if what reaches its head were ``louder`` times as large.
+
+    Only in this thread: another one may be decoding with the same model.
+    """
+    here = threading.get_ident()
 
     def raised(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return given[0] * louder, *given[1:]
+        return (given[0] * louder, *given[1:]) if threading.get_ident() == here else given
 
     hook = causal_lm(model).get_output_embeddings().register_forward_pre_hook(raised)
     try:
