@@ -81,12 +81,13 @@ def test_who_may_not_teach(raw: Path, teacher: Path, tmp_path: Path) -> None:
         train_run(recipe(other, teacher), tmp_path / "c")
 
 
+@pytest.mark.parametrize("positions", ["oldest", "newest"])
 @pytest.mark.parametrize("encoder", ["gru4rec", "sasrec", "bert4rec", "lrurec"])
 def test_reading_a_window_once_is_reading_every_beginning(
-    encoder: str, monkeypatch: pytest.MonkeyPatch
+    encoder: str, positions: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows with and without context; a row that is longer than the model reads is read beginning by beginning."""
-    shape = EncoderSettings(encoder=encoder, width=8, dropout=0.3)
+    shape = EncoderSettings(encoder=encoder, width=8, dropout=0.3, positions=positions, position_std=1.0)
     model = SequentialRecommender(SequentialModel(shape, 9, 5, 1), worlds.catalog(), np.arange(9))
     for lists in ([[1, 2, 3, 0, 5, 8], [4, 0], [7]], [[1, 2, 3, 0, 5, 8, 1, 2], [4, 0]]):
         rows, n_context = Ragged.from_lists(lists), np.array([2, 1, 0][: len(lists)])

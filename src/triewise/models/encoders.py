@@ -101,6 +101,15 @@ class SequentialModel(nn.Module):
         return self.settings.encoder == "bert4rec"
 
     @property
+    def reads_along(self) -> bool:
+        """Whether the state at a place of a row is the one after a row that ends there.
+
+        Not where places are counted from the row's newest item.
+        """
+        from_newest = self.settings.encoder == "sasrec" and self.settings.positions == "newest"
+        return not (self.bidirectional or from_newest)
+
+    @property
     def weight(self) -> Tensor:
         """(I, D) weights of the head."""
         return self.items.weight[1:-1] if self.head is None else self.head.weight

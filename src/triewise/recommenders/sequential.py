@@ -131,10 +131,10 @@ class SequentialRecommender(Assisted):
     def log_probabilities_along(self, rows: Ragged, n_context: Int64) -> Doubles:
         """`log_probabilities` of what follows each beginning of rows, (S, I); see `assistants.TitleTeacher`.
 
-        A model that reads every position at once runs each row once.
+        A model whose states are the same along a longer row runs each row once.
         """
         before = beginnings(rows, n_context)
-        if self.model.bidirectional or not len(before) or before.lengths.max() > self.model.max_length:
+        if not (self.model.reads_along and len(before)) or before.lengths.max() > self.model.max_length:
             return self.log_probabilities(list(before))
         check_histories(list(before), self.groups)
         place = before.lengths - 1  # the state that has read a beginning; none has read nothing
