@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,23 @@ def test_users_of_any_length_get_what_each_gets_alone(name: str, support: str) -
         ]
         assert {tuple(TITLES[i]) for i in found.items[b]} == set(best_of)
         assert found.scores[b] == pytest.approx(sorted(best_of.values(), reverse=True), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["phi3_longrope", "llama_dynamic"])
+@pytest.mark.filterwarnings("ignore:this model is decoded on the plain")
+def test_users_of_other_threads_change_no_frequencies(name: str) -> None:
+    """Both models keep in the module what the forward that runs has; threads are switched as often as they can be."""
+    engine = TrieEngine(model_of(name), Trie.from_sequences(TITLES), "vocabulary")
+    asked = prompts(9, 90, 100, 20) * 6
+    wanted = [rank_catalogue(engine, [prompt]).scores for prompt in asked]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda prompt: rank_catalogue(engine, [prompt]).scores, asked))
+    finally:
+        sys.setswitchinterval(before)
+    np.testing.assert_allclose(found, wanted, atol=TOLERANCE)
 
 
 def test_generate_runs_the_prompt_again_where_longrope_changes() -> None:

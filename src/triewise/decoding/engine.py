@@ -51,6 +51,7 @@ from triewise.models import (
     refusal,
     rope_switch,
     shortest_window,
+    take_turns,
 )
 from triewise.tokens import Trie
 
@@ -140,6 +141,7 @@ class TrieEngine:
         if at_once < 1 or chunk < 1:
             raise UserError(f"wanted at_once and chunk of at least 1, got {at_once} and {chunk}")
         check_model(model)
+        take_turns(model)
         n_vocabulary = head_weight(model).shape[0]
         if int(trie.token.max()) >= n_vocabulary:
             raise UserError(

@@ -38,6 +38,7 @@ from .lengths import (
     as_if_alone as as_if_alone,
     rope_switch as rope_switch,
     shortest_window as shortest_window,
+    take_turns as take_turns,
 )
 from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
 from .merging import twin as twin

@@ -9,6 +9,7 @@ Shape key: B rows, L tokens of a row.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ _MASKED = ("sliding_window", "attention_chunk_size")  # windows that transformer
 _NAMES_WINDOW = re.compile(r"window|local")
 _NAMES_ELSE = re.compile(r"^(num|n|use)_|layer|pattern|expert|freq|theta|base|rank|head|kernel|skip")
 _EVERYTHING = {"full_attention", "attention", "global"}
+_TURN = threading.RLock()
 
 
 def is_recurrent(model: Any) -> bool:
@@ -124,24 +126,47 @@ def as_if_alone(model: Any, run: Callable[[Tensor], Tensor], ids: Tensor, length
         return run(ids)
     groups, made = switch.alike(length.cpu().numpy()), []
     for rows in groups:
-        _forget(model)
         own = ids[torch.from_numpy(rows).to(ids.device)]
         width = int(length[torch.from_numpy(rows).to(length.device)].max())
         own = torch.nn.functional.pad(own[:, :width], (0, max(0, width - own.shape[1])))
-        part = run(own)[:, : ids.shape[1]]
+        with _TURN:
+            _forget(model)
+            part = run(own)[:, : ids.shape[1]]
         made.append(torch.nn.functional.pad(part, (0, 0, 0, ids.shape[1] - part.shape[1])))
     back = torch.from_numpy(np.argsort(np.concatenate(groups))).to(ids.device)
     return torch.cat(made)[back]
 
 
-def _forget(model: Any) -> None:
-    """Dynamic RoPE keeps the frequencies of the longest row so far: one position takes the usual ones back."""
+def take_turns(model: Any) -> None:
+    """Let one thread at a time through RoPE that changes with the length: it keeps its frequencies in the module."""
+    for module, _, kind in _ropes(model):
+        if ("dynamic" in kind or kind == "longrope") and _begin not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_begin)
+            module.register_forward_hook(_end, always_call=True)
+
+
+def _begin(*_: Any) -> None:
+    _TURN.acquire()
+
+
+def _end(*_: Any) -> None:
+    _TURN.release()
+
+
+def _ropes(model: Any) -> Iterator[tuple[Any, str | None, str]]:
+    """Modules that have RoPE, and of each the layers it is for, where it says so, and its kind."""
     for module in model.modules():
         kinds: Any = getattr(module, "rope_type", {})
         for name, kind in ({None: kinds} if isinstance(kinds, str) else dict(kinds)).items():
-            if "dynamic" in kind:
-                one = torch.zeros(1, 1, device=next(module.buffers()).device)
-                module(one[None], one.long(), **({} if name is None else {"layer_type": name}))
+            yield module, name, kind
+
+
+def _forget(model: Any) -> None:
+    """Dynamic RoPE keeps the frequencies of the longest row so far: one position takes the usual ones back."""
+    for module, name, kind in _ropes(model):
+        if "dynamic" in kind:
+            one = torch.zeros(1, 1, device=next(module.buffers()).device)
+            module(one[None], one.long(), **({} if name is None else {"layer_type": name}))
 
 
 def _sees_everything(config: Any) -> bool:
