@@ -8,7 +8,7 @@ import torch
 
 from tests.slot_worlds import recommender
 from tests.worlds import HISTORIES, catalog
-from triewise.models import Histories, SequentialModel
+from triewise.models import Histories, SequentialModel, slots_of
 from triewise.recommenders import GenerativeRecommender, SequentialRecommender
 from triewise.settings import EncoderSettings
 from triewise.testing import RecommenderContract
@@ -40,3 +40,18 @@ def test_the_state_of_a_user_is_what_any_encoder_predicts_from(kind: str) -> Non
     numbers = [histories.number(history) for history in HISTORIES]
     states = histories.states(numbers, torch.device("cpu"))
     np.testing.assert_allclose(model.scores(states).detach(), theirs.own_scores(HISTORIES), atol=1e-6)
+
+
+def test_what_prompts_share_is_forgotten_when_item_vectors_change() -> None:
+    found = []
+    for asked_before in (True, False):
+        made = recommender("llara")
+        made.backbone.model.requires_grad_(False)
+        histories = [[0, 1, 2], [0, 1, 2, 3]]
+        before = made.recommend(histories, None).scores if asked_before else None
+        slots = slots_of(made.backbone.model)
+        assert slots is not None
+        slots.table.mul_(-2)
+        found.append(made.recommend(histories, None).scores)
+        assert before is None or not np.allclose(found[-1], before, atol=1e-2)
+    np.testing.assert_allclose(*found, atol=1e-5)

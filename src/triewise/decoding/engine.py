@@ -51,6 +51,7 @@ from triewise.models import (
     refusal,
     rope_switch,
     shortest_window,
+    slots_of,
     take_turns,
 )
 from triewise.tokens import Trie
@@ -494,7 +495,8 @@ def _weights_version(model: Any) -> tuple[int, ...]:
     Weights that can be trained may change unseen: a fused optimiser does not raise the version of what it changes. An
     adapter can be switched off without a weight changing. Writing through ``.data`` goes unseen too: do not.
     """
-    parameters = list(model.parameters())
-    if hasattr(model, "get_base_model") or any(p.requires_grad or p.is_inference() for p in parameters):
+    slots = slots_of(model)
+    weights = [*model.parameters(), *([] if slots is None else [slots.table])]
+    if hasattr(model, "get_base_model") or any(w.requires_grad or w.is_inference() for w in weights):
         return ()
-    return tuple(x for p in parameters for x in (p.data_ptr(), p._version))
+    return tuple(x for w in weights for x in (w.data_ptr(), w._version))
