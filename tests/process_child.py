@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG as WHOLE, small_model, some_metric
+from triewise.arrays import Ragged
 from triewise.errors import UserError
 from triewise.models import freeze_unused
 from triewise.settings import TrainingSettings
@@ -31,6 +33,7 @@ from triewise.training import (
     Examples,
     Objective,
     Preferences,
+    SoftTargets,
     along_titles,
     draw_rejected,
     kept_reference,
@@ -78,7 +81,15 @@ OBJECTIVES: dict[str, Callable[[Path], Any]] = {
     "msl-sum": lambda out: Objective("trie", 1.3, "sum"),
     "cft": lambda out: Contrast(Objective("vocabulary"), 0.3),
     "sdpo": preferences,
+    "soft": lambda out: SoftTargets(Objective("trie", 1.3), by_last_item, 0.4),
 }
+
+
+def by_last_item(rows: Ragged, n_context: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A teacher of 12 titles: the nearer behind the last item, the likelier."""
+    last = [row[n - 1 : -1] for row, n in zip(rows, n_context.tolist(), strict=True)]
+    p = 0.5 ** ((np.arange(12) - np.concatenate(last)[:, None]) % 12)
+    return np.log(p / p.sum(1, keepdims=True))
 
 
 def weighted_examples() -> Examples:

@@ -73,7 +73,7 @@ gpt2 = functools.partial(tiny_model, "gpt2", vocabulary=20, embd_pdrop=0.0, attn
 CASES = {
     **{
         name: Case(name)
-        for name in ("lml", "igd", "msl-ats", "msl-ats-exact-all", "msl-ats-token", "msl-sum", "cft")
+        for name in ("lml", "igd", "msl-ats", "msl-ats-exact-all", "msl-ats-token", "msl-sum", "cft", "soft")
     },
     "sdpo": Case("sdpo", examples=single_targets),
     "untied": Case(model=untied),
@@ -90,7 +90,7 @@ CASES = {
     "lora": Case(model=functools.partial(adapted, torch.float32)),
     "lora over bfloat16": Case(model=functools.partial(adapted, torch.bfloat16)),
 }
-FEW = ("igd", "cft", "packed untied lml", "one micro-batch, both parts", "lora")
+FEW = ("igd", "cft", "soft", "packed untied lml", "one micro-batch, both parts", "lora")
 
 
 class Spread(Seen):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -18,6 +19,21 @@ EVERY = sorted(recipe_folder().rglob("*.toml"))
 def test_shipped_recipes_load_and_round_trip(file: Path) -> None:
     recipe = load_recipe(file)
     assert parse_recipe(tomllib.loads(dump_recipe(recipe)), "dump") == recipe
+
+
+FIRST = [file for file in EVERY if "# First: " in file.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("file", FIRST, ids=[f.stem for f in FIRST])
+def test_what_a_recipe_says_to_run_first_makes_the_folders_that_it_names(file: Path) -> None:
+    line = re.search("# First: .*", file.read_text(encoding="utf-8"))
+    assert line is not None
+    made = {f"runs/{load_recipe(name).name}" for name in re.findall("triewise run ([a-z0-9/-]+)", line[0])}
+    recipe = load_recipe(file)
+    hybrid, objective = recipe.hybrid, recipe.objective
+    named = [hybrid and hybrid.items, objective.soft_targets, objective.preference.reference]
+    folders = [folder.absolute().relative_to(Path.cwd()) for folder in named if folder is not None]
+    assert {folder.as_posix() for folder in folders} == made
 
 
 def test_awkward_strings_round_trip() -> None:

@@ -104,7 +104,7 @@ def describe(
         str, typer.Option(help="tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder.")
     ] = "tiny",
     template: Annotated[
-        str | None, typer.Option(help="plain, msl or d3; default plain for tiny, else msl.")
+        str | None, typer.Option(help="plain, msl, d3 or d3-reworded; default plain for tiny, else msl.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -178,7 +178,7 @@ def teach(
     changes: Changes = None,
     as_json: Json = False,
 ) -> None:
-    """Rank the training rows with a run and write that with its item vectors: a teacher for [enhance]."""
+    """Rank the training rows with a run and write that with its item vectors, for enhance.teacher of a recipe."""
     from triewise.app import changed_evaluation, teach as teach_with
 
     facts = teach_with(run, out, changed_evaluation(run, changes or (), search=search), k)

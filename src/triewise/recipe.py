@@ -119,7 +119,15 @@ class Recipe(Section):
         if users and self.training.supervision == "every":
             raise ValueError("hybrid.kind = 'a-llmrec' needs training.supervision = 'last'")
         if self.hybrid is not None and self.hybrid.frozen and self.backbone.lora.rank:
-            raise ValueError("hybrid.frozen = true trains no adapter: set backbone.lora.rank = 0")
+            raise ValueError(
+                "hybrid.frozen = true trains no adapter: set backbone.lora.rank = 0 and quantisation = 'none'"
+            )
+        if self.hybrid is not None and self.hybrid.frozen and self.hybrid.share_of_curriculum:
+            raise ValueError("hybrid.frozen = true learns nothing from text alone: set hybrid.curriculum = 0")
+        if self.objective.soft_targets is not None and self.training.workers:
+            raise ValueError(
+                "objective.soft_targets asks its teacher in the process that trains: set training.workers = 0"
+            )
         if self.objective.contrast.without_history == "unknown" and self.template == "plain":
             raise ValueError(
                 "objective.contrast.without_history = 'unknown' needs backbone.template = 'msl' or 'd3'"

@@ -254,7 +254,9 @@ class TrainingSettings(Section):
         False, "compute activations again in the backward pass: less memory, more time"
     )
     workers: int | None = _key(
-        None, "processes that build batches ahead; default: up to 4 for a GPU under Linux, else none", ge=0
+        None,
+        "processes that build batches ahead; default: up to 4 for a GPU under Linux, else, and for soft targets, none",
+        ge=0,
     )
     learning_rate: float = _key(1e-4, "the peak, after the warm-up", gt=0)
     warmup_steps: int = _key(20, "steps of linear warm-up", ge=0)

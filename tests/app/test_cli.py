@@ -9,7 +9,7 @@ import pytest
 
 from tests.model_families import tokenizer
 from tests.worlds import write_msl_folder
-from triewise.cli import main
+from triewise.cli import app, main
 
 
 def run(
@@ -142,5 +142,17 @@ def test_a_mistake_is_one_line_and_status_2(
 
 def test_help_names_every_command(capsys, monkeypatch) -> None:
     _, output, _ = run(capsys, monkeypatch, "--help")
-    for command in ("demo", "prepare", "describe", "train", "evaluate", "run", "recommend", "report"):
+    for command in (
+        "demo",
+        "prepare",
+        "describe",
+        "train",
+        "evaluate",
+        "teach",
+        "run",
+        "recommend",
+        "report",
+    ):
         assert command in output
+    for command in app.registered_commands:
+        assert "[" not in (command.callback.__doc__ or "")  # would be taken for markup, and left out

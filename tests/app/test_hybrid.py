@@ -242,6 +242,8 @@ def test_recipes_that_cannot_be_meant_are_refused(small: World) -> None:
         small.train(WORDS + HYBRID, "refused", "hybrid.curriculum=2")
     with pytest.raises(UserError, match="trains no adapter"):
         small.train(WORDS + HYBRID, "refused", "hybrid.frozen=true", "backbone.lora.rank=2")
+    with pytest.raises(UserError, match="learns nothing from text alone: set hybrid.curriculum = 0"):
+        small.train(WORDS + HYBRID, "refused", "hybrid.frozen=true")
     with pytest.raises(UserError, match="has no use for hybrid"):
         small.train(ITEMS + HYBRID, "refused")
 

@@ -258,7 +258,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_row(runs: tuple[Path, Path],
     first, again = runs[0], tmp_path / "again"
     shutil.copytree(runs[1], again)  # other weights stand for another seed
     one = open_run(first)[0]
-    training = one.training.model_copy(update={"time_limit_s": 1e3, "log_every": 7})
+    training = one.training.model_copy(update={"time_limit_s": 1e3, "log_every": 7, "workers": 1})
     other = one.model_copy(update={"seed": 1, "name": "again", "training": training})
     write_text(again / "recipe.toml", dump_recipe(other))
     report = collect([first, again, runs[1]])

@@ -19,9 +19,10 @@ from tests.training.test_losses import CLOSE, gradient, some_logits, tokens
 from tests.training.test_trainer import Gradients, config
 from triewise.arrays import Ragged
 from triewise.errors import UserError
+from triewise.models import SlotIds
 from triewise.recipe import parse_recipe
 from triewise.tokens import Trie
-from triewise.training import AdaptiveTemperature, Examples, Objective, SoftTargets, make_windows
+from triewise.training import AdaptiveTemperature, Curriculum, Examples, Objective, SoftTargets, make_windows
 from triewise.training.soft_targets import child_shares, soft_parts
 from triewise.training.trainer import TrieTrainer
 
@@ -236,6 +237,19 @@ def test_the_teacher_is_asked_once_a_micro_batch_for_whole_windows(tmp_path: Pat
     assert set(teach.calls) == {4}
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on few cores
+def test_a_teacher_is_asked_in_the_process_that_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU batches are built by workers, which are copies of a process and cannot use it."""
+    monkeypatch.setattr("triewise.training.trainer.default_workers", lambda device: 2)
+    soft = SoftTargets(Objective(), by_last_item(12))
+    course = Curriculum(soft, SlotIds(20, 12), n_batches=3, length=2, seed=0)
+    for learned, workers in ((Objective(), 2), (soft, 0), (course, 0)):
+        trainer = TrieTrainer(small_model(), cycle_world(), learned, config(steps=3), tmp_path)
+        assert trainer.get_train_dataloader().num_workers == workers
+
+
 def test_wrong_settings() -> None:
     teach = by_last_item(12)
     for bad, line in (
@@ -251,3 +265,6 @@ def test_wrong_settings() -> None:
     both = {"soft_targets": "runs/sasrec", "contrast": {"strength": 0.1}}
     with pytest.raises(UserError, match="soft_targets and contrast.strength > 0 are two objectives; use one"):
         parse_recipe(raw | {"objective": both}, "test")
+    taught = {"objective": {"soft_targets": "runs/sasrec"}, "training": {"workers": 2}}
+    with pytest.raises(UserError, match="asks its teacher in the process that trains: set training.workers"):
+        parse_recipe(raw | taught, "test")

@@ -28,6 +28,7 @@ from triewise.ranking import (
 )
 from triewise.recommenders import SETTINGS, SavedRecommender, load
 from triewise.reports import Comparison, Example, Report, Row, write_report
+from triewise.training import MAY_CHANGE
 
 if TYPE_CHECKING:
     from triewise.recipe import Recipe
@@ -38,9 +39,9 @@ JUDGED = ("split", "exclude", "allow")  # what rows of one table have in common
 # How a row was ranked: runs that differ here are no repeats of each other.
 RANKED = (*SETTINGS, "adapter", "assistant", "assistant_weight")
 
-# Of two runs of one recipe these may differ: what is reported and when, and when a clock stops it.
+# Of two runs of one recipe these may differ: what is reported and when, memory, and when a clock stops it.
 FREE: dict[str, Any] = dict.fromkeys(("seed", "name", "title", "evaluation"), True) | {
-    "training": {"log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "time_limit_s"}
+    "training": MAY_CHANGE - {"patience"}
 }
 
 

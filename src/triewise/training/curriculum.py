@@ -78,6 +78,7 @@ class _TextFirst(MicroBatches):
     def __init__(self, batches: MicroBatches, hybrid: NDArray[np.bool_], slots: SlotIds) -> None:
         super().__init__(batches.examples, batches.objective, batches.rows, batches.packing)
         self.batches, self.hybrid, self.slots = batches, hybrid, slots
+        self.asks_a_model = batches.asks_a_model
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = self.batches[index]

@@ -385,7 +385,13 @@ class MicroBatches(Dataset[dict[str, Any]]):
         objective: Says what positions and tokens are needed.
         rows: int64 (n, B), window numbers.
         packing: Whether tokens that rows begin with alike run once, where that leaves out enough of them.
+
+    Attributes:
+        asks_a_model: Whether building one asks a model, which a worker, the copy of a process, cannot where it is on
+            a GPU.
     """
+
+    asks_a_model = False
 
     def __init__(
         self, examples: Examples, objective: Objective, rows: NDArray[np.int64], packing: bool = False

@@ -219,6 +219,8 @@ class SoftLoss(TitleLoss):
 class SoftBatches(MicroBatches):
     """Micro-batches in a given order, with what the teacher thinks at every target that is kept."""
 
+    asks_a_model = True
+
     def __init__(
         self, examples: Examples, learned: SoftTargets, rows: NDArray[np.int64], packing: bool = False
     ) -> None:

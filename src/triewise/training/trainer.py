@@ -142,7 +142,6 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         if settings.gradient_checkpointing:
             compute_again(trained, True)
         self.packing = settings.packing and self.titles.by_hand and packs(model, examples)
-        self.workers = default_workers(self.args.device) if settings.workers is None else settings.workers
         self.loader: Ahead | None = None
         if processes.sharded():
             self.run.shards = Shards(model, self.titles)
@@ -178,7 +177,10 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         # The same micro-batches for any number of processes; each takes neighbours.
         self.rows = processes.part(order.reshape(-1, settings.batch_size // settings.accumulation))
         left = self.learned.batches(self.examples, self.rows, self.packing)
-        self.loader = Ahead(left, self.args.device, self.workers)
+        workers = settings.workers
+        if workers is None:
+            workers = 0 if left.asks_a_model else default_workers(self.args.device)
+        self.loader = Ahead(left, self.args.device, workers)
         return self.loader
 
     def _prepare_input(self, data: Any) -> Any:
