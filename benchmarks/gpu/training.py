@@ -207,7 +207,7 @@ def _ours(
         "packing": packing,
         "loss": loss["loss"],
         "stops": {"count": sum(clock.stops.values()), "places": clock.stops},  # of one step; the aim is 0
-        "workers": trainer.workers,
+        "workers": 0 if trainer.loader is None else trainer.loader.num_workers,
         "making_a_batch_ms": 1e3 * made,  # on the CPU, inside the step's time where there are no workers
         "rows_of_a_forward": order.shape[1] // accumulation,
         "places": sum(b["counts"]["places"] for b in batches) / len(order),
