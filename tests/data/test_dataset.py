@@ -138,7 +138,7 @@ def test_users_without_a_test_row_are_counted(
     rows = b"user\titem\ttimestamp\trating\n1\t2\t5\t1\n1\t7\t6\t1\n2\t2\t5\t1\n2\t7\t6\t1\n2\t9\t7\t1\n3\t9\t7\t1\n"
     (cache / fetch.INTERACTIONS).write_bytes(rows)
     (cache / fetch.TITLES).write_bytes(b"item\ttitle\n2\ta\n7\tb\n9\tc\n")
-    monkeypatch.setattr("triewise.data.readers.fetch", lambda _: cache)
+    monkeypatch.setattr("triewise.data.sources.fetch", lambda _: cache)
     dataset = prepare("ml-100k", tmp_path / "out")
     assert dataset.info["repairs"] == {"users_without_test_row": 2}
     assert dataset.info["counts"]["users"] == 3
@@ -438,7 +438,7 @@ def test_a_recipe_reads_a_folder_of_before_there_was_a_choice(tmp_path: Path) ->
     [
         (
             "amazon:Books",
-            "wanted one of ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR, "
+            "wanted one of ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR, codes:DIR or csv:DIR, "
             "got 'amazon:Books'; amazon: is not yet supported",
         ),
         ("steam:", "steam: is not yet supported"),

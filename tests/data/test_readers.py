@@ -25,7 +25,8 @@ from tests.data_fixtures import (
     write_tables,
 )
 from triewise.data import Interactions, movielens_files
-from triewise.data.readers import Raw, csv_folder, movielens, movielens_folder, recbole
+from triewise.data.readers import Raw, csv_folder, movielens_folder, recbole
+from triewise.data.sources import movielens
 from triewise.errors import UserError
 
 
@@ -59,7 +60,7 @@ def test_titles_with_quotes_survive(cache: Path, monkeypatch: pytest.MonkeyPatch
     tables = movielens_files.canonical(movielens_files.read_100k_originals(u_data([(1, 1, 3, 1)]), films))
     for name, content in tables.items():
         (cache / name).write_bytes(content)
-    monkeypatch.setattr("triewise.data.readers.fetch", lambda _: cache)
+    monkeypatch.setattr("triewise.data.sources.fetch", lambda _: cache)
     assert movielens("ml-100k").title == {"1": '"Quoted", with comma'}
 
 

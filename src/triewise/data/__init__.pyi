@@ -1,4 +1,5 @@
 from .catalog import Catalog as Catalog, allowed_items as allowed_items
+from .coded import read_index as read_index
 from .dataset import (
     Dataset as Dataset,
     data_hash as data_hash,

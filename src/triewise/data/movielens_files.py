@@ -14,6 +14,11 @@ from itertools import count, islice
 import polars as pl
 
 INTERACTIONS, TITLES = "interactions.tsv", "titles.tsv"
+CITATION = (
+    "MovieLens data: F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and "
+    "Context. ACM TiiS 5, 4, Article 19. https://doi.org/10.1145/2827872. For research; no redistribution "
+    "and no commercial use without permission of GroupLens, University of Minnesota."
+)
 Tables = tuple[pl.DataFrame, pl.DataFrame]  # (user, item, timestamp, rating) and (item, title)
 _RATINGS = {"user": pl.Int64, "item": pl.Int64, "rating": pl.Int64, "timestamp": pl.Int64}
 

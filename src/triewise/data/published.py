@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,21 @@ import polars as pl
 
 from triewise.arrays import Int32, Int64, Ragged, offsets_of
 from triewise.data.splits import NAMES, Split
-from triewise.data.tables import ROW, counted, find_file, integers, names, read_rows, read_text, refuse, shown
+from triewise.data.tables import (
+    ROW,
+    counted,
+    entries,
+    find_file,
+    integers,
+    names,
+    read_rows,
+    read_text,
+    refuse,
+    shown,
+)
 from triewise.errors import UserError
 
+_CODED = r"((?:<[^<>\s]+>)+)\t(.*)"  # code tokens, a TAB and the title
 _LIST = r"^\s*\[\s*(?:-?[0-9]+\s*(?:,\s*-?[0-9]+\s*)*,?\s*)?\]\s*$"
 
 
@@ -121,6 +133,8 @@ def read_d3(folder: Path) -> Published:
     for name, split in splits.items():
         if (split.timestamp < 0).all():
             notes.append(f"{files[name].name} has no timestamps; its rows keep the order of the file")
+        if files[name].name.startswith(f"{name}_") and files[name].parent == folder:
+            notes.append(f"there is no {name}.csv: the {name} rows are those of {files[name].name}")
     # Every prefix of a user's sequence is a row, so only the first item of a user is not the target of a row.
     read = (titles.path, *files.values())
     return Published(titles, splits, users, rows + users, repairs, tuple(notes), read)
@@ -142,7 +156,9 @@ def _d3_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
 def _d3_file(folder: Path, name: str) -> Path:
     inner = sorted(path for path in (folder / name).glob("*") if path.name.endswith((".csv", ".csv.gz")))
     if not inner:
-        return find_file(folder, f"{name}.csv")
+        like = [path for path in entries(folder) if path.name.startswith(f"{name}_")]
+        whole = any((folder / f"{name}.csv{end}").is_file() for end in ("", ".gz"))
+        return like[0] if len(like) == 1 and not whole else find_file(folder, f"{name}.csv")
     if len(inner) > 1:
         raise UserError(
             f"wanted one CSV file in {folder / name}, found {names(inner)}; keep one data set in a folder"
@@ -211,12 +227,14 @@ class Titles:
         item_id: Raw ids, int64 (I,), ascending.
         title: Their titles, as they stand in the file.
         repairs: ``empty_titles`` (kept as they are) and ``missing_titles`` (null or NaN, made empty).
+        codes: Their semantic ids, where the file names them (MiniOneRec), else nothing.
     """
 
     path: Path
     item_id: Int64
     title: tuple[str, ...]
     repairs: dict[str, int]
+    codes: tuple[str, ...] = ()
 
 
 def json_titles(path: Path) -> Titles:
@@ -237,9 +255,10 @@ def json_titles(path: Path) -> Titles:
 
 
 def tab_titles(path: Path) -> Titles:
-    """Titles of a D3 info file: a title, a TAB and its id on each line.
+    """Titles of a D3 info file: a title, a TAB and its id on each line; MiniOneRec has codes and a TAB before them.
 
-    A title may contain TABs itself; the id is behind the last one.
+    A title may contain TABs itself; the id is behind the last one. Only where every line begins with code tokens
+    such as ``<a_7><b_0>`` are these taken for codes.
 
     Raises:
         UserError: Not UTF-8, a line without TAB, an id that is no integer or occurs twice.
@@ -254,7 +273,15 @@ def tab_titles(path: Path) -> Titles:
             raise UserError(
                 f"{path}, line {number}: wanted a title, a TAB and an id, got {shown(line)}; repair the line"
             )
-    return _titles(path, rows)
+    coded = [re.fullmatch(_CODED, title, re.DOTALL) for _, title, _ in rows]
+    if not all(coded):
+        return _titles(path, rows)
+    parts = [match.groups() for match in coded if match]
+    titles = _titles(
+        path, [(key, title, where) for (key, _, where), (_, title) in zip(rows, parts, strict=True)]
+    )
+    code_of = {int(key): code for (key, _, _), (code, _) in zip(rows, parts, strict=True)}
+    return replace(titles, codes=tuple(code_of[item] for item in titles.item_id.tolist()))
 
 
 def _titles(path: Path, rows: list[tuple[str, Any, str]]) -> Titles:

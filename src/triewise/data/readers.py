@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from triewise.data.fetch import CITATION, fetch
 from triewise.data.interactions import Events, ordered_ids
-from triewise.data.movielens_files import INTERACTIONS, TITLES, film_titles, movies_dat, u_item
+from triewise.data.movielens_files import CITATION, film_titles, movies_dat, u_item
 from triewise.data.tables import (
     ROW,
     Table,
@@ -62,19 +61,6 @@ class Raw:
     title: dict[str, str] = field(repr=False)
     files: tuple[Path, ...]
     repairs: dict[str, int]
-
-
-def movielens(name: str) -> Raw:
-    """The ratings of ``"ml-100k"`` or ``"ml-1m"``, from the cache or fetched; every rating counts.
-
-    Raises:
-        UserError: If the data cannot be had; see :func:`triewise.data.fetch.fetch`.
-    """
-    folder = fetch(name)
-    table = open_table(folder / INTERACTIONS, separator="\t", quote=None)
-    lines = (folder / TITLES).read_text(encoding="utf-8").split("\n")[1:-1]
-    title = dict(line.split("\t") for line in lines)
-    return Raw(read_events(table, "user", "item", "timestamp", {}), title, (), {})
 
 
 def movielens_folder(folder: Path) -> Raw:

@@ -10,21 +10,24 @@ from typing import Any
 import numpy as np
 
 from triewise.data.catalog import Catalog, clean_titles
-from triewise.data.fetch import CITATION, RELEASES
+from triewise.data.coded import coded_rows, coded_sequences, has_sequences
+from triewise.data.fetch import RELEASES, fetch
 from triewise.data.interactions import Interactions
+from triewise.data.movielens_files import CITATION, INTERACTIONS, TITLES
 from triewise.data.published import Published, read_d3, read_msl
-from triewise.data.readers import Raw, csv_folder, movielens, movielens_folder, recbole
+from triewise.data.readers import Raw, csv_folder, movielens_folder, read_events, recbole
 from triewise.data.splits import NAMES, WAYS, LazySplit, Split, lazy_splits
-from triewise.data.tables import counted
+from triewise.data.tables import counted, open_table
 from triewise.errors import UserError
 from triewise.files import sha256_file
 
-SOURCES = "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR"
-_PUBLISHED: dict[str, Callable[[Path], Published]] = {"msl": read_msl, "d3": read_d3}
+SOURCES = "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR, codes:DIR or csv:DIR"
+_PUBLISHED: dict[str, Callable[[Path], Published]] = {"msl": read_msl, "d3": read_d3, "codes": coded_rows}
 _RAW: dict[str, Callable[[Path], Raw]] = {
     "movielens": movielens_folder,
     "recbole": recbole,
     "csv": csv_folder,
+    "codes": coded_sequences,
 }
 _LATER = ("amazon", "steam")
 
@@ -90,8 +93,8 @@ def settings_of(source: str, *, max_history: int, clean: str, k_core: int, split
     if split not in WAYS:
         raise UserError(f"wanted split to be one of {', '.join(WAYS)}, got {split!r}; choose one of them")
     clean_titles((), clean)
-    kind, _ = _parsed(source)
-    if kind in _PUBLISHED:
+    kind, place = _parsed(source)
+    if _is_published(kind, Path(place)):
         if split != WAYS[0] or k_core:
             raise UserError(
                 f"wanted no split and no k_core for {kind}:, which its authors have split, got split {split} and "
@@ -108,7 +111,12 @@ def read_source(source: str, settings: Mapping[str, Any]) -> Prepared:
         UserError: Broken files, an empty k-core, an item without a title.
     """
     kind, place = _parsed(source)
-    return (_published if kind in _PUBLISHED else _raw)(kind, Path(place), settings)
+    return (_published if _is_published(kind, Path(place)) else _raw)(kind, Path(place), settings)
+
+
+def _is_published(kind: str, folder: Path) -> bool:
+    """Whether the authors split the data; a folder of codes tells by its files."""
+    return kind in _PUBLISHED and not (kind in _RAW and has_sequences(folder))
 
 
 def _parsed(source: str) -> tuple[str, str]:
@@ -123,6 +131,19 @@ def _parsed(source: str) -> tuple[str, str]:
     if not place:
         raise UserError(f"wanted a folder after {kind}:, got nothing; write for example {kind}:data/games")
     return kind, place
+
+
+def movielens(name: str) -> Raw:
+    """The ratings of ``"ml-100k"`` or ``"ml-1m"``, from the cache or fetched; every rating counts.
+
+    Raises:
+        UserError: If the data cannot be had; see :func:`triewise.data.fetch.fetch`.
+    """
+    folder = fetch(name)
+    table = open_table(folder / INTERACTIONS, separator="\t", quote=None)
+    lines = (folder / TITLES).read_text(encoding="utf-8").split("\n")[1:-1]
+    title = dict(line.split("\t") for line in lines)
+    return Raw(read_events(table, "user", "item", "timestamp", {}), title, (), {})
 
 
 def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
