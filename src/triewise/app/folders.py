@@ -94,6 +94,20 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
     return run_recipe(run), record
 
 
+def consented(recipe: Recipe, given: bool, where: Path | str) -> bool:
+    """Whether code that comes with a language model may run: as this call says, and never as a folder says.
+
+    Raises:
+        UserError: The recipe asks for it, and this call does not grant it.
+    """
+    if recipe.backbone.trust_remote_code and not given:
+        raise UserError(
+            f"{where} asks to run code that comes with {recipe.backbone.name!r}; add --trust-remote-code "
+            "(trust_remote_code=True) where you trust it, or take backbone.trust_remote_code out of the recipe"
+        )
+    return given
+
+
 PACKAGES = ("triewise", "torch", "transformers", "numpy", "polars", "tokenizers")
 
 

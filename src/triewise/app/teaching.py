@@ -25,7 +25,14 @@ FORMAT = 1
 ROWS_OF_A_PART = 512
 
 
-def teach(run: Path | str, out: Path | str, settings: EvaluationSettings, k: int = 10) -> dict[str, Any]:
+def teach(
+    run: Path | str,
+    out: Path | str,
+    settings: EvaluationSettings,
+    k: int = 10,
+    *,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Write what a run says of the training rows of its data; a call that was stopped half way goes on.
 
     Each part of the rankings is a file that is whole or absent. ``teacher.json`` ties them to the run, the data, the
@@ -36,6 +43,7 @@ def teach(run: Path | str, out: Path | str, settings: EvaluationSettings, k: int
         out: Folder of the teacher; a new one, or one that the same call began.
         settings: How the run ranks, as ``[evaluation]`` of its recipe.
         k: Items of a ranking.
+        trust_remote_code: Execute code that comes with its language model.
 
     Returns:
         The content of ``teacher.json``.
@@ -45,7 +53,7 @@ def teach(run: Path | str, out: Path | str, settings: EvaluationSettings, k: int
     """
     run, out = Path(run), Path(out)
     recipe = open_run(run)[0]
-    dataset, recommender, _ = recommender_of(run, settings)
+    dataset, recommender, _ = recommender_of(run, settings, trust_remote_code)
     n_rows = dataset.train.n_rows
     facts: dict[str, Any] = {
         "format": FORMAT,

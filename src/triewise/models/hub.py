@@ -53,6 +53,11 @@ def from_hub(load: Callable[..., Any], name: str, revision: str | None, **option
                 raise
         return load(name, revision=revision, **options)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name!r} comes with code of its own; add --trust-remote-code (trust_remote_code=True) where you "
+                "trust it"
+            ) from None
         raise UserError(
             f"wanted the language model {name!r} (a hub id or a local folder), got: {first_line(error)}; check the "
             "name and the network, or put the files in a local folder and give its path"
