@@ -38,7 +38,15 @@ def reading(path: Path | str) -> Iterator[None]:
             or type(error).__name__ == "OutOfMemoryError"
         ):
             raise
-        raise UserError(f"{path} is damaged ({first_line(error)}); restore it or make it again") from error
+        raise UserError(f"{path} is damaged ({_fault(error)}); restore it or make it again") from error
+
+
+def _fault(error: BaseException) -> str:
+    """What went wrong in a file: place and problem where pydantic found it, else the kind of error and its words."""
+    if hasattr(error, "errors"):
+        problem = error.errors()[0]
+        return f"{'.'.join(map(str, problem['loc'])) or 'all of it'}: {problem['msg']}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def first_line(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from triewise.ranking import (
 )
 from triewise.recommenders import SETTINGS, SavedRecommender, load
 from triewise.reports import Comparison, Example, Report, Row, write_report
-from triewise.training import MAY_CHANGE
+from triewise.training import MAY_CHANGE, read_log
 
 if TYPE_CHECKING:
     from triewise.recipe import Recipe
@@ -275,14 +275,6 @@ def report_runs(runs: Sequence[Path], out: Path, *, trust_remote_code: bool = Fa
     report = collect(runs, trust=trust_remote_code)
     write_report(out, report)
     return report
-
-
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's ``log.jsonl``."""
-    log = run / "log.jsonl"
-    if not log.is_file():
-        raise UserError(f"wanted {log}, which is missing; restore it or train again")
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def _rows(dataset: Dataset, evaluation: Evaluation) -> Split:

@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from triewise.app.assemble import Learner, learner_of
-from triewise.app.folders import commit_of_source, consented, open_data, open_run, versions
+from triewise.app.folders import (
+    EndedRun,
+    StartedRun,
+    commit_of_source,
+    consented,
+    open_data,
+    open_run,
+    versions,
+)
 from triewise.data import Dataset, Split, allowed_items, data_hash, first_rows, load_dataset
 from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
@@ -349,8 +357,8 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
         raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
     if _settled(run_recipe(out)) != _settled(recipe):
         raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
-    record: dict[str, Any] = read_json(out / "run.json")
-    return record
+    record: dict[str, Any] = read_json(out / "run.json", StartedRun)
+    return read_json(out / "run.json", EndedRun) if record["status"] == "trained" else record
 
 
 def _settled(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from triewise.app.runs import recommender_of
 from triewise.errors import UserError
 from triewise.files import atomic_path, read_json, sha256_file, write_json
 from triewise.progress import progress
-from triewise.training import TEACHER, VECTORS, part_path, write_part
+from triewise.training import TEACHER, VECTORS, TeacherFile, part_path, write_part
 
 if TYPE_CHECKING:
     from triewise.arrays import Float32, Int32
@@ -90,7 +90,7 @@ def _begun(out: Path, facts: dict[str, Any]) -> str | None:
                 f"wanted a new folder for the teacher, but {out} holds something else; choose another --out"
             )
         return None
-    before = read_json(out / TEACHER)
+    before = read_json(out / TEACHER, TeacherFile)
     other = [name for name, value in facts.items() if name != "run" and before.get(name) != value]
     if other:
         raise UserError(
