@@ -37,7 +37,9 @@ def test_what_a_recipe_says_to_run_first_makes_the_folders_that_it_names(file: P
 
 
 def test_awkward_strings_round_trip() -> None:
-    recipe = parse_recipe({"name": 'a "b" \\ c\n\t\x01 漢', "data": {"source": "d3:C:\\data"}}, "f")
+    recipe = parse_recipe(
+        {"name": "x", "title": 'a "b" \\ c\n\t\x01\x7f 漢', "data": {"source": "d3:C:\\data"}}, "f"
+    )
     assert parse_recipe(tomllib.loads(dump_recipe(recipe)), "dump") == recipe
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from triewise.errors import UserError
-from triewise.progress import is_first_process
+from triewise.plain import clean, json_line
+from triewise.progress import is_first_process, note
 
 app = typer.Typer(
     name="triewise",
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 
 
+INTERRUPTED = 130
 # The base of every usage error, wherever this version of typer keeps it.
 USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -43,6 +45,9 @@ RecipeName = Annotated[
     str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Execute code that comes with the language model.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
 
 
@@ -65,9 +70,12 @@ def demo(
     print_rows(result.report.rows, result.report.comparisons, console)
     print_examples(result.report.examples, console)
     for line in result.report.notes:
-        console.print(line, markup=False, highlight=False)
+        console.print(clean(line), markup=False, highlight=False)
     console.print(
-        f"\nReport: {result.html} ({result.seconds:.0f} s)", markup=False, highlight=False, soft_wrap=True
+        f"\nReport: {clean(result.html)} ({result.seconds:.0f} s)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -123,6 +131,7 @@ def train(
     changes: Changes = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Train a recipe."""
@@ -131,16 +140,17 @@ def train(
     from triewise.recipe import load_recipe
     from triewise.training import processes
 
-    result = train_run(load_recipe(recipe, changes or ()), out, resume=resume, overwrite=overwrite)
+    how = {"resume": resume, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    result = train_run(load_recipe(recipe, changes or ()), out, **how)
     if not processes.finish():
-        raise typer.Exit(130 if result.stopped == "interrupted" else 0)
+        raise typer.Exit(INTERRUPTED if result.stopped == "interrupted" else 0)
     if as_json:
         _print_json(read_json(out / "run.json"))
     else:
-        typer.echo(f"{out}: {result.steps_done} steps in {result.seconds:.0f} s, ended by {result.stopped}")
+        _say(f"{out}: {result.steps_done} steps in {result.seconds:.0f} s, ended by {result.stopped}")
     if result.stopped == "interrupted":
-        typer.echo(f"go on with: triewise train {out / 'recipe.toml'} --resume --out {out}", err=True)
-        raise typer.Exit(130)
+        _say(f"go on with: triewise train {out / 'recipe.toml'} --resume --out {out}", err=True)
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -150,6 +160,7 @@ def evaluate(
     search: Search = None,
     against: Annotated[Path | None, typer.Option(help="Another evaluated run: paired intervals.")] = None,
     changes: Changes = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Rank the catalogue for every row of a split; writes metrics.json and predictions.parquet."""
@@ -159,7 +170,7 @@ def evaluate(
 
     settings = changed_evaluation(run, changes or (), split=split, search=search)
     others = [load_evaluation(against)] if against else []
-    evaluations = [evaluate_run(run, settings), *others]
+    evaluations = [evaluate_run(run, settings, trust_remote_code=trust_remote_code), *others]
     differences = comparisons(evaluations)
     if as_json:
         _print_json(
@@ -176,15 +187,15 @@ def teach(
     k: Annotated[int, typer.Option("-k", min=1, help="Items of a ranking.")] = 10,
     search: Search = None,
     changes: Changes = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Rank the training rows with a run and write that with its item vectors, for enhance.teacher of a recipe."""
     from triewise.app import changed_evaluation, teach as teach_with
 
-    facts = teach_with(run, out, changed_evaluation(run, changes or (), search=search), k)
-    _print_json(facts) if as_json else typer.echo(
-        f"{out}: the best {k} items of {facts['rows']} training rows"
-    )
+    settings = changed_evaluation(run, changes or (), search=search)
+    facts = teach_with(run, out, settings, k, trust_remote_code=trust_remote_code)
+    _print_json(facts) if as_json else _say(f"{out}: the best {k} items of {facts['rows']} training rows")
 
 
 @app.command()
@@ -194,6 +205,7 @@ def run(
     changes: Changes = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Prepare, train, evaluate, report: one recipe from raw data to report.html."""
@@ -205,19 +217,20 @@ def run(
 
     loaded = load_recipe(recipe, changes or ())
     folder = out or Path("runs") / loaded.name
-    result = train_run(loaded, folder, resume=resume, overwrite=overwrite)
+    trust = trust_remote_code
+    result = train_run(loaded, folder, resume=resume, overwrite=overwrite, trust_remote_code=trust)
     if not processes.finish():
-        raise typer.Exit(130 if result.stopped == "interrupted" else 0)
+        raise typer.Exit(INTERRUPTED if result.stopped == "interrupted" else 0)
     if result.stopped == "interrupted":
-        typer.echo(f"go on with: triewise run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
-        raise typer.Exit(130)
-    evaluate_run(folder)
-    report = report_runs([folder], folder / "report.html")
+        _say(f"go on with: triewise run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
+        raise typer.Exit(INTERRUPTED)
+    evaluate_run(folder, trust_remote_code=trust)
+    report = report_runs([folder], folder / "report.html", trust_remote_code=trust)
     if as_json:
         _print_json(read_json(folder / "metrics.json"))
     else:
         print_rows(report.rows, report.comparisons, _console())
-        typer.echo(f"Report: {folder / 'report.html'}")
+        _say(f"Report: {folder / 'report.html'}")
 
 
 @app.command()
@@ -239,9 +252,7 @@ def recommend(
     ] = None,
     search: Search = None,
     explain: Annotated[bool, typer.Option("--explain", help="Mark the tokens that decided.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Execute code that comes with the language model.")
-    ] = False,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """The most probable next titles after a history."""
@@ -279,14 +290,15 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The HTML file; default report.html in the first run's folder.")
     ] = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """One self-contained HTML file about one or more runs."""
     from triewise.app import report_runs
 
     html = out or runs[0] / "report.html"
-    report_runs(runs, html)
-    _print_json({"report": str(html)}) if as_json else typer.echo(html)
+    report_runs(runs, html, trust_remote_code=trust_remote_code)
+    _print_json({"report": str(html)}) if as_json else _say(html)
 
 
 def main() -> None:
@@ -298,27 +310,43 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
+        _check_words(sys.argv)
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if (
+            status == INTERRUPTED
+        ):  # as typer says that Ctrl-C was pressed, or a command that a training was stopped
+            raise KeyboardInterrupt
     except UserError as error:
         _complain(str(error))
     except USAGE_ERROR as error:
         _complain(f"{error.format_message()} (triewise COMMAND --help lists the options)")
     except OSError as error:
         _complain(f"{error.strerror or error}: {error.filename or 'no file named'}")
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        if isinstance(stop.__cause__, EOFError):  # typer takes it for the end of what is typed in
+            raise stop.__cause__ from None
+        note("interrupted")
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("polars", "safetensors", "safetensors_rust"):
             raise
         _complain(f"a file cannot be read ({error}); restore it or make it again")
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
     raise SystemExit(status or 0)
+
+
+def _check_words(words: list[str]) -> None:
+    """Refuse what cannot be written into the files of a run, which are UTF-8."""
+    for word in words:
+        if re.search("[\ud800-\udfff]", word):
+            raise UserError(
+                f"wanted UTF-8 on the command line, got {word!r}; rename that file or correct the word"
+            )
 
 
 def _complain(message: str) -> NoReturn:
     """Print one line and end with the exit status of a user's mistake."""
-    who = "error" if is_first_process() else f"error in process {os.environ['RANK']}"
-    print(f"{who}: {' '.join(message.split())}", file=sys.stderr)
+    who = "error" if is_first_process() else f"error in process {os.environ.get('RANK')}"
+    print(f"{who}: {clean(' '.join(message.split()))}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
@@ -338,5 +366,10 @@ def _console() -> Any:
     return Console()
 
 
+def _say(text: object, err: bool = False) -> None:
+    """Print one line, in which what others wrote is cleaned."""
+    typer.echo(clean(text), err=err)
+
+
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False, default=str))
+    print(json_line(value))

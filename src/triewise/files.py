@@ -15,9 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from triewise.errors import UserError
+from pydantic import BaseModel, ConfigDict
+
+from triewise.errors import UserError, reading
 
 TEMPORARY = ".tmp-"
+
+
+class Shape(BaseModel):
+    """What is read of a JSON file: keys and types. The file may hold more; it is looked at, and stays as it is."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 def sync(path: Path) -> None:
@@ -85,14 +93,32 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a UTF-8 JSON file; one clear line when it is absent or broken."""
+def read_json(path: Path, shape: type[Shape] = Shape) -> Any:
+    """Read an object from a UTF-8 JSON file; one clear line when it is absent, broken, or of another shape."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"wanted the file {path}, which does not exist; check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and lists in lists
         raise UserError(f"wanted UTF-8 JSON in {path}, got {error}; restore or remake the file") from None
+    with reading(path):
+        shape.model_validate(value)
+    return value
+
+
+def read_json_lines(path: Path, shape: type[Shape] = Shape, *, cut: bool = False) -> list[Any]:
+    """Read an object from each line of a file; with ``cut`` the last one may have been cut short, and is left out."""
+    rows, lines = [], path.read_bytes().splitlines()
+    for n, line in enumerate(lines, 1):
+        try:
+            with reading(f"line {n} of {path}"):
+                shape.model_validate(row := json.loads(line))
+        except UserError:
+            if cut and n == len(lines):
+                break
+            raise
+        rows.append(row)
+    return rows
 
 
 def sha256_file(path: Path) -> str:

@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from triewise.plain import clean
+
 SECONDS_BETWEEN_LINES = 60.0
 
 
 def note(text: str) -> None:
-    """Print one line to stderr."""
+    """Print one line to stderr; what others wrote in it is cleaned."""
     if is_first_process():
-        print(text, file=sys.stderr, flush=True)
+        print(clean(text), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -30,7 +32,7 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[..., No
         unit: Their name, for example ``"users"``.
     """
     if sys.stderr.isatty() and is_first_process():
-        with _bar(what, total, unit) as move:
+        with _bar(clean(what), total, unit) as move:
             yield move
         return
     started = last = time.monotonic()
@@ -52,7 +54,7 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[..., No
 
 def is_first_process() -> bool:
     """Whether this is the first of the processes that `torchrun` started, or the only one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

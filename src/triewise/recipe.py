@@ -7,6 +7,8 @@ the nearest known one. ``--set a.b=value`` changes one key.
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -52,7 +54,7 @@ class Recipe(Section):
 
     name: str
     title: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     data: DataSettings
     backbone: BackboneSettings = BackboneSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
@@ -78,6 +80,15 @@ class Recipe(Section):
             for name in ("backbone", "objective", "hybrid"):
                 values.pop(name, None)
         return values
+
+    @model_validator(mode="after")
+    def _named(self) -> Recipe:
+        if not re.fullmatch(r"(?!\.)[\w.-]{1,60}", self.name):
+            raise ValueError(
+                "name must be at most 60 letters, digits, '.', '_' and '-', no '.' first, since run folders are called "
+                f"so, got {_shown(self.name)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sequential_alone(self) -> Recipe:
@@ -187,14 +198,15 @@ def run_recipe(run: Path, changes: Iterable[str] = ()) -> Recipe:
     file = run / "recipe.toml"
     values = _read(file)
     for section, before in _BEFORE.items():
-        values[section] = before | values.get(section, {})
+        if isinstance(given := values.get(section, {}), dict):
+            values[section] = before | given
     return parse_recipe(values, str(file), changes)
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists
         raise UserError(f"wanted UTF-8 TOML in {file}, got: {error}") from None
 
 
@@ -209,10 +221,23 @@ def parse_recipe(values: dict[str, Any], where: str, changes: Iterable[str] = ()
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """TOML text of a recipe with every key spelled out."""
+    """TOML text of a recipe with every key spelled out.
+
+    Raises:
+        UserError: The text would be read as another recipe.
+    """
     lines: list[str] = []
     _dump(recipe.model_dump(mode="json", exclude_none=True), "", lines)
-    return "\n".join(lines).lstrip("\n") + "\n"
+    text = "\n".join(lines).lstrip("\n") + "\n"
+    try:
+        same = Recipe.model_validate(tomllib.loads(text)) == recipe
+    except ValueError:
+        same = False
+    if not same:
+        raise UserError(
+            f"the recipe {recipe.name} would not be read as it is written; leave out its unusual characters and numbers"
+        )
+    return text
 
 
 def _dump(table: Mapping[str, Any], prefix: str, lines: list[str]) -> None:
@@ -229,7 +254,9 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, str):
-        escaped = "".join(f"\\u{ord(c):04x}" if ord(c) < 32 else "\\" + c if c in '"\\' else c for c in value)
+        escaped = "".join(
+            f"\\u{ord(c):04x}" if ord(c) < 32 or c == "\x7f" else "\\" + c if c in '"\\' else c for c in value
+        )
         return f'"{escaped}"'
     return repr(value)
 
@@ -237,17 +264,21 @@ def _toml(value: Any) -> str:
 def _apply(values: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"wanted --set key=value such as training.steps=100, got {change!r}")
+        raise UserError(f"wanted --set key=value such as training.steps=100, got {_shown(change)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text
+    except RecursionError:
+        raise UserError(
+            f"wanted a value in --set, got lists in lists: {_shown(change)}; give a plain one"
+        ) from None
     *tables, last = key.strip().split(".")
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
             raise UserError(
-                f"wanted a key such as training.steps in --set, got {change!r}: {table} is not a table"
+                f"wanted a key such as training.steps in --set, got {_shown(change)}: {table} is not a table"
             )
     values[last] = value
 
@@ -266,8 +297,18 @@ def _first_problem(error: ValidationError) -> str:
         return f"the key {key!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key or 'recipe'}: {message}" + (
-        "" if ", got " in message or not key else f", got {problem['input']!r}"
+        "" if ", got " in message or not key else f", got {_shown(problem['input'])}"
     )
+
+
+def _shown(value: Any) -> str:
+    """The ``repr`` of what came, cut where it would fill the screen."""
+    short = reprlib.Repr()
+    short.maxstring, short.maxother, short.maxlong, short.maxdict, short.maxlist = 200, 200, 60, 60, 20
+    try:
+        return short.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> list[str]:

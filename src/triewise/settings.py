@@ -11,15 +11,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+MOST = 2**31 - 1  # of any count: what is more was mistyped, and has no room in arrays
+
 
 def _key(default: Any, what: str, **limits: Any) -> Any:
+    if "ge" in limits and not isinstance(default, float):
+        limits.setdefault("le", MOST)
     return Field(default, description=what, **limits)
 
 
 class Section(BaseModel):
     """A frozen table of a recipe in which an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataSettings(Section):
@@ -51,7 +55,7 @@ class TinyModel(Section):
 class LoraSettings(Section):
     """Low-rank adapters on the body's linear layers (arXiv:2106.09685); the head and embeddings never get one."""
 
-    rank: int = _key(0, "0: no adapter, every weight is trained (MSL 8, IGD 32)", ge=0)
+    rank: int = _key(0, "0: no adapter, every weight is trained (MSL 8, IGD 32)", ge=0, le=8192)
     alpha: float = _key(16.0, "the adapter's output is scaled by alpha / rank", gt=0)
     dropout: float = _key(0.05, "of an adapter's input, in training", ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = _key(
@@ -257,6 +261,7 @@ class TrainingSettings(Section):
         None,
         "processes that build batches ahead; default: up to 4 for a GPU under Linux, else, and for soft targets, none",
         ge=0,
+        le=1024,
     )
     learning_rate: float = _key(1e-4, "the peak, after the warm-up", gt=0)
     warmup_steps: int = _key(20, "steps of linear warm-up", ge=0)
@@ -313,9 +318,9 @@ class EvaluationSettings(Section):
     gain_over: Literal["trained", "all"] = _key(
         "trained", "of these, those with training targets (the authors' trie has no others), or all"
     )
-    text_beams: int = _key(4, "grounding: beams of the free generation; the best is used", ge=1)
+    text_beams: int = _key(4, "grounding: beams of the free generation; the best is used", ge=1, le=1024)
     text_tokens: int = _key(128, "grounding: most tokens of the free text", ge=1)
-    gamma: float = _key(0.0, "grounding: how much popularity or assistant counts", ge=0, allow_inf_nan=False)
+    gamma: float = _key(0.0, "grounding: how much popularity or assistant counts", ge=0)
     assistant: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
         None, "folder of a run on the same catalogue that has a say in each title (D3)"
     )

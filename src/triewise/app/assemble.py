@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triewise.app.enhance import enhancement_of
-from triewise.app.folders import open_run
+from triewise.app.folders import consented, open_run
 from triewise.app.hybrid import align, remember, taught, with_slots
 from triewise.data import Dataset, Split, data_hash
 from triewise.errors import UserError
@@ -338,7 +338,9 @@ def _teacher(recipe: Recipe, dataset: Dataset, run: Path) -> tuple[TitleTeacher,
             f"the teacher {run} was trained on other rows than those of {dataset.folder}; give both the same data, "
             "split and data.max_history"
         )
-    teacher = load(run, assistant=False, trust_remote_code=theirs.backbone.trust_remote_code)
+    teacher = load(
+        run, assistant=False, trust_remote_code=consented(theirs, recipe.backbone.trust_remote_code, run)
+    )
     weights = sorted((run / "model").glob("*.safetensors"))
     return TitleTeacher(teacher), " ".join(sha256_file(file) for file in weights)
 

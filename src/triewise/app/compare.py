@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.app.folders import open_run
+from triewise.app.folders import consented, open_run
 from triewise.data import Dataset, Split, allowed_items, first_rows, load_dataset
 from triewise.errors import UserError
 from triewise.ranking import (
@@ -28,7 +28,7 @@ from triewise.ranking import (
 )
 from triewise.recommenders import SETTINGS, SavedRecommender, load
 from triewise.reports import Comparison, Example, Report, Row, write_report
-from triewise.training import MAY_CHANGE
+from triewise.training import MAY_CHANGE, read_log
 
 if TYPE_CHECKING:
     from triewise.recipe import Recipe
@@ -206,11 +206,12 @@ def example(
     )
 
 
-def collect(runs: Sequence[Path], popular: bool = True) -> Report:
+def collect(runs: Sequence[Path], popular: bool = True, *, trust: bool = False) -> Report:
     """Everything a report shows about runs on one data set; the first run is compared with the others.
 
     Raises:
-        UserError: A run without evaluation, or runs on different data.
+        UserError: A run without evaluation, runs on different data, or one that asks to run code that comes with its
+            language model, which ``trust`` does not grant.
     """
     opened = [open_run(run) for run in runs]
     for run in runs:
@@ -244,7 +245,9 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
         notes += ["neighbours of the history's items, of train", "counts of train"]
     # Tokens, forced shares and decisions are those of the first run that writes titles, where there is one.
     writes = next((i for i, (r, _) in enumerate(opened) if r.sequential is None), None)
-    looks = {} if writes is None else _looks(runs[writes], opened[writes][0], evaluations[writes], dataset)
+    looks = (
+        {} if writes is None else _looks(runs[writes], opened[writes][0], evaluations[writes], dataset, trust)
+    )
     return Report(
         title=f"{dataset.info['source']}: {', '.join(e.name for e in named)}",
         subtitle=_protocol(evaluations, dataset),
@@ -257,27 +260,21 @@ def collect(runs: Sequence[Path], popular: bool = True) -> Report:
     )
 
 
-def _looks(run: Path, recipe: Recipe, evaluation: Evaluation, dataset: Dataset) -> dict[str, Any]:
+def _looks(
+    run: Path, recipe: Recipe, evaluation: Evaluation, dataset: Dataset, trust: bool
+) -> dict[str, Any]:
     """The parts of a report that need a model that writes titles."""
-    recommender = load(run, assistant=False, trust_remote_code=recipe.backbone.trust_remote_code)
+    recommender = load(run, assistant=False, trust_remote_code=consented(recipe, trust, run))
     split = _rows(dataset, evaluation)
     shown = tuple(example(recommender, evaluation, split, r) for r in example_rows(evaluation))
     return recommender.title_figures(dataset) | {"examples": shown}
 
 
-def report_runs(runs: Sequence[Path], out: Path) -> Report:
+def report_runs(runs: Sequence[Path], out: Path, *, trust_remote_code: bool = False) -> Report:
     """Write one HTML report of several runs."""
-    report = collect(runs)
+    report = collect(runs, trust=trust_remote_code)
     write_report(out, report)
     return report
-
-
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's ``log.jsonl``."""
-    log = run / "log.jsonl"
-    if not log.is_file():
-        raise UserError(f"wanted {log}, which is missing; restore it or train again")
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
 
 
 def _rows(dataset: Dataset, evaluation: Evaluation) -> Split:

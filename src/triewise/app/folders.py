@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict
 
 from triewise.data import Dataset, load_dataset, prepare, settings_of
 from triewise.errors import UserError
-from triewise.files import read_json
+from triewise.files import Shape, read_json
 from triewise.models import load_tokenizer
 from triewise.progress import note
 from triewise.recipe import Recipe, run_recipe
@@ -79,6 +80,44 @@ def what_was_prepared(dataset: Dataset) -> dict[str, Any]:
     }
 
 
+class _Source(Shape):
+    folder: str
+    source: str
+
+
+class _Hashes(Shape):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str]
+    data: str
+
+
+class StartedRun(Shape):
+    """What ``run.json`` says from the first step on."""
+
+    status: str
+    hashes: _Hashes
+    data: _Source
+    versions: dict[str, str]
+    commit: str | None
+    machine: str
+    command: str
+    parameters: int
+
+
+class _Training(Shape):
+    steps: int
+    stopped: str
+    best_step: int | None
+    best_metric: float | None
+
+
+class EndedRun(StartedRun):
+    """What it says when the training has ended."""
+
+    training: _Training
+    timing: dict[str, float]
+
+
 def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
     """Recipe and ``run.json`` of a run folder; UserError when it is not one or its training has not ended."""
     if not (run / "run.json").is_file():
@@ -86,14 +125,29 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
             f"wanted a run folder, but {run} has no run.json; give the folder that triewise train wrote"
         )
     record = read_json(run / "run.json")
-    if record.get("status") not in ("trained", "stopped"):
+    if record.get("status") not in ENDED:
         raise UserError(
             f"the training in {run} has not ended; go on with: "
             f"triewise train {run / 'recipe.toml'} --resume --out {run}"
         )
-    return run_recipe(run), record
+    return run_recipe(run), read_json(run / "run.json", EndedRun)
 
 
+def consented(recipe: Recipe, given: bool, where: Path | str) -> bool:
+    """Whether code that comes with a language model may run: as this call says, and never as a folder says.
+
+    Raises:
+        UserError: The recipe asks for it, and this call does not grant it.
+    """
+    if recipe.backbone.trust_remote_code and not given:
+        raise UserError(
+            f"{where} asks to run code that comes with {recipe.backbone.name!r}; add --trust-remote-code "
+            "(trust_remote_code=True) where you trust it, or take backbone.trust_remote_code out of the recipe"
+        )
+    return given
+
+
+ENDED = ("trained", "stopped")  # what ``run.json`` says of a run that can be used
 PACKAGES = ("triewise", "torch", "transformers", "numpy", "polars", "tokenizers")
 
 

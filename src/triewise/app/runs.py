@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from triewise.app.assemble import Learner, learner_of
-from triewise.app.folders import commit_of_source, open_data, open_run, versions
+from triewise.app.folders import (
+    EndedRun,
+    StartedRun,
+    commit_of_source,
+    consented,
+    open_data,
+    open_run,
+    versions,
+)
 from triewise.data import Dataset, Split, allowed_items, data_hash, first_rows, load_dataset
 from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
@@ -42,7 +50,12 @@ if TYPE_CHECKING:
 
 
 def train_run(
-    recipe: Recipe, out: Path | str, *, resume: bool = False, overwrite: bool = False
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> TrainResult:
     """Train a recipe into a run folder; in several processes each calls it, and the first one writes.
 
@@ -51,11 +64,15 @@ def train_run(
         out: The run folder.
         resume: Go on from the last whole checkpoint; the recipe must be the one the run was started with.
         overwrite: Start anew in a folder that holds a run.
+        trust_remote_code: Execute code that comes with language models. A recipe can ask for it, not grant it.
 
     Raises:
         UserError: The folder holds a run and neither ``resume`` nor ``overwrite`` is given; another recipe on
-            resume.
+            resume; a recipe that asks for what is not granted.
     """
+    trust = consented(recipe, trust_remote_code, f"the recipe {recipe.name}")
+    backbone = recipe.backbone.model_copy(update={"trust_remote_code": trust})
+    recipe = recipe.model_copy(update={"backbone": backbone})
     processes.start()
     with processes.together():
         return _train_run(recipe, Path(out), resume, overwrite)
@@ -150,7 +167,11 @@ def changed_evaluation(
 
 
 def evaluate_run(
-    run: Path | str, changes: EvaluationSettings | None = None, *, name: str | None = None
+    run: Path | str,
+    changes: EvaluationSettings | None = None,
+    *,
+    name: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Evaluate a trained run; writes metrics, predictions and a model card (``README.md``) into its folder.
 
@@ -158,13 +179,13 @@ def evaluate_run(
         run: The run folder.
         changes: Settings to use instead of the recipe's.
         name: Name of the row; default the title of the recipe.
+        trust_remote_code: Execute code that comes with its language model; the run's word is not taken for it.
     """
-    run = Path(run)
-    recipe, record = open_run(run)
+    recipe, record = open_run(run := Path(run))
     settings = changes or recipe.evaluation
     if settings.split == "valid" and recipe.training.rows != "train":
         raise UserError(f"{run} was trained on the validation rows; evaluate it with --split test")
-    dataset, recommender, weights = recommender_of(run, settings)
+    dataset, recommender, weights = recommender_of(run, settings, trust_remote_code)
     split = first_rows(dataset.test if settings.split == "test" else dataset.valid, settings.users)
     allow = _allowed(settings, recommender)
     name, chosen, valid = name or recipe.title or recipe.name, None, first_rows(dataset.valid, settings.users)
@@ -225,12 +246,13 @@ def _allowed(settings: EvaluationSettings, recommender: SavedRecommender) -> Ite
 
 
 def recommender_of(
-    run: Path, settings: EvaluationSettings
+    run: Path, settings: EvaluationSettings, trust: bool = False
 ) -> tuple[Dataset, SavedRecommender, dict[str, Any] | None]:
     """Data of a run, its recommender as settings say with its assistant, and how the weight of that was chosen.
 
     Raises:
-        UserError: Data or recommender are not what was trained, or the assistant does not fit.
+        UserError: Data or recommender are not what was trained, the assistant does not fit, or one of them asks to
+            run code that comes with it and ``trust`` is not given.
     """
     recipe, record = open_run(run)
     dataset = load_dataset(Path(record["data"]["folder"]))
@@ -238,7 +260,7 @@ def recommender_of(
         raise UserError(
             f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
         )
-    trust = recipe.backbone.trust_remote_code  # given when the run was trained here
+    consented(recipe, trust, run)
     recommender = load(run, merge_adapter=settings.merge_adapter, assistant=False, trust_remote_code=trust)
     for part, value in recommender.hashes.items():
         if record["hashes"].get(part, value) != value:
@@ -248,11 +270,15 @@ def recommender_of(
             )
     valid = first_rows(dataset.valid, settings.users)
     ranks = recommender.configured(settings)
-    return dataset, *_assisted(ranks, settings, valid, _allowed(settings, recommender))
+    return dataset, *_assisted(ranks, settings, valid, _allowed(settings, recommender), trust)
 
 
 def _assisted(
-    recommender: SavedRecommender, settings: EvaluationSettings, valid: Split, allow: Items | None
+    recommender: SavedRecommender,
+    settings: EvaluationSettings,
+    valid: Split,
+    allow: Items | None,
+    trust: bool,
 ) -> tuple[SavedRecommender, dict[str, Any] | None]:
     """The recommender with the assistant of the settings, and how its weight was chosen, where it was."""
     place, weight = settings.assistant, settings.assistant_weight
@@ -266,7 +292,7 @@ def _assisted(
             f"the assistant {place} was trained on the validation rows, which are looked at here; give one trained on "
             "train, or a number as assistant_weight"
         )
-    helper = load(place, assistant=False, trust_remote_code=recipe.backbone.trust_remote_code)
+    helper = load(place, assistant=False, trust_remote_code=consented(recipe, trust, place))
     start = 0.5 if weight == "choose" else weight
     recommender = recommender.with_settings(assistant=helper, assistant_weight=start)
     if weight != "choose" or not weighs:
@@ -331,8 +357,8 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
         raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
     if _settled(run_recipe(out)) != _settled(recipe):
         raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
-    record: dict[str, Any] = read_json(out / "run.json")
-    return record
+    record: dict[str, Any] = read_json(out / "run.json", StartedRun)
+    return read_json(out / "run.json", EndedRun) if record["status"] == "trained" else record
 
 
 def _settled(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from triewise.app.runs import recommender_of
 from triewise.errors import UserError
 from triewise.files import atomic_path, read_json, sha256_file, write_json
 from triewise.progress import progress
-from triewise.training import TEACHER, VECTORS, part_path, write_part
+from triewise.training import TEACHER, VECTORS, TeacherFile, part_path, write_part
 
 if TYPE_CHECKING:
     from triewise.arrays import Float32, Int32
@@ -25,7 +25,14 @@ FORMAT = 1
 ROWS_OF_A_PART = 512
 
 
-def teach(run: Path | str, out: Path | str, settings: EvaluationSettings, k: int = 10) -> dict[str, Any]:
+def teach(
+    run: Path | str,
+    out: Path | str,
+    settings: EvaluationSettings,
+    k: int = 10,
+    *,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
     """Write what a run says of the training rows of its data; a call that was stopped half way goes on.
 
     Each part of the rankings is a file that is whole or absent. ``teacher.json`` ties them to the run, the data, the
@@ -36,6 +43,7 @@ def teach(run: Path | str, out: Path | str, settings: EvaluationSettings, k: int
         out: Folder of the teacher; a new one, or one that the same call began.
         settings: How the run ranks, as ``[evaluation]`` of its recipe.
         k: Items of a ranking.
+        trust_remote_code: Execute code that comes with its language model.
 
     Returns:
         The content of ``teacher.json``.
@@ -45,7 +53,7 @@ def teach(run: Path | str, out: Path | str, settings: EvaluationSettings, k: int
     """
     run, out = Path(run), Path(out)
     recipe = open_run(run)[0]
-    dataset, recommender, _ = recommender_of(run, settings)
+    dataset, recommender, _ = recommender_of(run, settings, trust_remote_code)
     n_rows = dataset.train.n_rows
     facts: dict[str, Any] = {
         "format": FORMAT,
@@ -82,7 +90,7 @@ def _begun(out: Path, facts: dict[str, Any]) -> str | None:
                 f"wanted a new folder for the teacher, but {out} holds something else; choose another --out"
             )
         return None
-    before = read_json(out / TEACHER)
+    before = read_json(out / TEACHER, TeacherFile)
     other = [name for name, value in facts.items() if name != "run" and before.get(name) != value]
     if other:
         raise UserError(

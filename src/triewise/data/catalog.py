@@ -104,7 +104,10 @@ class Catalog:
 
     @classmethod
     def from_frame(cls, frame: pl.DataFrame) -> Catalog:
-        """The catalogue that :meth:`to_frame` wrote."""
+        """The catalogue that :meth:`to_frame` wrote; ValueError where something is missing in it."""
+        frame = frame.select(pl.col("item_id", "title").cast(pl.String))
+        if not len(frame) or sum(frame.null_count().row(0)):
+            raise ValueError("wanted an id and a title for each item")
         return cls.from_titles(frame["item_id"].to_list(), frame["title"].to_list())
 
     @cached_property

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from triewise.cache import connect, offline
-from triewise.errors import UserError, first_line
+from triewise.errors import UserError, first_line, reading
 
 HUB_SECONDS = "10"
 
@@ -45,18 +45,24 @@ def from_hub(load: Callable[..., Any], name: str, revision: str | None, **option
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", HUB_SECONDS)
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", HUB_SECONDS)
     silence()
-    try:
+    with reading(name):  # in files that are damaged transformers and tokenizers stumble over much else
         try:
-            return load(name, revision=revision, local_files_only=True, **options)
-        except (OSError, ValueError):
-            if Path(name).is_dir() or not hub_answers():
-                raise
-        return load(name, revision=revision, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(
-            f"wanted the language model {name!r} (a hub id or a local folder), got: {first_line(error)}; check the "
-            "name and the network, or put the files in a local folder and give its path"
-        ) from error
+            try:
+                return load(name, revision=revision, local_files_only=True, **options)
+            except (OSError, ValueError):
+                if Path(name).is_dir() or not hub_answers():
+                    raise
+            return load(name, revision=revision, **options)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"{name!r} comes with code of its own; add --trust-remote-code (trust_remote_code=True) where you "
+                    "trust it"
+                ) from None
+            raise UserError(
+                f"wanted the language model {name!r} (a hub id or a local folder), got: {first_line(error)}; check the "
+                "name and the network, or put the files in a local folder and give its path"
+            ) from error
 
 
 def hub_answers() -> bool:

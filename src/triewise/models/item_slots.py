@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from triewise.errors import UserError, first_line
+from triewise.errors import UserError, first_line, reading
 from triewise.files import read_json, write_json
 from triewise.models.anatomy import body, causal_lm, probing
 from triewise.models.encoders import SequentialModel
@@ -271,7 +271,8 @@ def load_slots(model: Any, folder: Path) -> None:
         words = causal_lm(model).get_input_embeddings()
         config = read_json(folder / CONFIG)
         try:
-            tensors = load_file(folder / WEIGHTS)
+            with reading(folder / WEIGHTS):
+                tensors = load_file(folder / WEIGHTS)
             shape = config["encoder"]
             encoder = None if shape is None else SequentialModel.from_config(shape)
             slots = ItemSlots(words, config["kind"], tensors["table"], config["catalog"], encoder)
@@ -279,7 +280,9 @@ def load_slots(model: Any, folder: Path) -> None:
             fits = config["words"] == slots.num_embeddings and ours.keys() == tensors.keys()
             if not fits or any(ours[name].shape != t.shape for name, t in tensors.items()):
                 raise RuntimeError("its parts are of another model")
-        except (OSError, KeyError, ValueError, RuntimeError, TypeError) as error:
+        except UserError:
+            raise
+        except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the item slots in {folder} do not fit their model ({first_line(error)}); restore {WEIGHTS} and "
                 f"{CONFIG}, or train again"

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from triewise.errors import UserError
+from triewise.errors import UserError, reading
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -29,9 +29,11 @@ def load_trained(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: They are those of another model.
     """
-    tensors = load_file(path)
+    with reading(path):
+        tensors = load_file(path)
     if tensors.keys() != trained(model).keys():
         raise UserError(
             f"wanted the weights of this model in {path}, got those of another; start the training anew"
         )
-    model.load_state_dict(tensors, strict=False)
+    with reading(path):
+        model.load_state_dict(tensors, strict=False)

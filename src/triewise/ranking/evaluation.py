@@ -13,14 +13,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from pydantic import Field
 
-from triewise.errors import UserError
-from triewise.files import atomic_path, read_json, write_json
+from triewise.errors import UserError, reading
+from triewise.files import Shape, atomic_path, read_json, write_json
 from triewise.progress import progress
 from triewise.ranking.metrics import metrics_from_rank, rank_in_list
 from triewise.ranking.ranking import (
@@ -307,19 +308,52 @@ def _shown(rank: Int32) -> dict[str, float]:
     return {name: value for name, value in summary(rank).items() if name in SHOWN}
 
 
+_ONE_EACH = {"rank": pl.Int32, "certified": pl.Boolean, "target": pl.Int32}  # columns of single values
+
+
+class _Shown(Shape):
+    hr_5: float = Field(alias="HR@5")
+    hr_10: float = Field(alias="HR@10")
+    ndcg_5: float = Field(alias="NDCG@5")
+    ndcg_10: float = Field(alias="NDCG@10")
+
+
+class _Bucket(_Shown):
+    n_users: int
+
+
+class _Metrics(_Shown):
+    """What is read of ``metrics.json``."""
+
+    name: str
+    split: str
+    n_users: int
+    seed: int
+    exclude: Literal["none", "history", "seen"]
+    search: Literal["beam", "exact", "catalogue", "grounding"]
+    support: str
+    allow: str | None
+    intervals: dict[str, Annotated[list[float], Field(min_length=2, max_length=2)]]
+    timing: dict[str, float]
+    by_popularity: dict[str, _Bucket] = Field({})
+    assistant: str = ""
+    assistant_weight: float = 0.0
+
+
 def load_evaluation(run: Path) -> Evaluation:
     """What ``triewise evaluate`` wrote into a run folder."""
-    metrics = read_json(run / "metrics.json")
+    metrics = read_json(run / "metrics.json", _Metrics)
     if not (run / "predictions.parquet").is_file():
         raise UserError(f"wanted {run}/predictions.parquet, which is missing; run: triewise evaluate {run}")
-    frame = pl.read_parquet(run / "predictions.parquet")
-    return Evaluation(
-        name=metrics["name"],
-        metrics=metrics,
-        rank=frame["rank"].to_numpy(),
-        items=np.array(frame["items"].to_list(), dtype=np.int32),
-        scores=np.array(frame["scores"].to_list(), dtype=np.float32),
-        certified=frame["certified"].to_numpy(),
-        target=frame["target"].to_numpy(),
-        user_id=np.array(frame["user_id"].to_list(), dtype=object),
-    )
+    with reading(run / "predictions.parquet"):
+        frame = pl.read_parquet(run / "predictions.parquet")
+        if len(frame) != metrics["n_users"]:
+            raise ValueError(f"{len(frame)} rows, metrics.json is of {metrics['n_users']}")
+        items = np.array(frame["items"].to_list(), dtype=np.int32)
+        scores = np.array(frame["scores"].to_list(), dtype=np.float32)
+        one_each = [frame[name].cast(kind) for name, kind in _ONE_EACH.items()]
+        if items.ndim != 2 or items.shape != scores.shape or any(column.has_nulls() for column in one_each):
+            raise ValueError("some rows are not whole")
+        rank, certified, target = (column.to_numpy() for column in one_each)
+        user_id = np.array(frame["user_id"].to_list(), dtype=object)
+    return Evaluation(metrics["name"], metrics, rank, items, scores, certified, target, user_id)

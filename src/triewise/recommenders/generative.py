@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import create_model
 
 from triewise.decoding import (
     TokenLists,
@@ -20,7 +21,8 @@ from triewise.decoding import (
     rank_catalogue,
     score,
 )
-from triewise.errors import UserError
+from triewise.errors import UserError, reading
+from triewise.files import Shape
 from triewise.models import Backbone, load_backbone, slots_of, upload
 from triewise.ranking import (
     Groups,
@@ -41,7 +43,7 @@ from triewise.recommenders.assistants import (
     title_log_probabilities,
 )
 from triewise.recommenders.grounding import GroundedRecommender
-from triewise.recommenders.saved import TRIE, Saved, card_facts, hash_of, saving
+from triewise.recommenders.saved import MANIFEST, TRIE, Manifest, Saved, card_facts, hash_of, saving
 from triewise.recommenders.search_settings import SEARCHES, SETTINGS, SearchSettings
 from triewise.reports import Recommendation, addressed, describe, explain, forced_by_position, model_card
 from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_gain, single_start
@@ -49,6 +51,22 @@ from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_g
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
     from triewise.settings import EvaluationSettings
+
+
+class _Prompt(Shape):
+    template: str
+    chat: bool
+
+
+# A setting of the search has the type of its default; a folder from before it has none.
+_TYPES: dict[str, Any] = {f.name: (type(f.default), f.default) for f in fields(SearchSettings)}
+_Searching: Any = create_model("_Searching", __base__=Manifest, **_TYPES)
+
+
+class _Manifest(_Searching):
+    prompt: _Prompt
+    hashes: dict[str, str]
+    origin: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -282,7 +300,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
             UserError: Something is missing, or the tokenizer, the trie, the catalogue and the base model do not
                 belong together.
         """
-        saved = Saved.open(folder_or_hub_id, revision, "generative")
+        saved = Saved.open(folder_or_hub_id, revision, "generative", _Manifest)
         model, manifest = str(saved.folder / "model"), saved.manifest
         backbone = load_backbone(
             model, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code
@@ -295,7 +313,8 @@ class GenerativeRecommender(SearchSettings, Assisted):
             backbone.tokenizer, made["template"], made["chat"]
         )  # where the folder names none
         made = {"start": start, "slots": None if slots is None else slots.ids} | made
-        prompts = build_prompts(backbone.tokenizer, saved.catalog, **made)
+        with reading(saved.folder / MANIFEST):
+            prompts = build_prompts(backbone.tokenizer, saved.catalog, **made)
         if prompts.template == "d3" and prompts.hash != manifest["hashes"]["prompt"]:
             made |= {"template": "d3-reworded"}  # it was saved with the former words
             prompts = build_prompts(backbone.tokenizer, saved.catalog, **made)
@@ -309,7 +328,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
             replace(backbone, origin=manifest["origin"]),
             saved.catalog,
             prompts,
-            trie,
+            rebuilt,
             saved.counts,
             saved.card,
             folder=saved.folder,

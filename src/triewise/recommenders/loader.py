@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from triewise.errors import UserError
-from triewise.files import read_json
+from triewise.files import Shape, read_json
 from triewise.recipe import Recipe, load_recipe
-from triewise.recommenders.saved import MANIFEST, SavedRecommender, local_folder
+from triewise.recommenders.saved import MANIFEST, Manifest, SavedRecommender, local_folder
 from triewise.settings import BackboneSettings
+
+
+class _Chosen(Shape):
+    assistant: str = ""
+    assistant_weight: float = Field(1.0, ge=0, le=1)
 
 
 def load(
@@ -40,7 +47,7 @@ def load(
         UserError: Not a recommender, its parts do not belong together, or its assistant is not there.
     """
     folder = local_folder(run, revision)
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST, Manifest)
     recipe = load_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
     # Asked first: models take time to load.
     named = _assistant(folder, manifest, recipe) if assistant else None
@@ -90,7 +97,7 @@ def _assistant(folder: Path, manifest: dict[str, Any], recipe: Recipe | None) ->
         chosen = {"assistant": wanted, "assistant_weight": weight}
         if weight == "choose":
             metrics = folder / "metrics.json"
-            chosen = read_json(metrics) if metrics.is_file() else {}
+            chosen = read_json(metrics, _Chosen) if metrics.is_file() else {}
             if chosen.get("assistant") != wanted:
                 raise UserError(
                     f"the weight of the assistant of {folder} is chosen when it is evaluated; run: triewise evaluate "

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from triewise.data import Catalog, Dataset
-from triewise.errors import UserError
-from triewise.files import atomic_path, read_json, write_json, write_text
+from triewise.errors import UserError, reading
+from triewise.files import Shape, atomic_path, read_json, write_json, write_text
 from triewise.models import download
 from triewise.ranking import ItemLists, Items, Recommender
 from triewise.reports import CardFacts, Recommendation
@@ -101,6 +102,15 @@ class SavedRecommender(Recommender, Protocol):
         """Write what `triewise.load` needs."""
 
 
+class Manifest(Shape):
+    """What is read of ``recommender.json``."""
+
+    format: int | None = None
+    kind: str = "generative"
+    assistant: str = ""
+    assistant_weight: float = Field(1.0, ge=0, le=1)
+
+
 @dataclass(frozen=True)
 class Saved:
     """What every saved recommender has in its folder beside its model.
@@ -120,8 +130,8 @@ class Saved:
     card: str
 
     @classmethod
-    def open(cls, name: Path | str, revision: str | None, kind: str) -> Saved:
-        """Read a folder, or the downloaded one of a hub id.
+    def open(cls, name: Path | str, revision: str | None, kind: str, shape: type[Manifest]) -> Saved:
+        """Read a folder, or the downloaded one of a hub id, whose ``recommender.json`` has a shape.
 
         Raises:
             UserError: No such folder, another kind or format, or a file is missing.
@@ -129,29 +139,34 @@ class Saved:
         import polars as pl
 
         folder = local_folder(name, revision)
-        manifest = read_json(folder / MANIFEST)
+        manifest = read_json(folder / MANIFEST, Manifest)
         got = manifest.get("format"), manifest.get("kind", "generative")
         if got != (FORMAT, kind):
             raise UserError(
                 f"wanted a {kind} recommender of format {FORMAT} in {folder}/{MANIFEST}, got kind {got[1]} of format "
                 f"{got[0]}; load it with triewise.load, or save it again"
             )
+        manifest = read_json(folder / MANIFEST, shape)
         for part in PARTS[kind]:
             if not (folder / part).exists():
                 raise UserError(f"wanted {part} in {folder}, which is missing; restore it or train again")
-        frame = pl.read_parquet(folder / CATALOG)
-        counts = frame["train_targets"].to_numpy().astype(np.int64)
-        card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
-        return cls(folder, manifest, Catalog.from_frame(frame), counts, card)
+        with reading(folder / CATALOG):
+            frame = pl.read_parquet(folder / CATALOG)
+            catalog, counts = Catalog.from_frame(frame), frame["train_targets"].cast(pl.Int64).to_numpy()
+            if len(counts) != frame["train_targets"].is_between(0, counts.sum()).sum():
+                raise ValueError("counts are missing or below 0")
+        with reading(folder / CARD):
+            card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+        return cls(folder, manifest, catalog, counts, card)
 
     def check(self, found: Mapping[str, str]) -> None:
         """Refuse parts that are not those the recommender was saved with, by their hashes."""
         for part, wanted in self.manifest["hashes"].items():
-            if found[part] != wanted:
+            if found.get(part) != wanted:
                 raise UserError(
                     f"the {part} of {self.folder} is not the one this model was trained with (hash "
-                    f"{found[part][:12]}, wanted {wanted[:12]}); restore its tokenizer, {CATALOG} and {TRIE}, or "
-                    "train again"
+                    f"{found.get(part, 'none')[:12]}, wanted {wanted[:12]}); restore its tokenizer, {CATALOG} and "
+                    f"{TRIE}, or train again"
                 )
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from safetensors.torch import save_file
 
 from triewise.arrays import Int64, Ragged, padded
-from triewise.errors import UserError
+from triewise.errors import UserError, reading
 from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import SequentialModel, load_trained, resolve_device
 from triewise.ranking import Groups, ItemLists, Items, check_histories, rank_items
@@ -28,12 +29,17 @@ from triewise.recommenders.assistants import (
     once_a_title,
     title_log_probabilities,
 )
-from triewise.recommenders.saved import Saved, hash_of, saving
+from triewise.recommenders.saved import Manifest, Saved, hash_of, saving
 
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
     from triewise.reports import Recommendation
     from triewise.settings import EvaluationSettings
+
+
+class _Manifest(Manifest):
+    batch_users: int = Field(ge=1)
+    origin: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -199,9 +205,13 @@ class SequentialRecommender(Assisted):
         Raises:
             UserError: Something is missing, or it is no sequential recommender.
         """
-        saved = Saved.open(folder_or_hub_id, revision, "sequential")
+        saved = Saved.open(folder_or_hub_id, revision, "sequential", _Manifest)
         place = saved.folder / "model"
-        model = SequentialModel.from_config(read_json(place / "config.json"))
+        config = read_json(place / "config.json")
+        with reading(place / "config.json"):
+            if config["n_items"] != saved.catalog.n_items:
+                raise ValueError(f"{config['n_items']} items, {saved.catalog.n_items} in the catalogue")
+            model = SequentialModel.from_config(config)
         load_trained(model, place / "model.safetensors")
         model.requires_grad_(False)
         return cls(

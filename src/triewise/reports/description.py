@@ -6,7 +6,6 @@ Shape key: N nodes, I items, T positions in a title.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from triewise.tokens import Prompts
 
 PROMPT_SAMPLE = 200  # test rows whose prompts are encoded for their mean length
-UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")  # what no HTML file may hold
 
 # key of `describe` -> what a person reads, and how the number is written
 FACTS = {
@@ -128,11 +126,6 @@ def fact_lines(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and values of `describe` (and of any other numbers) as a person reads them."""
     known = [(*FACTS.get(key, (key.replace("_", " "), "other")), value) for key, value in facts.items()]
     return [(name, _written(value, kind)) for name, kind, value in known]
-
-
-def legible(text: str) -> str:
-    """The text with U+FFFD for control characters other than line breaks and tabs, and for halves of characters."""
-    return UNSEEN.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def percent(p: float) -> str:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.reports.description import legible, percent
+from triewise.plain import legible
+from triewise.reports.description import percent
 from triewise.reports.explanation import Branch, Recommendation, decoding_tree, pieces
 
 WIDTH = 400

@@ -8,7 +8,6 @@ Every function prints to its ``console``, by default to stdout.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from triewise.reports.description import fact_lines, legible, percent
+from triewise.plain import clean as clean
+from triewise.reports.description import fact_lines, percent
 from triewise.reports.explanation import Example, Recommendation, pieces
 from triewise.reports.report import RECENT, Comparison, Row, more_columns, shown_metrics
 
@@ -164,8 +164,3 @@ def _hang(console: Console, prefix: str, text: Text) -> None:
         line.rstrip()
         before = prefix if n == 0 else " " * len(prefix)
         console.print(Text.assemble(before, line), soft_wrap=True)
-
-
-def clean(text: object) -> str:
-    """Control characters would move the cursor or set colours: line breaks become spaces, others U+FFFD."""
-    return legible(re.sub(r"[\n\r\t]", " ", str(text)))

@@ -1,12 +1,13 @@
 from .alignment import kept_alignment as kept_alignment
 from .cautions import training_warnings as training_warnings
-from .checkpoints import resume_point as resume_point
+from .checkpoints import read_log as read_log, resume_point as resume_point
 from .contrast import Contrast as Contrast
 from .curriculum import Curriculum as Curriculum
 from .distil import (
     TEACHER as TEACHER,
     VECTORS as VECTORS,
     Teacher as Teacher,
+    TeacherFile as TeacherFile,
     distilled as distilled,
     part_path as part_path,
     write_part as write_part,

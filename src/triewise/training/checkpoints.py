@@ -10,14 +10,16 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from triewise.files import TEMPORARY, atomic_folder, write_json, write_text
+from triewise.errors import UserError, reading
+from triewise.files import TEMPORARY, Shape, atomic_folder, read_json_lines, write_json, write_text
 from triewise.models import save_trained
 
 LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS, SHARDS = (
@@ -59,12 +61,26 @@ def remove(folder: Path) -> None:
         shutil.rmtree(temporary)
 
 
+class _Row(Shape):
+    step: int
+    loss: float | None = None
+    loss_positive_gain: float | None = None
+    loss_zero_gain: float | None = None
+    temperature: float | None = None
+    w: float | None = None
+    valid: dict[str, float] = Field({})
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's ``log.jsonl``."""
+    if not (run / LOG).is_file():
+        raise UserError(f"wanted {run / LOG}, which is missing; restore it or train again")
+    return read_json_lines(run / LOG, _Row)
+
+
 def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the rows after a step, and a last line that was cut short; the rows that stay."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    rows = read_json_lines(path, _Row, cut=True) if path.is_file() else []
     rows = [row for row in rows if row["step"] <= step]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
@@ -76,6 +92,16 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def load_state(path: Path, take: Callable[[Any], None]) -> None:
+    """Give ``take`` what ``torch.save`` wrote.
+
+    Raises:
+        UserError: The file is damaged, or what is in it cannot be taken.
+    """
+    with reading(path):
+        take(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

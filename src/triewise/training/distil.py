@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from triewise.errors import UserError
-from triewise.files import atomic_path, read_json
+from triewise.errors import UserError, reading
+from triewise.files import Shape, atomic_path, read_json
 from triewise.training.item_tasks import Added, Task, dros, propensities
 
 if TYPE_CHECKING:
@@ -27,6 +27,18 @@ if TYPE_CHECKING:
 
 TEACHER, VECTORS = "teacher.json", "vectors.npy"
 LEAST = 1e-8  # of a weight by distance or consistency, as in the authors' code
+
+
+class TeacherFile(Shape):
+    """What is read of ``teacher.json``."""
+
+    status: str
+    run: str
+    trained_on: str
+    k: int
+    rows: int
+    rows_of_a_part: int
+    hashes: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -52,15 +64,19 @@ class Teacher:
         Raises:
             UserError: It is no teacher, or not whole.
         """
-        facts = read_json(folder / TEACHER)
+        facts = read_json(folder / TEACHER, TeacherFile)
         if facts["status"] != "taught":
             raise UserError(
                 f"the teacher in {folder} has not ranked all rows; go on with: triewise teach {facts['run']} --out "
                 f"{folder}"
             )
-        parts = [np.load(part_path(folder, row)) for row in range(0, facts["rows"], facts["rows_of_a_part"])]
-        items, distances = (np.concatenate([part[name] for part in parts]) for name in ("items", "distances"))
-        return cls(items, distances, np.load(folder / VECTORS), facts)
+        parts = []
+        for row in range(0, facts["rows"], facts["rows_of_a_part"]):
+            with reading(part_path(folder, row)), np.load(part_path(folder, row)) as part:
+                parts.append((part["items"], part["distances"]))
+        with reading(folder):
+            items, distances = map(np.concatenate, zip(*parts, strict=True))
+            return cls(items, distances, np.load(folder / VECTORS), facts)
 
 
 def part_path(folder: Path, row: int) -> Path:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from triewise.errors import UserError
-from triewise.training.checkpoints import random_state, set_random_state
+from triewise.errors import UserError, reading
+from triewise.training.checkpoints import STATE, load_state, random_state, set_random_state
 from triewise.training.item_tasks import ItemLoss, Sequences, cloze_task, item_loss, shifted_task, task_loss
 from triewise.training.rates import floor_cosine
 from triewise.training.state import TrainingState, TrainResult, Validate
@@ -154,10 +154,11 @@ class _Steps:
     def go_on(self, checkpoint: Path) -> None:
         """Continue from a checkpoint."""
         ours = self.state.resume(checkpoint)
-        self.sums, self.summed = torch.tensor(ours["sums"], device=self.state.device), ours["summed"]
-        load = functools.partial(torch.load, map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(load(checkpoint / "optimizer.pt"))
-        set_random_state(load(checkpoint / "rng.pt"), self.state.device)
+        with reading(checkpoint / STATE):
+            self.sums.copy_(torch.tensor(ours["sums"]))
+            self.summed = int(ours["summed"])
+        load_state(checkpoint / "optimizer.pt", self.optimizer.load_state_dict)
+        load_state(checkpoint / "rng.pt", functools.partial(set_random_state, device=self.state.device))
 
 
 def _optimizer(model: SequentialModel, name: str, settings: TrainingSettings) -> torch.optim.Optimizer:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triewise.errors import UserError
-from triewise.files import TEMPORARY, atomic_folder, read_json, write_json
+from triewise.files import TEMPORARY, Shape, atomic_folder, read_json, write_json
 from triewise.models import load_trained, save_trained
 from triewise.progress import progress
 from triewise.training import processes
@@ -89,6 +89,23 @@ class TrainResult:
     best_metric: float | None
     seconds: float
     history: list[dict[str, Any]]
+
+
+class _Best(Shape):
+    step: int
+    metric: str
+    value: float
+
+
+class _State(Shape):
+    """What is read of ``state.json``, beside what the run of its kind wants back."""
+
+    stopped: str | None
+    seconds: float
+    best: _Best | None
+    waited: int
+    step: int
+    identity: dict[str, Any]
 
 
 class TrainingState:
@@ -310,7 +327,7 @@ class TrainingState:
         Raises:
             UserError: The checkpoint is of another run, or its weights are spread and those here not, or reversed.
         """
-        state: dict[str, Any] = read_json(checkpoint / STATE)
+        state: dict[str, Any] = read_json(checkpoint / STATE, _State)
         ours, theirs = self.identity, state["identity"]
         other = [name for name in ours if theirs.get(name) != ours[name]]
         if other:

@@ -31,12 +31,13 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
+from triewise.errors import reading
 from triewise.models import check_model, compute_again, rope_switch, shortest_window, slots_of
 from triewise.settings import TrainingSettings
 from triewise.tokens import Dropped
 from triewise.training import processes
 from triewise.training.ahead import Ahead, all_workers_alive, default_workers
-from triewise.training.checkpoints import SHARDS, random_state, set_random_state
+from triewise.training.checkpoints import SHARDS, STATE, load_state, random_state, set_random_state
 from triewise.training.meter import PARTS, Meter, measure_parts
 from triewise.training.objective import Learned, MicroBatches, Objective
 from triewise.training.packing import packing_works
@@ -282,26 +283,25 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         """Continue from a checkpoint: all but what `restore` sets once the optimiser exists."""
         state, t = self.run.resume(checkpoint), self.learned.objective.temperature
         self.checkpoint, self.first_step = checkpoint, self.run.step
-        if isinstance(t, AdaptiveTemperature):
-            t.load_state_dict(state["temperature"])
-        if processes.is_first():  # its sums are those of all processes
-            self.meter.load_state_dict(state["meter"])
+        with reading(checkpoint / STATE):
+            if isinstance(t, AdaptiveTemperature):
+                t.load_state_dict(state["temperature"])
+            if processes.is_first():  # its sums are those of all processes
+                self.meter.load_state_dict(state["meter"])
 
     def restore(self) -> None:
         """The part of a resume that needs the optimiser; the last thing before the first step."""
-        state = None
+        file = None
         if self.checkpoint is not None:
-            load = functools.partial(torch.load, map_location="cpu", weights_only=True)
             if self.run.shards is None:
-                self.optimizer.load_state_dict(load(self.checkpoint / "optimizer.pt"))
+                load_state(self.checkpoint / "optimizer.pt", self.optimizer.load_state_dict)
             else:
                 self.run.shards.load(self.checkpoint / SHARDS, self.optimizer)
-            self.lr_scheduler.load_state_dict(load(self.checkpoint / "scheduler.pt"))
+            load_state(self.checkpoint / "scheduler.pt", self.lr_scheduler.load_state_dict)
             self.state.global_step = self.first_step
             file = self.checkpoint / _random_file(processes.rank())
-            state = load(file) if file.is_file() else None
-        if state is not None:
-            set_random_state(state, self.args.device)
+        if file is not None and file.is_file():
+            load_state(file, functools.partial(set_random_state, device=self.args.device))
         elif not processes.is_first():  # its own dropout, where no checkpoint has one for it
             drawn = np.random.SeedSequence([self.run.seed, processes.rank(), self.first_step])
             torch.manual_seed(int(drawn.generate_state(1)[0]))
