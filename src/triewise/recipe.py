@@ -43,8 +43,8 @@ _BEFORE = {"evaluation": {"gain_over": "all"}}
 _OF_LANGUAGE_MODELS = {
     "training": ("accumulation", "log_parts", "order", "packing", "gradient_checkpointing", "workers"),
     "evaluation": (
-        *("search", "choose", "support", "length_penalty", "alpha", "scope", "gamma"),
-        *("against_exact", "merge_adapter"),
+        *("search", "choose", "support", "length_penalty", "alpha", "measure", "scope"),
+        *("gamma", "against_exact", "merge_adapter"),
     ),
 }
 

@@ -20,6 +20,9 @@ def _key(default: Any, what: str, **limits: Any) -> Any:
     return Field(default, description=what, **limits)
 
 
+Measure = Literal["information", "gini", "gain-ratio", "chi-squared", "conditional-entropy"]
+
+
 class Section(BaseModel):
     """A frozen table of a recipe in which an unknown key is an error."""
 
@@ -130,16 +133,49 @@ class PreferenceSettings(Section):
     )
 
 
+class BearSettings(Section):
+    """BEAR: each token of a title shall be among the best of its step, or beams drop it (arXiv:2601.22925)."""
+
+    strength: float = _key(0.0, "lambda; 0: off (its code .25)", ge=0)
+    form: Literal["described", "coded"] = _key(
+        "described", "adds a loss for tokens beams would drop (text); coded: weighs the safe ones more (code)"
+    )
+    xi: float = _key(2.75, "nats over which a token goes from safe to dropped", gt=0)
+    width: int = _key(10, "beams", ge=1)
+
+
+class ApaoSettings(Section):
+    """APAO: all beginnings of a title shall be likely, those most that are least (arXiv:2603.02730)."""
+
+    strength: float = _key(0.0, "beta; 0: off (its code .1)", ge=0)
+    form: Literal["pointwise", "pairwise"] = _key(
+        "pointwise",
+        "pairwise: against all beginnings of a depth; pointwise in trie support with temperature 1",
+    )
+    levels: int = _key(0, "depths that count, from the first one; 0: all but a title's last", ge=0)
+    temperature: float = _key(1.0, "of the probabilities of beginnings", gt=0)
+    eta: float = _key(0.0, "how much more the worst depth weighs", ge=0)
+
+
+class FrontSettings(Section):
+    """Front-greater learning: from early tokens to all, and to rare ones (arXiv:2601.17787)."""
+
+    curriculum: float = _key(1.0, "share of the run after which the front weighs no more", ge=0, le=1)
+    rarity: float = _key(0.4, "what the weights of rare tokens count at the end beside equal ones", ge=0)
+
+
 class ObjectiveSettings(Section):
-    """Support x temperature x weight, and what CFT and S-DPO add."""
+    """Support x temperature x weight, and what other losses add."""
 
     support: Literal["trie", "vocabulary"] = _key(
         "trie", "what a token competes with: the valid next tokens (MSL), or all (LML)"
     )
     temperature: float | Literal["adaptive"] = _key(1.0, "logits are divided by it; adaptive: ATS of MSL")
-    weight: Literal["uniform", "igd", "igd-linear", "position"] = _key(
-        "uniform", "of a token: by its information gain (IGD) or by its place in the title (Pos)"
+    weight: Literal["uniform", "igd", "igd-linear", "position", "front-greater"] = _key(
+        "uniform",
+        "of a token: by its information gain (IGD), by its place in the title (Pos), or as [objective.front] says",
     )
+    measure: Measure = _key("information", "how much a token decides (igd, igd-linear)")
     beta: float = _key(
         0.1,
         "weight of a token without information gain (igd, igd-linear) or of a title's last (position)",
@@ -162,6 +198,23 @@ class ObjectiveSettings(Section):
     )
     contrast: ContrastSettings = ContrastSettings()
     preference: PreferenceSettings = PreferenceSettings()
+    bear: BearSettings = BearSettings()
+    apao: ApaoSettings = ApaoSettings()
+    front: FrontSettings = FrontSettings()
+
+    @property
+    def _objectives(self) -> tuple[tuple[str, bool], ...]:
+        """Losses of which one can be learned, and whether each is chosen."""
+        alone = self.soft_targets is not None or self.bear.strength > 0 or self.apao.strength > 0
+        return (
+            ("soft_targets", self.soft_targets is not None),
+            ("preference.negatives > 0", self.preference.negatives > 0),
+            ("bear.strength > 0", self.bear.strength > 0),
+            ("apao.strength > 0", self.apao.strength > 0),
+            ("weight = 'front-greater'", self.weight == "front-greater"),
+            ("contrast.strength > 0", self.contrast.strength > 0),
+            ("expand_negatives = true", self.expand_negatives and alone),
+        )
 
     @model_validator(mode="after")
     def _positive(self) -> ObjectiveSettings:
@@ -171,14 +224,17 @@ class ObjectiveSettings(Section):
             raise ValueError("temperature = 'adaptive' needs support = 'trie'")
         if self.expand_negatives and self.support != "trie":
             raise ValueError("expand_negatives = true needs support = 'trie'")
-        if self.soft_targets is not None:
-            for name, other in (
-                ("expand_negatives = true", self.expand_negatives),
-                ("contrast.strength > 0", self.contrast.strength),
-                ("preference.negatives > 0", self.preference.negatives),
-            ):
-                if other:
-                    raise ValueError(f"soft_targets and {name} are two objectives; use one")
+        chosen = [name for name, on in self._objectives if on]
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[0]} and {chosen[1]} are two objectives; use one")
+        if self.bear.strength and self.support != "trie":
+            raise ValueError("bear.strength > 0 needs support = 'trie': it compares valid tokens")
+        pairwise = self.apao.strength and self.apao.form == "pairwise" and self.apao.levels != 1
+        if pairwise and (self.support != "trie" or self.apao.temperature != 1):
+            raise ValueError(
+                "apao.form = 'pairwise' below depth 1 needs support = 'trie' and apao.temperature = 1: set "
+                "apao.levels = 1"
+            )
         return self
 
     @model_validator(mode="after")
@@ -193,8 +249,6 @@ class ObjectiveSettings(Section):
             )
         if not self.preference.negatives:
             return self
-        if self.contrast.strength:
-            raise ValueError("preference.negatives > 0 and contrast.strength > 0 are two objectives; use one")
         # The loss is a mean over rows of a function of whole titles: no token has a weight or temperature.
         for name in ("temperature", "weight", "normaliser", "expand_negatives"):
             default = type(self).model_fields[name].default
@@ -312,6 +366,7 @@ class EvaluationSettings(Section):
     k: int = _key(10, "length of a ranking, and of HR, NDCG and MRR", ge=1)
     length_penalty: float = _key(0.0, "BIGRec 1, D3 and ours 0")
     alpha: float = _key(0.0, "IGD-decoding; 0: off", ge=0, le=1)
+    measure: Measure = _key("information", "IGD-decoding: how much a token decides")
     scope: Literal["node", "step"] = _key(
         "node", "IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
     )

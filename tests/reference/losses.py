@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from decimal import Decimal, localcontext
 
 import torch
 from torch import Tensor
 
 from triewise.tokens import Trie
+from triewise.training import Apao, Bear
 
 
 def dense_trie_nll(logits: Tensor, target: Tensor, node: Tensor, trie: Trie, temperature: float) -> Tensor:
@@ -136,3 +138,67 @@ def plain_sdpo(
             total = total + torch.exp(beta * (s_d - s_w))
         losses.append(-torch.log(1 / (1 + torch.exp(torch.log(total)))))
     return losses
+
+
+def plain_bear(
+    logits: Tensor, target: Tensor, node: Tensor, trie: Trie, weight: Tensor, bear: Bear
+) -> Tensor:
+    """BEAR as it is written, token by token, in float64; `coded` with the weights of all decisions scaled together."""
+    losses, weights, base = [], [], []
+    for z, y, n, w in zip(logits.double(), target.tolist(), node.tolist(), weight.double(), strict=True):
+        valid = trie.children(n)[0].tolist()
+        p = (z[valid] / bear.objective.tau).softmax(0)
+        nll, best = -p[valid.index(y)].log(), sorted(p, reverse=True)
+        q = best[min(bear.width, len(valid)) - 1]
+        margin = (-nll - q.log()) / bear.xi
+        if bear.form == "described":
+            added = torch.sigmoid(-margin) if len(valid) >= bear.width else 0.0
+            losses.append(w * (bear.objective.tau * nll + bear.strength * added))
+        else:
+            losses.append(w * bear.objective.tau * nll)
+            weights.append(1 + bear.strength * torch.sigmoid(margin.detach()))
+            base.append(w if len(valid) > 1 else torch.zeros_like(w))
+    if bear.form == "described":
+        return torch.stack(losses)
+    after = sum(w * b for w, b in zip(weights, base, strict=True))
+    return torch.stack([loss * w * sum(base) / after for loss, w in zip(losses, weights, strict=True)])
+
+
+def plain_apao(nll: list[list[Tensor]], size: list[float], apao: Apao) -> Tensor:
+    """Pointwise APAO of titles of any length from the nll of their tokens, depth by depth."""
+    levels = apao.levels or 10**6
+    loss = [
+        [sum(title[:t]) / (t * apao.temperature) for t in range(1, min(len(title) - 1, levels) + 1)]
+        for title in nll
+    ]
+    weight = []
+    for t in range(max(map(len, loss))):
+        there = [float(title[t].detach()) for title in loss if len(title) > t]
+        mean = sum(there) / len(there)
+        weight.append(mean * math.exp(apao.eta * mean))
+    total = torch.zeros((), dtype=torch.float64)
+    for title, n in zip(loss, size, strict=True):
+        if title:
+            w = weight[: len(title)]
+            total = total + n * sum(a * b for a, b in zip(w, title, strict=True)) / sum(w)
+    return apao.strength * total
+
+
+def all_prefixes(trie: Trie, step: Callable[[int], Tensor], path: list[int], depth: int) -> Tensor:
+    """-1/t log softmax of the sum of ln P along a path of nodes, against all beginnings with as many decisions.
+
+    ``step(n)`` gives ln P of the children of node n; a title that ends before counts as a beginning.
+    """
+    open_, done, ours = [(0, torch.zeros((), dtype=torch.float64), 0)], [], None
+    while open_:
+        n, total, taken = open_.pop()
+        children = trie.children(n)[1].tolist()
+        if not children or taken == depth:
+            done.append(total)
+            ours = total if n in path and taken == depth and ours is None else ours
+            continue
+        log_p = step(n)
+        for child, value in zip(children, log_p, strict=True):
+            open_.append((child, total + value, taken + (len(children) > 1)))
+    assert ours is not None
+    return -(ours - torch.stack(done).logsumexp(0)) / depth

@@ -50,3 +50,42 @@ class DictTrie:
     def zero_gain(self, counts: Sequence[int]) -> list[bool]:
         mass = {p: sum(counts[i] for i in self.items_under(p)) for p in self.prefixes()}
         return [not p or mass[p] == mass[p[:-1]] for p in self.prefixes()]
+
+    def measured(self, counts: Sequence[int], measure: str) -> list[float]:
+        """What the token into each prefix decides, from the titles under its parent one by one; -1 without counts."""
+        found, total = [0.0], sum(counts)
+        for prefix in self.prefixes()[1:]:
+            above, below = self._masses(counts, prefix[:-1]), self._masses(counts, prefix)
+            n, m = sum(above.values()), sum(below.values())
+            if n == m:
+                found.append(0.0)
+            elif measure == "gini":
+                rest = [c / total for title, c in above.items() if title not in below]
+                found.append(fsum(p * (1 - p) for p in rest))
+            elif measure == "chi-squared":
+                expected = {title: c * m / n for title, c in above.items()}  # the token's row of the table
+                row = fsum((below.get(t, 0) - e) ** 2 / e for t, e in expected.items()) if m else n
+                found.append(row / total)
+            elif measure == "conditional-entropy":
+                found.append(self._renormalised(above) - self._renormalised(below))
+            else:
+                gain = fsum(-c / total * log(c / total) for title, c in above.items() if title not in below)
+                tokens = {
+                    p: sum(self._masses(counts, p).values())
+                    for p in self.prefixes()
+                    if p[:-1] == prefix[:-1] and p
+                }
+                split = fsum(-c / n * log(c / n) for c in tokens.values() if c)
+                found.append(gain / split if split else 0.0)
+        return found
+
+    def _masses(self, counts: Sequence[int], prefix: Sequence[int]) -> dict[tuple[int, ...], int]:
+        """Counts of the titles under a prefix that have some."""
+        titles = {tuple(self.sequences[i]) for i in self.items_under(tuple(prefix))}
+        masses = {t: sum(counts[i] for i in self.items_under(t)) for t in titles}
+        return {t: m for t, m in masses.items() if m}
+
+    @staticmethod
+    def _renormalised(masses: dict[tuple[int, ...], int]) -> float:
+        n = sum(masses.values())
+        return fsum(-m / n * log(m / n) for m in masses.values())

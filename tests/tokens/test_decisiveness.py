@@ -34,7 +34,7 @@ from triewise.tokens import (
     zero_gain,
     zero_gain_share,
 )
-from triewise.tokens.decisiveness import gain_entropy
+from triewise.tokens.decisiveness import MEASURES, front_weights, gain_by, gain_entropy, rarity_weights
 
 TITLES, COUNTS = [[1, 2, 9], [1, 3, 9], [1, 3, 5, 9], [7, 8, 9]], [4, 2, 1, 1]
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -362,3 +362,78 @@ def test_gains_telescope_on_every_title_of_a_real_catalogue(name: str, n_items: 
     np.testing.assert_allclose(along_title, entropy[0] - entropy[trie.leaf], rtol=1e-12)
     assert (gain >= 0).all()
     assert (gain[zero_gain(trie, counts)] == 0).all()
+
+
+# --- other measures ---------------------------------------------------------------------------------------------------
+
+
+def test_information_is_the_default_bit_for_bit(trie: Trie) -> None:
+    assert (gain_by(trie, COUNTS) == information_gain(trie, COUNTS)).all()
+    for made in (binary_weights, linear_weights):
+        assert (made(trie, COUNTS, 0.2) == made(trie, COUNTS, 0.2, "information")).all()
+    with pytest.raises(UserError, match="wanted a measure among information, gini, .*, got 'purity'"):
+        gain_by(trie, COUNTS, "purity")
+
+
+def test_worked_measures(trie: Trie) -> None:
+    """Token 2 after 1 leaves A (4 of 8) and rules out B and C (2 and 1 of 8); 7 at the root leaves D alone."""
+    a, d = trie.walk([1, 2])[-1], trie.walk([7])[-1]
+    assert gain_by(trie, COUNTS, "gini")[a] == pytest.approx(2 / 8 * 6 / 8 + 1 / 8 * 7 / 8)
+    assert gain_by(trie, COUNTS, "chi-squared")[[a, d]] == pytest.approx([3 / 8, 7 / 8])
+    split = -4 / 7 * log(4 / 7) - 3 / 7 * log(3 / 7)
+    assert gain_by(trie, COUNTS, "gain-ratio")[a] == pytest.approx(information_gain(trie, COUNTS)[a] / split)
+    below = -4 / 7 * log(4 / 7) - 2 / 7 * log(2 / 7) - 1 / 7 * log(1 / 7)
+    assert gain_by(trie, COUNTS, "conditional-entropy")[a] == pytest.approx(below)
+    # A rare token behind which all is open raises the entropy.
+    rare = Trie.from_sequences([[1, 9], [2, 3, 9], [2, 4, 9]])
+    assert gain_by(rare, [98, 1, 1], "conditional-entropy")[2] < 0
+    assert binary_weights(rare, [98, 1, 1], 0.2, "conditional-entropy")[1:3].tolist() == [1, 0.2]
+    assert linear_weights(rare, [98, 1, 1], 0.2, "conditional-entropy")[2] == 0.2
+
+
+@pytest.mark.parametrize("measure", MEASURES[1:])
+@quick
+@given(case=weighted_catalogues())
+def test_measures_by_looking_at_every_title(measure: str, case: Case) -> None:
+    sequences, counts = case[0], [c % 1000 for c in case[1]]
+    assume(any(counts))
+    reference, trie = DictTrie(sequences), Trie.from_sequences(sequences)
+    found = gain_by(trie, counts, measure)
+    nodes = [trie.walk(prefix)[-1] for prefix in reference.prefixes()]
+    np.testing.assert_allclose(found[nodes], reference.measured(counts, measure), rtol=1e-6, atol=1e-9)
+    assert (found[zero_gain(trie, counts)] == 0).all()
+    np.testing.assert_allclose(gain_by(trie, [7 * c for c in counts], measure), found, rtol=1e-9, atol=1e-12)
+    assert (linear_weights(trie, counts, 0.3, measure) >= 0.3 - 1e-12).all()
+
+
+@quick
+@given(weighted_catalogues())
+def test_gain_ratio_decodes_as_the_information_gain(case: Case) -> None:
+    """Siblings share the split information, which scaling over siblings takes out again."""
+    trie, counts = Trie.from_sequences(case[0]), [c % 1000 for c in case[1]]
+    assume(any(counts))
+    plain, ratio = (
+        decoding_weights(trie, gain_by(trie, counts, m), 0.4, counts) for m in ("information", "gain-ratio")
+    )
+    np.testing.assert_allclose(ratio, plain, atol=1e-6)
+
+
+@quick
+@given(weighted_catalogues())
+def test_front_and_rarity_weights_along_titles(case: Case) -> None:
+    sequences, counts = case[0], [c % 1000 for c in case[1]]
+    assume(any(counts))
+    trie, reference = Trie.from_sequences(sequences), DictTrie(sequences)
+    gain = dict(zip(reference.prefixes(), reference.measured(counts, "conditional-entropy"), strict=True))
+    often: dict[int, int] = {}
+    for title, count in zip(sequences, counts, strict=True):
+        for token in title:
+            often[token] = often.get(token, 0) + count
+    front, rare, offsets = front_weights(trie, counts), rarity_weights(trie, counts, 0.9), trie.paths()[1]
+    for i, title in enumerate(sequences):
+        each = [np.log1p(max(gain[tuple(title[: t + 1])], 0)) for t in range(len(title))]
+        seldom = [0.1 / (1 - 0.9 ** max(often[token], 1)) for token in title]
+        for raw, found in ((each, front), (seldom, rare)):
+            mean = sum(raw) / len(title)
+            wanted = [r / mean for r in raw] if mean > 1e-12 else [1.0] * len(title)
+            np.testing.assert_allclose(found[offsets[i] : offsets[i + 1]], wanted, rtol=1e-4, atol=1e-6)

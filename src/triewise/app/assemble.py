@@ -48,14 +48,19 @@ from triewise.tokens import (
     Trie,
     binary_weights,
     build_prompts,
+    front_weights,
     linear_weights,
     position_weights,
+    rarity_weights,
     zero_gain,
 )
 from triewise.training import (
     AdaptiveTemperature,
+    Apao,
+    Bear,
     Contrast,
     Examples,
+    FrontGreater,
     Learned,
     Objective,
     Preferences,
@@ -234,7 +239,7 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
 
     def fit_it(out: Path, **how: Any) -> TrainResult:
         align(recipe, parts.backbone, parts.prompts, parts.windows, out)
-        learned = _learned(recipe, model, examples, rejected, soft, out / REFERENCE)
+        learned = _learned(recipe, model, examples, parts.counts, rejected, soft, out / REFERENCE)
         learned = taught(recipe, parts.backbone, learned)
         how |= {"seed": recipe.seed, "autocast": parts.autocast}
         return train(model, examples, learned, recipe.training, out, **how)
@@ -319,9 +324,10 @@ def _examples(recipe: Recipe, parts: Assembly) -> Examples:
     weight, kind, beta = None, recipe.objective.weight, recipe.objective.beta
     if kind == "position":
         weight = position_weights(parts.prompts.title_tokens.lengths, beta)
-    elif kind != "uniform":
+    elif kind in ("igd", "igd-linear"):
         by_gain = binary_weights if kind == "igd" else linear_weights
-        weight = along_titles(parts.trie, by_gain(parts.trie, parts.counts, beta))
+        each = by_gain(parts.trie, parts.counts, beta, recipe.objective.measure)
+        weight = along_titles(parts.trie, each)
     return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
 
 
@@ -349,6 +355,7 @@ def _learned(
     recipe: Recipe,
     model: Any,
     examples: Examples,
+    counts: NDArray[np.int64],
     rejected: NDArray[np.int32] | None,
     soft: tuple[TitleTeacher, str] | None,
     kept: Path,
@@ -366,4 +373,15 @@ def _learned(
     if soft is not None:
         numbers = (settings.soft_alpha, settings.soft_temperature, settings.soft_form)
         return SoftTargets(objective, soft[0], *numbers, soft[1])
+    if settings.bear.strength:
+        return Bear(objective, **settings.bear.model_dump())
+    if settings.apao.strength:
+        return Apao(objective, **settings.apao.model_dump())
+    if settings.weight == "front-greater":
+        front = front_weights(examples.trie, counts)
+        late = (1 + settings.front.rarity * rarity_weights(examples.trie, counts)) / (
+            1 + settings.front.rarity
+        )
+        course = (recipe.training.steps, recipe.training.accumulation, settings.front.curriculum)
+        return FrontGreater(objective, front, late, *course)
     return Contrast(objective, **contrast.model_dump()) if contrast.strength else objective

@@ -46,7 +46,7 @@ from triewise.recommenders.grounding import GroundedRecommender
 from triewise.recommenders.saved import MANIFEST, TRIE, Manifest, Saved, card_facts, hash_of, saving
 from triewise.recommenders.search_settings import SEARCHES, SETTINGS, SearchSettings
 from triewise.reports import Recommendation, addressed, describe, explain, forced_by_position, model_card
-from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_gain, single_start
+from triewise.tokens import Dropped, Prompts, Trie, build_prompts, gain_by, single_start
 
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
@@ -139,8 +139,8 @@ class GenerativeRecommender(SearchSettings, Assisted):
 
     @cached_property
     def gain(self) -> NDArray[np.float64]:
-        """(N,) information gain, for IGD-decoding and explanations."""
-        return information_gain(self.trie, self.counts)
+        """(N,) how much each token decides, for IGD-decoding and explanations."""
+        return gain_by(self.trie, self.counts, self.measure)
 
     @cached_property
     def grounded(self) -> GroundedRecommender:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from triewise.decoding import GainOver, Scope, Support
+    from triewise.settings import Measure
 
 Search = Literal["beam", "exact", "catalogue", "grounding"]
 SEARCHES: tuple[Search, ...] = ("beam", "exact", "catalogue", "grounding")
@@ -28,6 +29,7 @@ class SearchSettings:
         support: Softmax over valid tokens (``trie``) or over the vocabulary.
         length_penalty: Exponent of the title's length that divides a score (BIGRec 1).
         alpha: Strength of IGD-decoding; 0 switches it off.
+        measure: What of IGD-decoding says how much a token decides; see `tokens.gain_by`.
         scope: Where IGD-decoding scales the gain, among siblings (``node``) or (beam search only) at a ``step``.
         gain_over: What of that counts: tokens with training targets (``trained``) or ``all``.
         text_beams: Grounding: beams of the free generation.
@@ -41,6 +43,7 @@ class SearchSettings:
     support: Support = "trie"
     length_penalty: float = 0.0
     alpha: float = 0.0
+    measure: Measure = "information"
     scope: Scope = "node"
     gain_over: GainOver = "trained"
     text_beams: int = field(default=4, metadata=OF_GROUNDING)
@@ -60,6 +63,8 @@ class SearchSettings:
         used = {f.name: getattr(self, f.name) for f in fields(SearchSettings) if f.metadata == kind}
         if not self.alpha:
             used.pop("gain_over", None)
+        if not self.alpha or self.measure == "information":
+            used.pop("measure", None)
         return {"search": self.search} | ({"support": "none"} if kind else {}) | used
 
 

@@ -11,6 +11,8 @@ Shape key: N nodes, I items, T tokens of all titles end to end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -21,6 +23,7 @@ from triewise.tokens.trie import Trie
 # Gains of siblings with equal masses may differ in their last bits, by the order of summation. Scaled to
 # [0, 1] such a difference would cost one of them a weight of 1 - alpha. Relative to the larger gain.
 ROUNDING = 1e-12
+MEASURES = ("information", "gini", "gain-ratio", "chi-squared", "conditional-entropy")
 
 
 def gain_entropy(t: Trie, counts_per_item: ArrayLike) -> Float64:
@@ -62,6 +65,46 @@ def information_gain(t: Trie, counts_per_item: ArrayLike) -> Float64:
     gain_N[1:] = entropy_N[t.parent[1:]] - entropy_N[1:]
     gain_N[_keeps_all(t, mass_N)] = 0.0
     return gain_N
+
+
+def gain_by(t: Trie, counts_per_item: ArrayLike, measure: str = "information") -> Float64:
+    r"""How much the token into each node decides, by one of several measures of splits.
+
+    With m_n the training targets under n, u its parent, p_g as in `gain_entropy` and P_n the sum of p_g under n:
+
+    * ``information``: `information_gain`, IGD's.
+    * ``gini``: the same with ``p (1 - p)`` in the place of ``-p ln p``; not renormalised either.
+    * ``gain-ratio``: the information gain over the split information of u, the entropy of its children's shares
+      ``m_c / m_u``. Siblings share it, so `decoding_weights` are those of the information gain.
+    * ``chi-squared``: what the token adds to Pearson's statistic of the table of tokens after u by titles under u,
+      over all targets. That is ``(m_u - m_n) / m_root``: the share of the targets that the token rules out.
+    * ``conditional-entropy``: ``H_u - H_n`` with :math:`H_n = -\sum_g (p_g / P_n) \ln (p_g / P_n)`, renormalised
+      below each node. Negative where a rare token leads to many titles.
+
+    Args and errors as `gain_entropy`, and an unknown measure; returns float64 (N,), exactly 0 where `zero_gain` holds.
+
+    Source: IGD (NeurIPS '25) names other measures as future work. C4.5's gain ratio and CHAID's statistic are of whole
+    splits, where they say nothing here: a title's own tokens split it off, so both are fixed by the counts of u.
+    """
+    if measure not in MEASURES:
+        raise UserError(f"wanted a measure among {', '.join(MEASURES)}, got {measure!r}; choose one of them")
+    if measure == "information":
+        return information_gain(t, counts_per_item)
+    mass_N, up = _masses(t, counts_per_item), t.parent[1:]
+    if measure == "gain-ratio":
+        gain_N, share = information_gain(t, counts_per_item), mass_N[1:] / np.maximum(mass_N[up], 1)
+        split_N = np.bincount(up, -share * np.log(np.where(share > 0, share, 1)), t.n_nodes)[t.parent]
+        return np.divide(gain_N, split_N, out=np.zeros_like(gain_N), where=(split_N > 0) & (gain_N > 0))
+    if measure == "chi-squared":
+        rest_N = (mass_N[0] - mass_N) / mass_N[0]
+    elif measure == "gini":
+        rest_N = -_summed(t, mass_N, lambda m, total: m / total * ((total - m) / total))
+    else:
+        share_N = np.where(mass_N > 0, mass_N, mass_N[0]) / mass_N[0]
+        rest_N = -(_entropy(t, mass_N) / share_N + np.log(share_N))
+    found_N = np.concatenate(([0.0], rest_N[1:] - rest_N[up]))
+    found_N[_keeps_all(t, mass_N)] = 0.0
+    return found_N
 
 
 def zero_gain(t: Trie, counts_per_item: ArrayLike) -> Bool:
@@ -149,40 +192,87 @@ def scale_within(gain: Float64, start: NDArray[np.integer], among: Bool | None =
     return scaled
 
 
-def binary_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> Float64:
+def binary_weights(t: Trie, counts_per_item: ArrayLike, beta: float, measure: str = "information") -> Float64:
     """Weights of the token losses in IGD's training: beta where the token decides nothing, else 1.
 
     Args:
         t: The trie of the catalogue.
         counts_per_item: Integers (I,) >= 0: how often each item is a target of the training loss.
         beta: Weight of zero-gain tokens in [0, 1]; 1 weighs all tokens alike.
+        measure: Of `gain_by`; all agree on what is zero-gain, but for ``conditional-entropy``, where a token that
+            raises the entropy counts as such too.
 
     Returns:
         float64 (N,): the weight of the edge into each node.
 
     Raises:
-        UserError: ``beta`` outside [0, 1], or counts as `gain_entropy`.
+        UserError: ``beta`` outside [0, 1], an unknown measure, or counts as `gain_entropy`.
     """
     _check_share("beta", beta)
-    return np.where(zero_gain(t, counts_per_item), float(beta), 1.0)
+    idle_N, gain_N = zero_gain(t, counts_per_item), gain_by(t, counts_per_item, measure)
+    if measure == "conditional-entropy":
+        idle_N = idle_N | (gain_N <= ROUNDING * gain_N.max())
+    return np.where(idle_N, float(beta), 1.0)
 
 
-def linear_weights(t: Trie, counts_per_item: ArrayLike, beta: float) -> Float64:
+def linear_weights(t: Trie, counts_per_item: ArrayLike, beta: float, measure: str = "information") -> Float64:
     r"""Weights of the token losses in IGD's training, linear in the gain.
 
     .. math:: w_n = \beta + (1 - \beta) \frac{\mathrm{gain}_n}{\max \mathrm{gain}}
 
     Args and errors as `binary_weights`; returns float64 (N,) in [beta, 1]: the weight of the edge into each node; beta
-    everywhere where no token gains anything.
+    where a token gains nothing or less, everywhere where none gains anything.
 
     Source: IGD, appendix G, which does not say what the maximum is over, and has no code. Here: over the nodes
     with counts, which are all that the authors' trie has, so that items without counts change no weight.
     """
     _check_share("beta", beta)
-    gain_N = information_gain(t, counts_per_item)
+    gain_N = gain_by(t, counts_per_item, measure)
     top = gain_N[_masses(t, counts_per_item) > 0].max()
-    share_N = np.minimum(gain_N / top, 1.0) if top > 0 else np.zeros_like(gain_N)
+    share_N = np.clip(gain_N / top, 0.0, 1.0) if top > 0 else np.zeros_like(gain_N)
     return beta + (1.0 - beta) * share_N
+
+
+def front_weights(t: Trie, counts_per_item: ArrayLike) -> Float64:
+    r"""Weights of front-greater learning along each title, high where a token settles most of what is open.
+
+    .. math:: w_t = L \, \frac{\ln(1 + g_t)}{\sum_s \ln(1 + g_s)}
+
+    with g the gain by ``conditional-entropy`` of `gain_by`, in nats, 0 where it is negative. Along a title of L
+    tokens the weights sum to L; all are 1 where no token gains anything.
+
+    Args and errors as `gain_entropy`; returns float64 (T,), title after title.
+
+    Source: front-greater weighting, arXiv:2601.17787. Differs from its code: gains of each title's own tokens, not
+    means over a position in per cent of the purity, and a terminator is a token like others.
+    """
+    after, offsets = t.paths_after()
+    gain_T = np.log1p(np.maximum(gain_by(t, counts_per_item, "conditional-entropy"), 0.0))[after]
+    return _of_mean_one(gain_T, offsets)
+
+
+def rarity_weights(t: Trie, counts_per_item: ArrayLike, beta: float = 0.99) -> Float64:
+    r"""Weights of the token losses along each title, high for tokens that training targets hold seldom.
+
+    .. math:: w_t \propto \frac{1 - \beta}{1 - \beta^{f_t}}
+
+    with f the occurrences of the token in all training targets, 1 where it has none; scaled so that the weights of a
+    title sum to its number of tokens. Args and errors as `gain_entropy`; returns float64 (T,), title after title.
+
+    Source: frequency weighting of arXiv:2601.17787, whose code has beta .99; its terminator always weighs 1.
+    """
+    (after, offsets), mass_N = t.paths_after(), _masses(t, counts_per_item)
+    often_V = np.bincount(t.token[1:], mass_N[1:])
+    return _of_mean_one(
+        (1 - beta) / -np.expm1(np.maximum(often_V, 1) * np.log(beta))[t.token[after]], offsets
+    )
+
+
+def _of_mean_one(value_T: Float64, offsets: Int64) -> Float64:
+    """Numbers of title tokens, scaled to a mean of 1 in each title; 1 where all of a title are 0."""
+    length_I = np.diff(offsets)
+    mean_T = np.repeat(np.add.reduceat(value_T, offsets[:-1]) / length_I, length_I)
+    return np.divide(value_T, mean_T, out=np.ones_like(value_T), where=mean_T > 0)
 
 
 def position_weights(length: ArrayLike, beta: float) -> Float64:
@@ -255,12 +345,17 @@ def _masses(t: Trie, counts_per_item: ArrayLike) -> Int64:
 
 
 def _entropy(t: Trie, mass_N: Int64) -> Float64:
+    # -ln p as log1p stays exact for p near 1.
+    return _summed(t, mass_N, lambda m, total: m / total * np.log1p((total - m) / m))
+
+
+def _summed(t: Trie, mass_N: Int64, term: Callable[[Int64, np.int64], Float64]) -> Float64:
+    """Sum over the groups with counts under each node of a term of a group's counts and all counts."""
     leaves = np.flatnonzero(t.is_leaf)
     leaves = leaves[mass_N[leaves] > 0]
-    mass, total = mass_N[leaves], mass_N[0]
     term_I = np.zeros(t.n_items)
-    # The first item of a group carries the term of the whole group. -ln p as log1p stays exact for p near 1.
-    term_I[t.item_order[t.item_lo[leaves]]] = mass / total * np.log1p((total - mass) / mass)
+    # The first item of a group carries the term of the whole group.
+    term_I[t.item_order[t.item_lo[leaves]]] = term(mass_N[leaves], mass_N[0])
     return t.subtree_sum(term_I)
 
 

@@ -273,6 +273,13 @@ class Trie:
             place, node = place[node > 0] - 1, node[node > 0]
         return node_before, offsets_I1
 
+    def paths_after(self) -> tuple[Int32, Int64]:
+        """The node that each token of every item leads into, and the offsets of `paths`."""
+        before, offsets = self.paths()
+        after = np.append(before[1:], before[:1])
+        after[offsets[1:] - 1] = self.leaf
+        return after, offsets
+
     def subtree_sum(self, values_per_item: ArrayLike) -> Float64:
         """Sum of the values of the items under each node, float64 (N,).
 

@@ -26,6 +26,7 @@ from .state import (
     TrainResult as TrainResult,
 )
 from .temperature import AdaptiveTemperature as AdaptiveTemperature
+from .token_losses import Apao as Apao, Bear as Bear, FrontGreater as FrontGreater
 from .trainer import packs as packs, train as train
 from .windows import (
     Windows as Windows,

@@ -38,6 +38,7 @@ class Batch:
         target: int64 (M,); token ids.
         node: int64 (M,); trie node before the target.
         title: int64 (M,); which of the batch's target titles the target is a token of, from 0.
+        place: int64 (M,); which token of all titles of the catalogue, end to end, the target is.
         weight: float32 (M,); weight of the target in the loss.
         zero_gain: bool (M,); whether the target decides nothing.
         n_tokens: Tokens of ``input_ids`` without the padding.
@@ -48,6 +49,7 @@ class Batch:
     target: NDArray[np.int64]
     node: NDArray[np.int64]
     title: NDArray[np.int64]
+    place: NDArray[np.int64]
     weight: NDArray[np.float32]
     zero_gain: NDArray[np.bool_]
     n_tokens: int
@@ -96,7 +98,7 @@ class Examples:
     ) -> None:
         self.windows, self.prompts, self.trie = windows, prompts, trie
         before_T, offsets = trie.paths()
-        after_T = _node_after(trie)
+        after_T = trie.paths_after()[0]
         title = prompts.title_tokens
         if not (np.array_equal(offsets, title.offsets) and np.array_equal(trie.token[after_T], title.values)):
             raise UserError(
@@ -196,6 +198,7 @@ class Examples:
             target=target,
             node=self._node_T[token_T.at],
             title=token_T.row,
+            place=token_T.at,
             weight=self._weight_T[token_T.at],
             zero_gain=self._zero_T[token_T.at],
             n_tokens=int(length_B.sum()),
@@ -252,12 +255,4 @@ def along_titles(trie: Trie, value_per_node: NDArray[Any]) -> NDArray[Any]:
         raise UserError(
             f"wanted a value for each of {trie.n_nodes} nodes, got an array of shape {value_per_node.shape}"
         )
-    return value_per_node[_node_after(trie)]
-
-
-def _node_after(trie: Trie) -> NDArray[np.int32]:
-    """The node that each title token leads into, (T,)."""
-    before_T, offsets = trie.paths()
-    after_T = np.append(before_T[1:], before_T[:1])
-    after_T[offsets[1:] - 1] = trie.leaf
-    return after_T
+    return value_per_node[trie.paths_after()[0]]

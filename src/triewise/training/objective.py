@@ -328,8 +328,17 @@ class TitleLoss(nn.Module):
             ``loss``, a scalar; ``sums`` (3,), detached: nll of tokens without and with gain, and the gradient
             weight w = 1 - P(target) of the decisions.
         """
-        loss, nll = self.losses(batch, self.objective.parts)
-        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), batch["zero_gain"], batch["decision"])}
+        loss, nll = self.losses(batch, self.score(batch))
+        total = loss.sum() + self.added(batch, nll)
+        return {"loss": total, "sums": title_sums(nll.detach(), batch["zero_gain"], batch["decision"])}
+
+    def score(self, batch: Mapping[str, Any]) -> Callable[..., TokenLosses]:
+        """What gives the loss of each token, as `Objective.parts` does."""
+        return self.objective.parts
+
+    def added(self, batch: Mapping[str, Any], nll: Tensor) -> Tensor | float:
+        """What is added to the sum of the losses, from the nll (M,) of the targets."""
+        return 0.0
 
     def losses(
         self, batch: Mapping[str, Any], score: Callable[..., TokenLosses], *more: Mapping[str, Any]
@@ -404,7 +413,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Arguments of `TitleLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
-        batch, trie = self.examples.batch(self.rows[index]), self.examples.trie
+        batch, trie = self.batch(index), self.examples.trie
         decision = trie.branching[batch.node]
         weight = torch.from_numpy(batch.weight.astype(np.float64))
         share = self.objective.contribution(weight, torch.from_numpy(decision))
@@ -429,6 +438,10 @@ class MicroBatches(Dataset[dict[str, Any]]):
             tensors |= {"look": torch.from_numpy(look), "n_looked": int(n_edges[look].sum())}
         numbers = {"n_edges": int(n_edges.sum()), "contribution": float(share.sum()), "counts": counts}
         return tensors | numbers
+
+    def batch(self, index: int) -> Batch:
+        """Windows of one micro-batch as ids, nodes and weights."""
+        return self.examples.batch(self.rows[index])
 
     def more(self, rows: NDArray[np.int64], batch: Batch, keep: Any) -> dict[str, Any]:
         """Further arrays of a micro-batch of some windows, for a loss that needs them; ``keep``: its targets."""

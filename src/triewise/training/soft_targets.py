@@ -9,7 +9,7 @@ Shape key: M target positions, E children of all their nodes, S target titles, I
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from triewise.arrays import Ragged, offsets_of, ranges
 from triewise.errors import UserError
 from triewise.training.losses import Columns, child_edges, edge_logits, on_device
-from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses, title_sums
+from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses
 from triewise.training.temperature import of_rows
 
 if TYPE_CHECKING:
@@ -205,15 +205,9 @@ class SoftLoss(TitleLoss):
         super().__init__(model, learned.objective, trie)
         self.alpha, self.form = learned.alpha, learned.form
 
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Sum of the weighted losses; ``sums`` are those of the hard targets.
-
-        Args:
-            batch: Arguments of `TitleLoss.forward`; ``soft`` (E,) and ``first_edge`` (M,), ``first`` of `soft_parts`.
-        """
-        score = functools.partial(soft_parts, self.objective, self.alpha, self.form, batch["soft"])
-        loss, nll = self.losses(batch, score)
-        return {"loss": loss.sum(), "sums": title_sums(nll.detach(), batch["zero_gain"], batch["decision"])}
+    def score(self, batch: Mapping[str, Any]) -> Callable[..., TokenLosses]:
+        """`soft_parts`, which reads ``soft`` (E,) of the batch and ``first_edge`` (M,), its ``first``."""
+        return functools.partial(soft_parts, self.objective, self.alpha, self.form, batch["soft"])
 
 
 class SoftBatches(MicroBatches):
@@ -228,7 +222,7 @@ class SoftBatches(MicroBatches):
         self.learned = learned
 
     def more(self, rows: NDArray[np.int64], batch: Batch, keep: Any) -> dict[str, Any]:
-        """``soft`` and ``first_edge`` of `SoftLoss.forward`."""
+        """``soft`` and ``first_edge`` of `SoftLoss.score`."""
         windows, trie = self.examples.windows, self.examples.trie
         log_p = self.learned.teacher(windows.items.take(rows), windows.n_context[rows].astype(np.int64))
         node, title = batch.node[keep], batch.title[keep]
