@@ -436,12 +436,8 @@ def test_a_recipe_reads_a_folder_of_before_there_was_a_choice(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (
-            "amazon:Books",
-            "wanted one of ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR, codes:DIR or csv:DIR, "
-            "got 'amazon:Books'; amazon: is not yet supported",
-        ),
-        ("steam:", "steam: is not yet supported"),
+        ("amazon:Books", "wanted the folder Books, which does not exist"),
+        ("steam:", "wanted a folder after steam:, got nothing"),
         ("ml-10m", "wanted one of ml-100k, .* or csv:DIR as the source, got 'ml-10m'; choose one of them"),
         ("movielens:nowhere", "wanted the folder nowhere, which does not exist"),
         ("recbole:nowhere", "wanted the folder nowhere, which does not exist"),

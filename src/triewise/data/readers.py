@@ -54,13 +54,17 @@ class Raw:
         events: The interactions in the order of the file.
         title: Title of each raw item id.
         files: The files that were read.
-        repairs: As in :class:`triewise.data.interactions.Interactions`.
+        repairs: As in :class:`triewise.data.interactions.Interactions`, and so are the notes.
+        title_rows: Titles as the metadata have them, where a pipeline may choose: ``item`` and ``title``, null where
+            there is none.
     """
 
     events: Events
     title: dict[str, str] = field(repr=False)
     files: tuple[Path, ...]
     repairs: dict[str, int]
+    notes: tuple[str, ...] = ()
+    title_rows: pl.DataFrame | None = field(default=None, repr=False)
 
 
 def movielens_folder(folder: Path) -> Raw:

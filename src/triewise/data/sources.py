@@ -15,21 +15,26 @@ from triewise.data.fetch import RELEASES, fetch
 from triewise.data.interactions import Interactions
 from triewise.data.movielens_files import CITATION, INTERACTIONS, TITLES
 from triewise.data.published import Published, read_d3, read_msl
+from triewise.data.raw_amazon import amazon_folder
+from triewise.data.raw_steam import steam_folder
 from triewise.data.readers import Raw, csv_folder, movielens_folder, read_events, recbole
 from triewise.data.splits import NAMES, WAYS, LazySplit, Split, lazy_splits
 from triewise.data.tables import counted, open_table
 from triewise.errors import UserError
 from triewise.files import sha256_file
 
-SOURCES = "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR, codes:DIR or csv:DIR"
+SOURCES = (
+    "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR, amazon:DIR, steam:DIR, codes:DIR or csv:DIR"
+)
 _PUBLISHED: dict[str, Callable[[Path], Published]] = {"msl": read_msl, "d3": read_d3, "codes": coded_rows}
 _RAW: dict[str, Callable[[Path], Raw]] = {
     "movielens": movielens_folder,
     "recbole": recbole,
     "csv": csv_folder,
+    "amazon": amazon_folder,
+    "steam": steam_folder,
     "codes": coded_sequences,
 }
-_LATER = ("amazon", "steam")
 
 # What the items are and what users did with them, by a word in the name of the folder or of a file: the words
 # of the papers ("musics" is D3's).
@@ -124,8 +129,6 @@ def _parsed(source: str) -> tuple[str, str]:
     if source in RELEASES:
         return source, ""
     kind, colon, place = source.partition(":")
-    if colon and kind in _LATER:
-        raise UserError(f"wanted one of {SOURCES}, got {source!r}; {kind}: is not yet supported")
     if not colon or kind not in {**_PUBLISHED, **_RAW}:
         raise UserError(f"wanted one of {SOURCES} as the source, got {source!r}; choose one of them")
     if not place:
@@ -170,7 +173,9 @@ def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
         n_interactions=len(interactions.item),
         words=_FILMS if films else _words(_OTHER_WORDS, folder, raw.files),
         repairs=repairs,
-        notes=("every rating is an interaction, whatever its value",) * films + interactions.notes,
+        notes=("every rating is an interaction, whatever its value",) * films
+        + raw.notes
+        + interactions.notes,
         citation=CITATION if films else None,
         raw_sha256=dict(RELEASES[kind].sha256) if kind in RELEASES else _hashes(folder, raw.files),
     )

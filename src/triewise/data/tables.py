@@ -54,7 +54,7 @@ def find_file(folder: Path, name: str) -> Path:
 
 def read_bytes(path: Path) -> bytes:
     """All bytes of a file, plain or gzip."""
-    with _reading(path), _open(path) as handle:
+    with reading(path), opened(path) as handle:
         return handle.read()
 
 
@@ -69,7 +69,7 @@ def check_text(path: Path) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = line = 0
     try:
-        with _reading(path), _open(path) as handle:
+        with reading(path), opened(path) as handle:
             while chunk := handle.read(_CHUNK):
                 decoder.decode(chunk)
                 line += chunk.count(b"\n")
@@ -102,7 +102,8 @@ def _is_gzip(path: Path) -> bool:
         return path.suffix == ".gz" or handle.read(2) == b"\x1f\x8b"
 
 
-def _open(path: Path) -> IO[bytes]:
+def opened(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked."""
     return gzip.open(path) if _is_gzip(path) else path.open("rb")  # type: ignore[return-value]
 
 
@@ -111,7 +112,8 @@ def _unpacked(path: Path) -> Path | bytes:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, kind: str = "CSV") -> Iterator[None]:
+def reading(path: Path, kind: str = "CSV") -> Iterator[None]:
+    """Make one line of what goes wrong with a file."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -141,7 +143,7 @@ def read_rows(
     """
     check_text(path)
     source = _unpacked(path)
-    with _reading(path):
+    with reading(path):
         header = pl.read_csv(source, n_rows=0, infer_schema=False).columns
         missing = [name for name in columns if name not in header]
         if missing:
@@ -196,7 +198,7 @@ class Table:
 
     def collect(self, *columns: pl.Expr) -> pl.DataFrame:
         """Some columns, in the order of the file."""
-        with _reading(self.path, self.kind):
+        with reading(self.path, self.kind):
             return self.rows.select(columns).collect(engine="streaming")
 
     def check(self, *read: str) -> None:
@@ -267,7 +269,7 @@ class Table:
             )
         text = cell.str.strip_chars()
         first = self.rows.select(text).filter(pl.col(column) != "").head(1)
-        with _reading(self.path, self.kind):
+        with reading(self.path, self.kind):
             example = first.collect(engine="streaming").to_series()
         if len(example) and not example.str.contains(_NUMBER)[0]:
             for form in _DATES:
@@ -297,10 +299,10 @@ def open_table(
         UserError: If the file is empty or cannot be read, or has other columns than ``header``.
     """
     if path.suffix == ".parquet":
-        with _reading(path, "Parquet"):
+        with reading(path, "Parquet"):
             rows = pl.scan_parquet(path)
             return Table(path, "Parquet", rows, dict(rows.collect_schema()))
-    with _reading(path):
+    with reading(path):
         source = _unpacked(path)
         if not (source if isinstance(source, bytes) else path.stat().st_size):
             raise UserError(f"wanted rows in {path}, which is empty; copy or download it again")

@@ -1,0 +1,118 @@
+"""Raw Amazon reviews (McAuley lab, UCSD) of 2014, 2018 and 2023: what each file is, its keys say, not its name.
+
+A folder holds the reviews and the metadata of one category, plain or gzip. Of 2023 the interactions that the hub
+offers as CSV (``user_id,parent_asin,rating,timestamp``) do in place of the reviews.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+
+from triewise.data.lines import keys_of, record_files, record_table
+from triewise.data.readers import Raw, read_events, read_titles
+from triewise.data.tables import Table, counted, entries, names, open_table
+from triewise.errors import UserError
+
+
+class _Keys(NamedTuple):
+    user: str
+    item: str
+    time: str
+
+
+_OLD = _Keys("reviewerID", "asin", "unixReviewTime")  # 2014 and 2018
+_NEW = _Keys("user_id", "parent_asin", "timestamp")  # 2023
+# Keys of metadata that one release has and the other has not.
+_METADATA = {2014: {"imUrl", "salesRank", "related"}, 2018: {"also_buy", "main_cat", "tech1"}}
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of the folder and the keys of its first records, or the columns of a table."""
+
+    path: Path
+    is_table: bool
+    keys: frozenset[str] = field(repr=False)
+
+    @property
+    def is_reviews(self) -> bool:
+        return self.keys.issuperset(_OLD) or self.keys.issuperset(_NEW)
+
+    @property
+    def is_metadata(self) -> bool:
+        return "title" in self.keys and bool(self.keys & {"asin", "parent_asin"}) and not self.is_reviews
+
+
+def amazon_folder(folder: Path, rows_alone: bool = False) -> Raw:
+    """Reviews with metadata; every review is an interaction of its user with its item, whatever the rating.
+
+    The item of 2023 is ``parent_asin``, and of several reviews of a user and an item the first counts, as in the
+    benchmark of its authors.
+
+    Args:
+        folder: Where the files lie.
+        rows_alone: Leave it to a pipeline which title of an item counts.
+
+    Raises:
+        UserError: No or several files that could be the one or the other, files of different releases, broken lines.
+    """
+    files = [_File(path, False, keys_of(path)) for path in record_files(folder)]
+    tables = [
+        _File(path, True, frozenset(open_table(path).columns)) for path in entries(folder) if _is_csv(path)
+    ]
+    # The hub's splits have the history too; together they are its interactions.
+    whole = [file for file in tables if file.keys.issuperset(_NEW) and "history" not in file.keys]
+    reviews = [file for file in files if file.is_reviews]
+    source = _the_one(whole or reviews, "reviews", folder)
+    metadata = _the_one([file for file in files if file.is_metadata], "metadata", folder)
+    keys, year = (
+        (_NEW, 2023) if source.keys.issuperset(_NEW) else (_OLD, 2014 if "helpful" in source.keys else 2018)
+    )
+    if keys.item not in metadata.keys:
+        raise UserError(
+            f"wanted metadata of {year} ({keys.item} and title) for {source.path.name}, {metadata.path} is of another "
+            "release; put both of one release into the folder"
+        )
+    notes = [f"Amazon {year}: {source.path.name} with {metadata.path.name}"]
+    if whole and reviews:
+        notes.append(f"the interactions are those of {source.path.name}; {reviews[0].path.name} is not read")
+    looks = [release for release, known in _METADATA.items() if metadata.keys & known]
+    if year in _METADATA and looks and year not in looks:
+        notes.append(f"the metadata look like those of {looks[0]}")
+    repairs: dict[str, int] = {}
+    titles = record_table(metadata.path, keys.item, "title")
+    reviewed = open_table(source.path) if source.is_table else _reviews(source.path, keys, repairs)
+    events = read_events(reviewed, keys.user, keys.item, keys.time, repairs)
+    rows = titles.collect(titles.ids(keys.item).alias("item"), pl.col("title"))
+    title = {} if rows_alone else read_titles(titles, keys.item, "title", repairs)
+    return Raw(events, title, (source.path, metadata.path), repairs, tuple(notes), rows)
+
+
+def _reviews(path: Path, keys: _Keys, repairs: dict[str, int]) -> Table:
+    table = record_table(path, *keys)
+    if keys is _OLD:
+        return table
+    rows = table.collect(pl.all())
+    time = pl.col(keys.time).cast(pl.Int64, strict=False)
+    first = rows.filter(time.is_null() | (time == time.min().over(keys.user, keys.item)))
+    once = first.unique([keys.user, keys.item], keep="first", maintain_order=True)
+    counted(repairs, "repeated_reviews", len(rows) - len(once))
+    return replace(table, rows=once.lazy())
+
+
+def _is_csv(path: Path) -> bool:
+    return path.is_file() and path.name.lower().removesuffix(".gz").endswith(".csv") and path.name[0] != "."
+
+
+def _the_one(found: list[_File], what: str, folder: Path) -> _File:
+    if len(found) == 1:
+        return found[0]
+    there = names([file.path for file in found] or entries(folder))
+    raise UserError(
+        f"wanted one file of {what} of an Amazon release (2014, 2018 or 2023) in {folder}, found {there}; "
+        "keep the reviews and the metadata of one category in a folder"
+    )
