@@ -382,11 +382,16 @@ class EncoderSettings(Section):
 class SequentialSettings(EncoderSettings):
     """An encoder of item ids with its loss, in the place of a language model and its objective."""
 
-    loss: Literal["cross-entropy", "bce", "mse", "bpr", "cloze"] = _key(
+    loss: Literal["cross-entropy", "sampled", "bce", "mse", "bpr", "cloze"] = _key(
         "cross-entropy",
-        "over all items; bce, mse, bpr: against negatives (DROS); cloze: over all items at masks, for bert4rec",
+        "over all items; sampled: over the target and negatives that a batch shares (LLM-CF); bce, mse, bpr: against "
+        "negatives (DROS); cloze: over all items at masks, for bert4rec",
     )
-    negatives: int = _key(1, "uniform ones of each target, never itself (bce, mse, bpr)", ge=1)
+    negatives: int = _key(
+        1,
+        "uniform ones of each target, never itself (bce, mse, bpr); of a batch (sampled; LLM-CF: 128)",
+        ge=1,
+    )
     negatives_outside: Literal["target", "history"] = _key(
         "target", "history: nor any item before it (DROS, DLLM2Rec)"
     )

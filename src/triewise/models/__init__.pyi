@@ -27,6 +27,7 @@ from .head import (
     is_precise as is_precise,
 )
 from .hub import download as download, upload as upload
+from .in_context import Bank as Bank, InContext as InContext
 from .item_slots import (
     Histories as Histories,
     ItemSlots as ItemSlots,
