@@ -104,10 +104,9 @@ class InContext(nn.Module):
         """A module of the shape that `config` says, whose bank lies with the weights."""
         shape = dict(config)
         e, length, size = (shape.pop(name) for name in ("examples", "length", "size"))
-        none = torch.zeros(e, dtype=torch.int64)
-        bank = Bank(
-            torch.zeros(n_items, size), none[:, None].repeat(1, length), none, none, torch.zeros(e, size)
-        )
+        ids = torch.zeros(e, length, dtype=torch.int64)
+        item, label = torch.zeros(2, e, dtype=torch.int64).unbind()
+        bank = Bank(torch.zeros(n_items, size), ids, item, label, torch.zeros(e, size))
         return cls(bank, width, **shape)
 
     def read(self, ids: Tensor) -> Tensor:
