@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.parity.golden import close, piece
-from triewise.models import Bank, InContext, SequentialModel
+from triewise.models import Bank, ExampleModel, InContext
 from triewise.models.in_context import Decoder
 from triewise.settings import EncoderSettings, SequentialSettings
 from triewise.training import item_loss
@@ -79,7 +79,7 @@ def test_the_sampled_softmax_and_its_gradient() -> None:
 
 
 @pytest.fixture
-def theirs() -> tuple[dict[str, Any], dict[str, Any], SequentialModel, torch.Tensor]:
+def theirs() -> tuple[dict[str, Any], dict[str, Any], ExampleModel, torch.Tensor]:
     """Inputs, outputs, our model with their weights and eight examples, and which of those each row has."""
     given, wanted = piece("llm_cf", "context_feature")
     examples = given["examples"]
@@ -89,7 +89,7 @@ def theirs() -> tuple[dict[str, Any], dict[str, Any], SequentialModel, torch.Ten
     bank = Bank(texts, flat["history"], flat["item"] - 1, flat["label"], chains)
     settings = EncoderSettings(encoder="sasrec", width=WIDTH, blocks=1, heads=2, scaled=True)
     module = InContext(bank, WIDTH).double()
-    model = SequentialModel(settings, N_ITEMS, 5, in_context=module).double().eval()
+    model = ExampleModel(settings, N_ITEMS, 5, 0, module).double().eval()
     module.texts[1:-1] = texts
     module.chains[:] = nn.functional.normalize(chains, dim=1)
     module.keys[:] = module.read(module.ids)
@@ -107,9 +107,9 @@ def theirs() -> tuple[dict[str, Any], dict[str, Any], SequentialModel, torch.Ten
     fill(model.body, "positions.position.weight", given["pos_emb.weight"])
     items = given["emb_tab_dict.item_id_emb_tab.weight"]
     fill(model, "items.weight", torch.cat([torch.zeros(1, WIDTH), items[1:], items[:1]]))
-    for part in model.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.eps = 1e-8
+    for layer in model.modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = 1e-8
     return given, wanted, model, torch.arange(8).view(4, 2).T
 
 

@@ -24,6 +24,7 @@ from triewise.files import sha256_file
 from triewise.models import (
     BASE_FACTS,
     Backbone,
+    ExampleModel,
     SequentialModel,
     describe_lora,
     freeze_unused,
@@ -269,7 +270,10 @@ def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
     sequences = Sequences.from_windows(windows, weight)
     got = enhancement_of(recipe, dataset, rows, _drawn(recipe, dataset.train.n_rows))
     shape = settings, n_items, recipe.data.max_history, recipe.seed
-    model = SequentialModel(*shape, got.vectors, got.vector_weight, got.in_context)
+    if got.in_context is None:
+        model = SequentialModel(*shape, got.vectors, got.vector_weight)
+    else:
+        model = ExampleModel(*shape, got.in_context)
     model.to(resolve_device(settings.device))
     origin = {"name": settings.encoder, "kind": "sequential"}
     recommender = SequentialRecommender(model, dataset.catalog, counts, origin=origin)

@@ -99,8 +99,8 @@ def chains_of(settings: ExampleSettings, questions: Questions) -> list[Chain]:
     if folder is None:
         if model != "template":
             raise UserError(
-                f"the chains of thought of {model} are written ahead of training; run: triewise reason RECIPE --out DIR, "
-                "and set enhance.chains = DIR"
+                f"chains of thought by {model} are written ahead of training; run: triewise reason RECIPE --out DIR, and "
+                "set enhance.chains = DIR"
             )
         return [Chain(text, False) for text in questions.templates]
     kept, keys = kept_chains(folder), questions.keys(settings.writer)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triewise.arrays import Ragged, padded
-from triewise.models.in_context import InContext
 from triewise.settings import EncoderSettings
 
 PAD = 0
@@ -39,7 +38,6 @@ class SequentialModel(nn.Module):
         seed: Of the initial weights.
         vectors: float32 (I, Z) of another model; see `ItemOffset`. None: there are none.
         vector_weight: What they count at the input.
-        in_context: Reads the state of a history again after examples; None: it stays as it is.
     """
 
     def __init__(
@@ -50,7 +48,6 @@ class SequentialModel(nn.Module):
         seed: int = 0,
         vectors: Tensor | None = None,
         vector_weight: float = 0.0,
-        in_context: InContext | None = None,
     ) -> None:
         super().__init__()
         self.settings, self.n_items, self.max_length = settings, n_items, max_length
@@ -63,7 +60,6 @@ class SequentialModel(nn.Module):
             self.head = nn.Linear(settings.width, n_items, bias=False) if settings.head == "linear" else None
             self._start()
             self.offset = None if vectors is None else ItemOffset(vectors, settings.width, vector_weight)
-        self.in_context = in_context
 
     @torch.no_grad()
     def _start(self) -> None:
@@ -86,8 +82,6 @@ class SequentialModel(nn.Module):
         kind, offset = shape.pop("encoder"), self.offset
         if offset is not None:
             shape["vectors"] = {"size": offset.linear.in_features, "weight": offset.weight}
-        if self.in_context is not None:
-            shape["in_context"] = self.in_context.config
         return {"kind": kind, "n_items": self.n_items, "max_length": self.max_length, **shape}
 
     @classmethod
@@ -95,11 +89,11 @@ class SequentialModel(nn.Module):
         """A model of the shape that `config` says."""
         shape = {name: value for name, value in config.items() if name in EncoderSettings.model_fields}
         settings = EncoderSettings(encoder=config["kind"], **shape)
-        n_items, given, examples = config["n_items"], config.get("vectors"), config.get("in_context")
-        vectors = None if given is None else torch.zeros(n_items, given["size"])  # they lie with the weights
-        weight = 0.0 if given is None else given["weight"]
-        shown = None if examples is None else InContext.from_config(examples, n_items, settings.width)
-        return cls(settings, n_items, config["max_length"], 0, vectors, weight, shown)
+        n_items, given = config["n_items"], config.get("vectors")
+        if given is None:
+            return cls(settings, n_items, config["max_length"])
+        vectors = torch.zeros(n_items, given["size"])  # they lie with the weights
+        return cls(settings, n_items, config["max_length"], 0, vectors, given["weight"])
 
     @property
     def bidirectional(self) -> bool:
@@ -110,10 +104,10 @@ class SequentialModel(nn.Module):
     def reads_along(self) -> bool:
         """Whether the state at a place of a row is the one after a row that ends there.
 
-        Not where places are counted from the row's newest item, or examples are found for the row.
+        Not where places are counted from the row's newest item.
         """
         from_newest = self.settings.encoder == "sasrec" and self.settings.positions == "newest"
-        return not (self.bidirectional or from_newest or self.in_context is not None)
+        return not (self.bidirectional or from_newest)
 
     @property
     def weight(self) -> Tensor:
@@ -151,15 +145,7 @@ class SequentialModel(nn.Module):
         return self.last_states(torch.from_numpy(ids.astype(np.int64)).to(self.bias.device))
 
     def last_states(self, ids: Tensor) -> Tensor:
-        """States (B, D) that predict what comes after each row (B, L); zeros for a row without items."""
-        states = self.plain_states(ids)
-        if self.in_context is None:
-            return states
-        read: Tensor = self.in_context(self, states, ids)[0]
-        return read * (ids != PAD).any(1, keepdim=True)
-
-    def plain_states(self, ids: Tensor) -> Tensor:
-        """`last_states` before any examples are read.
+        """States (B, D) that predict what comes after each row (B, L); zeros for a row without items.
 
         A bidirectional model gets a mask behind each row.
         """

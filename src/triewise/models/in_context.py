@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from triewise.models.encoders import SequentialModel
+from triewise.models.encoders import PAD, SequentialModel
+from triewise.settings import EncoderSettings
 
 STEP = 1e-6  # similarities that differ less are equal, so that who shares a batch decides nothing
 
@@ -112,7 +112,7 @@ class InContext(nn.Module):
     def read(self, ids: Tensor) -> Tensor:
         """(B, Z) means of the texts of histories (B, L); 0 without items."""
         total: Tensor = self.texts[ids].sum(1)
-        return total / (ids > 0).sum(1, keepdim=True).clamp(min=1)
+        return total / (ids != PAD).sum(1, keepdim=True).clamp(min=1)
 
     def retrieve(self, ids: Tensor, hidden: Tensor | None = None) -> Tensor:
         """The examples with the most similar histories, int64 (B, K), -1 where there are no more; first those bought.
@@ -136,7 +136,7 @@ class InContext(nn.Module):
 
     def forward(
         self,
-        model: SequentialModel,
+        model: ExampleModel,
         states: Tensor,
         ids: Tensor,
         found: Tensor | None = None,
@@ -168,6 +168,57 @@ class InContext(nn.Module):
         told = F.cosine_similarity(self.again(read[:, : 3 * k : 3]), chains, dim=2)
         apart = ((1 - told) * real).sum(1) / real.sum(1).clamp(min=1)
         return states + self.weight * read[:, -1], apart
+
+
+class ExampleModel(SequentialModel):
+    """A sequential model whose states are read again after examples.
+
+    Args:
+        settings: As of `SequentialModel`, and so are ``n_items``, ``max_length`` and ``seed``.
+        in_context: Holds the examples.
+    """
+
+    def __init__(
+        self,
+        settings: EncoderSettings,
+        n_items: int,
+        max_length: int,
+        seed: int,
+        in_context: InContext,
+    ) -> None:
+        super().__init__(settings, n_items, max_length, seed)
+        self.in_context = in_context
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """That of the encoder, and ``in_context``."""
+        return super().config | {"in_context": self.in_context.config}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ExampleModel:
+        """A model of the shape that `config` says."""
+        plain = SequentialModel.from_config(config)
+        module = InContext.from_config(config["in_context"], plain.n_items, plain.settings.width)
+        return cls(plain.settings, plain.n_items, plain.max_length, 0, module)
+
+    @property
+    def reads_along(self) -> bool:
+        """No: examples are found for a whole row."""
+        return False
+
+    def plain_states(self, ids: Tensor) -> Tensor:
+        """`last_states` before any example is read."""
+        return super().last_states(ids)
+
+    def last_states(self, ids: Tensor) -> Tensor:
+        """States (B, D) that predict what comes after each row (B, L); zeros for a row without items."""
+        read: Tensor = self.in_context(self, self.plain_states(ids), ids)[0]
+        return read * (ids != PAD).any(1, keepdim=True)
+
+
+def sequential_model(config: Mapping[str, Any]) -> SequentialModel:
+    """The model of a ``model/config.json``, with or without examples."""
+    return (ExampleModel if "in_context" in config else SequentialModel).from_config(config)
 
 
 class Decoder(nn.Module):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from triewise.arrays import Int64, Ragged, padded
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, write_json
-from triewise.models import SequentialModel, load_trained, resolve_device
+from triewise.models import SequentialModel, load_trained, resolve_device, sequential_model
 from triewise.ranking import Groups, ItemLists, Items, check_histories, rank_items
 from triewise.recommenders.assistants import (
     Assisted,
@@ -201,7 +201,7 @@ class SequentialRecommender(Assisted):
         """
         saved = Saved.open(folder_or_hub_id, revision, "sequential")
         place = saved.folder / "model"
-        model = SequentialModel.from_config(read_json(place / "config.json"))
+        model = sequential_model(read_json(place / "config.json"))
         load_trained(model, place / "model.safetensors")
         model.requires_grad_(False)
         return cls(
