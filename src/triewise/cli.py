@@ -199,6 +199,25 @@ def teach(
 
 
 @app.command()
+def reason(
+    recipe: RecipeName,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the chains of thought; what is there already is kept.")
+    ],
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """Have a model explain training rows of a recipe, for its enhance.chains (LLM-CF)."""
+    from triewise.app import reason as reason_with
+    from triewise.recipe import load_recipe
+
+    facts = reason_with(load_recipe(recipe, changes or ()), out)
+    _print_json(facts) if as_json else typer.echo(
+        f"{out}: {facts['by_model']} chains of thought by {facts['model']}, {facts['by_template']} by the template"
+    )
+
+
+@app.command()
 def run(
     recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="The run folder; default runs/NAME.")] = None,

@@ -29,6 +29,7 @@ from triewise.settings import (
     DataSettings,
     DistilSettings,
     EvaluationSettings,
+    ExampleSettings,
     HybridSettings,
     ObjectiveSettings,
     Section,
@@ -38,6 +39,8 @@ from triewise.settings import (
 
 # What runs did before a key existed whose default is another one.
 _BEFORE = {"evaluation": {"gain_over": "all"}}
+
+_TAGS = ("dllm2rec", "llm-cf")  # kinds that pydantic names in the place of a problem
 
 # What only a language model has a use for; the values that change nothing.
 _OF_LANGUAGE_MODELS = {
@@ -60,7 +63,7 @@ class Recipe(Section):
     objective: ObjectiveSettings = ObjectiveSettings()
     hybrid: HybridSettings | None = None
     sequential: SequentialSettings | None = None
-    enhance: DistilSettings | None = None
+    enhance: DistilSettings | ExampleSettings | None = Field(None, discriminator="kind")
     training: TrainingSettings = TrainingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -116,8 +119,13 @@ class Recipe(Section):
         for key, wanted in (("supervision", "last"), ("rows", "train")):
             if getattr(self.training, key) != wanted:
                 raise ValueError(
-                    f"[enhance] learns from a teacher's rankings of train; set training.{key} = {wanted!r}"
+                    f"[enhance] is about the rows of train, one target each; set training.{key} = {wanted!r}"
                 )
+        if isinstance(self.enhance, ExampleSettings) and self.sequential.width % (2 * self.enhance.heads):
+            raise ValueError(
+                f"sequential.width must be a multiple of twice enhance.heads, got {self.sequential.width} and "
+                f"{self.enhance.heads}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -287,7 +295,12 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     # A value of several types is reported once a type, with the type as the last part of its place.
     known = _keys(Recipe)
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(str(part) for part in problem["loc"] if part not in _TAGS)
+    if problem["type"].startswith("union_tag"):
+        context, key = problem["ctx"], f"{key}.kind"
+        if "tag" in context:
+            return f"{key}: Input should be one of {context['expected_tags']}, got {context['tag']!r}"
+        problem["type"] = "missing"
     if problem["type"] != "extra_forbidden":
         key = max((name for name in known if f"{key}.".startswith(f"{name}.")), key=len, default=key)
     if problem["type"] == "extra_forbidden":

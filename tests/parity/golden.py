@@ -41,7 +41,9 @@ def _value(given: Any) -> Any:
         return torch.tensor(
             given["values"], dtype=torch.float64 if _holds_floats(given["values"]) else torch.int64
         )
-    return torch.tensor(given, dtype=torch.float64) if isinstance(given, list) else given
+    if not isinstance(given, list) or isinstance(given[0], dict):
+        return given
+    return torch.tensor(given, dtype=torch.float64)
 
 
 def _holds_floats(values: Any) -> bool:

@@ -5,6 +5,7 @@ from .folders import (
     open_run as open_run,
     what_was_prepared as what_was_prepared,
 )
+from .reasoning import reason as reason
 from .runs import (
     changed_evaluation as changed_evaluation,
     evaluate_run as evaluate_run,

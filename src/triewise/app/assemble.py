@@ -24,6 +24,7 @@ from triewise.files import sha256_file
 from triewise.models import (
     BASE_FACTS,
     Backbone,
+    ExampleModel,
     SequentialModel,
     describe_lora,
     freeze_unused,
@@ -162,7 +163,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
                     f"the {part} of the reference {reference} is another one; give both the same data, "
                     "data.max_history and backbone, or train a reference for this recipe"
                 )
-    windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
+    windows = make_windows(training_rows(recipe, dataset), recipe.training.supervision, prompts)
     remember(backbone, windows, prompts.max_history)
     counts = target_counts(windows, dataset.catalog.n_items)
     for line in training_warnings(recipe.objective, prompts, trie, windows, counts):
@@ -259,7 +260,7 @@ def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
         raise UserError(
             "a sequential model is trained in one process; start it without torchrun or accelerate"
         )
-    rows, n_items = _training_rows(recipe, dataset), dataset.catalog.n_items
+    rows, n_items = training_rows(recipe, dataset), dataset.catalog.n_items
     windows = make_windows(rows, recipe.training.supervision)
     counts = target_counts(windows, n_items)
     weight = None
@@ -272,15 +273,18 @@ def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
         age_days = (rows.timestamp.max() - rows.timestamp) / 86400
         weight = np.exp2(-age_days / settings.half_life_days)
     sequences = Sequences.from_windows(windows, weight)
-    got = enhancement_of(recipe, dataset, _drawn(recipe, dataset.train.n_rows))
+    got = enhancement_of(recipe, dataset, rows, _drawn(recipe, dataset.train.n_rows))
     shape = settings, n_items, recipe.data.max_history, recipe.seed
-    model = SequentialModel(*shape, got.vectors, got.vector_weight)
+    if got.in_context is None:
+        model = SequentialModel(*shape, got.vectors, got.vector_weight)
+    else:
+        model = ExampleModel(*shape, got.in_context)
     model.to(resolve_device(settings.device))
     origin = {"name": settings.encoder, "kind": "sequential"}
     recommender = SequentialRecommender(model, dataset.catalog, counts, origin=origin)
     size = sum(p.numel() for p in model.parameters())
     known = recommender.hashes | {"sequences": sequences.fingerprint()} | got.hashes
-    facts = _facts(known, origin, (size, size), windows, counts)
+    facts = _facts(known, origin, (size, size), windows, counts) | got.facts
     loss = None if got.loss is None else got.loss(model, counts)
     learned = model, sequences, counts, settings, recipe.training
     return Learner(recommender, facts, functools.partial(fit, *learned, seed=recipe.seed, loss=loss))
@@ -304,7 +308,8 @@ def _facts(
     }
 
 
-def _training_rows(recipe: Recipe, dataset: Dataset) -> Split:
+def training_rows(recipe: Recipe, dataset: Dataset) -> Split:
+    """The rows that a recipe trains on."""
     rows = dataset.train
     if recipe.training.rows == "train+valid":
         rows = rows.then(dataset.valid)

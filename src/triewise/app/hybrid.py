@@ -105,4 +105,9 @@ def _items(recipe: Recipe, hybrid: HybridSettings, dataset: Dataset) -> Sequenti
             f"the item vectors of {hybrid.items} were trained on the validation rows; set training.rows = "
             f"{theirs.training.rows!r} here too, or give a run trained on train"
         )
+    if hybrid.kind == "a-llmrec" and theirs.enhance is not None and theirs.enhance.kind == "llm-cf":
+        raise UserError(
+            f"wanted a sequential run whose states need its items alone, got LLM-CF in {hybrid.items}; give its "
+            "encoder without [enhance], or set hybrid.kind = 'llara'"
+        )
     return SequentialRecommender.from_pretrained(hybrid.items, device="cpu")

@@ -27,6 +27,12 @@ from .head import (
     is_precise as is_precise,
 )
 from .hub import download as download, upload as upload
+from .in_context import (
+    Bank as Bank,
+    ExampleModel as ExampleModel,
+    InContext as InContext,
+    sequential_model as sequential_model,
+)
 from .item_slots import (
     Histories as Histories,
     ItemSlots as ItemSlots,

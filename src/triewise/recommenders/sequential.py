@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from triewise.arrays import Int64, Ragged, padded
 from triewise.errors import UserError, reading
 from triewise.files import atomic_folder, read_json, write_json
-from triewise.models import SequentialModel, load_trained, resolve_device
+from triewise.models import SequentialModel, load_trained, resolve_device, sequential_model
 from triewise.ranking import Groups, ItemLists, Items, check_histories, rank_items
 from triewise.recommenders.assistants import (
     Assisted,
@@ -211,7 +211,7 @@ class SequentialRecommender(Assisted):
         with reading(place / "config.json"):
             if config["n_items"] != saved.catalog.n_items:
                 raise ValueError(f"{config['n_items']} items, {saved.catalog.n_items} in the catalogue")
-            model = SequentialModel.from_config(config)
+            model = sequential_model(config)
         load_trained(model, place / "model.safetensors")
         model.requires_grad_(False)
         return cls(

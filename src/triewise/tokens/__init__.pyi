@@ -19,6 +19,7 @@ from .prompts import (
     Prompts as Prompts,
     build_prompts as build_prompts,
     single_start as single_start,
+    turns as turns,
 )
 from .trie import DeviceTrie as DeviceTrie, Trie as Trie
 

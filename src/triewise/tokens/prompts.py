@@ -373,3 +373,10 @@ def _chat_sides(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     before, _, after = rendered.partition(_PLACE)
     return tuple(tuple(tokenizer(side, add_special_tokens=False)["input_ids"]) for side in (before, after))  # type: ignore[return-value]
+
+
+def turns(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of untrusted texts, each as a user's turn where the tokenizer has a chat template."""
+    chat = getattr(tokenizer, "chat_template", None)
+    before, after = _chat_sides(tokenizer) if chat else (_in_front(tokenizer), ())
+    return [[*before, *ids, *after] for ids in _plain_ids(tokenizer, list(texts), _special(tokenizer))]

@@ -14,7 +14,7 @@ from .distil import (
 )
 from .examples import Examples as Examples, along_titles as along_titles
 from .item_fit import fit as fit
-from .item_tasks import ItemLoss as ItemLoss, Sequences as Sequences, item_loss as item_loss
+from .item_tasks import ItemLoss as ItemLoss, Sequences as Sequences, Task as Task, item_loss as item_loss
 from .losses import trie_nll as trie_nll, vocabulary_nll as vocabulary_nll
 from .objective import Learned as Learned, Objective as Objective
 from .preferences import Preferences as Preferences, kept_reference as kept_reference

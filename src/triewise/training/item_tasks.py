@@ -162,6 +162,20 @@ def pairwise(kind: str, positive: Tensor, negative: Tensor) -> Tensor:
     return (F.softplus(-positive) + F.softplus(negative).mean(1)) / 2
 
 
+def sampled_softmax(positive: Tensor, negative: Tensor, is_target: Tensor) -> Tensor:
+    """Losses (M,) ``-ln( e^s_t / (e^s_t + sum_n e^s_n) )``; negatives that are a row's target are left out of its sum.
+
+    Args:
+        positive: Scores of the targets (M,).
+        negative: Scores of the negatives (M, N), the same items for all rows.
+        is_target: bool (M, N).
+
+    Source: LLM-CF's code.
+    """
+    against = negative.masked_fill(is_target, -torch.inf)
+    return torch.cat([positive[:, None], against], dim=1).logsumexp(1) - positive
+
+
 def dros(scores: Tensor, target: Tensor, propensity: Tensor, beta0: float = 1.0) -> Tensor:
     """The distributionally robust term (M,) of DROS.
 
@@ -215,10 +229,16 @@ def item_loss(
         if pairs and not alpha and added is None:
             some = _shown(model.scores_of(states, items))
             return pairwise(settings.loss, some[:, 0], some[:, 1:])
+        if settings.loss == "sampled":
+            shared = sampled(states, target, rng)
+            if not alpha and added is None:
+                return shared
         scores = _shown(model.scores(states))
         some = scores.gather(1, items)
         if pairs:
             total = pairwise(settings.loss, some[:, 0], some[:, 1:])
+        elif settings.loss == "sampled":
+            total = shared
         else:
             total = F.cross_entropy(
                 scores, target, reduction="none", label_smoothing=settings.label_smoothing
@@ -226,6 +246,13 @@ def item_loss(
         if alpha:
             total = total + alpha * dros(scores, target, propensity, settings.dros_beta0)
         return total if added is None else total + added(scores, some[:, 1:], task)
+
+    def sampled(states: Tensor, target: Tensor, rng: np.random.Generator) -> Tensor:
+        n = min(settings.negatives, model.n_items)
+        drawn = torch.from_numpy(rng.choice(model.n_items, n, replace=False)).to(states.device)
+        negative = F.linear(states, model.weight[drawn], model.bias[drawn])
+        own = model.scores_of(states, target[:, None])[:, 0]
+        return sampled_softmax(own, negative, target[:, None] == drawn)
 
     def _shown(scores: Tensor) -> Tensor:
         return F.elu(scores) + 1 if settings.loss == "bpr" else scores
