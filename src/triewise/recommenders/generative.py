@@ -44,7 +44,16 @@ from triewise.recommenders.grounding import GroundedRecommender
 from triewise.recommenders.saved import TRIE, Saved, card_facts, hash_of, saving
 from triewise.recommenders.search_settings import SEARCHES, SETTINGS, SearchSettings
 from triewise.reports import Recommendation, addressed, describe, explain, forced_by_position, model_card
-from triewise.tokens import Dropped, Prompts, Trie, build_prompts, information_gain, single_start
+from triewise.tokens import (
+    IDENTIFIER,
+    Dropped,
+    Prompts,
+    Trie,
+    build_prompts,
+    information_gain,
+    read_identifier,
+    single_start,
+)
 
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
@@ -259,7 +268,12 @@ class GenerativeRecommender(SearchSettings, Assisted):
             "origin": self.backbone.origin,
             **self.saved_assistant,
         }
+        identifier = self.prompts.identifier
+        if identifier is not None:
+            manifest["identifier"] = "codes+title" if identifier.titled else "codes"
         with saving(self, folder, manifest) as place:
+            if identifier is not None:
+                identifier.save(place / IDENTIFIER, self.catalog.item_id)
             self.backbone.save(place / "model")
             self.trie.save(place / TRIE)
 
@@ -295,6 +309,9 @@ class GenerativeRecommender(SearchSettings, Assisted):
             backbone.tokenizer, made["template"], made["chat"]
         )  # where the folder names none
         made = {"start": start, "slots": None if slots is None else slots.ids} | made
+        if "identifier" in manifest:
+            titled = manifest["identifier"] == "codes+title"
+            made["identifier"] = read_identifier(saved.folder / IDENTIFIER, saved.catalog, titled)
         prompts = build_prompts(backbone.tokenizer, saved.catalog, **made)
         if prompts.template == "d3" and prompts.hash != manifest["hashes"]["prompt"]:
             made |= {"template": "d3-reworded"}  # it was saved with the former words
