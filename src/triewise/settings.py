@@ -126,6 +126,37 @@ class PreferenceSettings(Section):
     )
 
 
+class FlowSettings(Section):
+    """Flower: titles that the model draws itself shall be as frequent as their reward; defaults are the authors'."""
+
+    strength: float = _key(
+        0.999,
+        "theta: weight of the objective, 1 - theta that of the balance (authors .99 to .9999)",
+        ge=0,
+        lt=1,
+    )
+    reward: Literal["div", "add", "logp"] = _key(
+        "div", "of a token: log q / S, log q + lam log s, or log q alone; q: share of the histories"
+    )
+    lam: float = _key(1.0, "of the personal part (add)", ge=0)
+    scores: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+        None,
+        "folder of a run on the same rows that knows S and s, how much a user likes each title (div, add)",
+    )
+    prefixes: Literal["own", "coded"] = _key(
+        "own",
+        "a prefix has one reward; coded: scaled by the title it becomes, -15 where a shorter title ends (authors)",
+    )
+
+    @model_validator(mode="after")
+    def _scored(self) -> FlowSettings:
+        if (self.reward == "logp") != (self.scores is None):
+            raise ValueError(
+                f"reward = 'div' and 'add' need scores, a run, and 'logp' has none, got {self.reward!r}"
+            )
+        return self
+
+
 class ObjectiveSettings(Section):
     """Support x temperature x weight, and what CFT and S-DPO add."""
 
@@ -158,6 +189,7 @@ class ObjectiveSettings(Section):
     )
     contrast: ContrastSettings = ContrastSettings()
     preference: PreferenceSettings = PreferenceSettings()
+    flow: FlowSettings | None = None
 
     @model_validator(mode="after")
     def _positive(self) -> ObjectiveSettings:
@@ -167,14 +199,25 @@ class ObjectiveSettings(Section):
             raise ValueError("temperature = 'adaptive' needs support = 'trie'")
         if self.expand_negatives and self.support != "trie":
             raise ValueError("expand_negatives = true needs support = 'trie'")
-        if self.soft_targets is not None:
-            for name, other in (
-                ("expand_negatives = true", self.expand_negatives),
-                ("contrast.strength > 0", self.contrast.strength),
-                ("preference.negatives > 0", self.preference.negatives),
-            ):
-                if other:
-                    raise ValueError(f"soft_targets and {name} are two objectives; use one")
+        return self
+
+    @model_validator(mode="after")
+    def _alone(self) -> ObjectiveSettings:
+        others = (
+            ("expand_negatives = true", self.expand_negatives),
+            ("contrast.strength > 0", self.contrast.strength),
+            ("preference.negatives > 0", self.preference.negatives),
+            ("flow", self.flow),
+        )
+        for one, chosen, rest in (
+            ("soft_targets", self.soft_targets, others),
+            ("flow", self.flow, others[:3]),
+        ):
+            for name, other in rest:
+                if chosen is not None and other:
+                    raise ValueError(f"{one} and {name} are two objectives; use one")
+        if self.flow is not None and self.temperature != 1:
+            raise ValueError("flow is about probabilities at temperature 1; leave temperature at 1")
         return self
 
     @model_validator(mode="after")
@@ -255,7 +298,7 @@ class TrainingSettings(Section):
     )
     workers: int | None = _key(
         None,
-        "processes that build batches ahead; default: up to 4 for a GPU under Linux, else, and for soft targets, none",
+        "processes that build batches ahead; default: up to 4 for a GPU under Linux, else, and to ask a model, none",
         ge=0,
     )
     learning_rate: float = _key(1e-4, "the peak, after the warm-up", gt=0)
