@@ -41,7 +41,8 @@ def _value(given: Any) -> Any:
         return torch.tensor(
             given["values"], dtype=torch.float64 if _holds_floats(given["values"]) else torch.int64
         )
-    if not isinstance(given, list) or isinstance(given[0], dict):
+    ragged = isinstance(given, list) and len({len(v) for v in given if isinstance(v, list)}) > 1
+    if not isinstance(given, list) or isinstance(given[0], dict) or ragged:
         return given
     return torch.tensor(given, dtype=torch.float64)
 
