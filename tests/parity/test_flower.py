@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.parity.golden import close, piece
-from triewise.settings import FlowSettings
+from triewise.objectives import FlowSettings
 from triewise.tokens import Trie
 from triewise.training import Objective
 from triewise.training.flow import balance, flow_parts, history_prior, personal_terms, state_rewards

@@ -19,8 +19,8 @@ from tests.worlds import write_msl_folder
 from triewise.app import evaluate_run, train_run
 from triewise.errors import UserError
 from triewise.files import read_json, write_json
+from triewise.objectives import ObjectiveSettings
 from triewise.recipe import Recipe, parse_recipe
-from triewise.settings import ObjectiveSettings
 from triewise.tokens import Trie, binary_weights, build_prompts, zero_gain
 from triewise.training import Examples, along_titles, make_windows, target_counts, training_warnings
 from triewise.training.cautions import beta_is_idle, prompts_that_lose_titles

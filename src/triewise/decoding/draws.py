@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from triewise.decoding.growth import Growth
-from triewise.decoding.search import drive
+from triewise.decoding.growth import Growth, drive
 from triewise.decoding.treecache import Counters
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def sample(engine: TrieEngine, prompts: TokenLists, uniform: Float64) -> Int32:
 
 
 class Draws:
-    """One path for each user, see `sample`; a `search.Strategy`.
+    """One path for each user, see `sample`; a `growth.Strategy`.
 
     Attributes:
         node: int64 (B,), the decision that each path has come to, or its leaf.

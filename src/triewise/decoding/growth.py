@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -250,3 +250,31 @@ def forced_runs(trie: Trie, user: Int64, node: Int64) -> tuple[Int64, Int64]:
         users.append(user)
         nodes.append(node)
     return np.concatenate(users), np.concatenate(nodes)
+
+
+class Strategy(Protocol):
+    """A way to search the trees of several users, round by round."""
+
+    def start(self, user: Int64) -> None:
+        """Begin with some users (n,)."""
+
+    def request(self) -> tuple[Int64, Int64]:
+        """Users and nodes (R,) whose edges the next round needs, users together."""
+
+    def foreseen(self) -> tuple[Int64, Int64]:
+        """Users and nodes that are asked for in later rounds whatever scores the edges get."""
+
+    def update(self, edges: Edges) -> Int64:
+        """Go on with what was asked for; the users (n,) who are done."""
+
+
+def drive(growth: Growth, search: Strategy) -> None:
+    """Let users in, grow their trees as the search asks, and let them go when they are done."""
+    while True:
+        fresh = growth.admit()
+        if len(fresh):
+            search.start(fresh)
+        user, node = search.request()
+        if not len(user):
+            return
+        growth.release(search.update(growth.expand(user, node, search.foreseen)))

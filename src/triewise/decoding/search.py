@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from triewise.decoding.beams import Beams
 from triewise.decoding.best_first import BestFirst
 from triewise.decoding.engine import TrieEngine, edge_log_probabilities
 from triewise.decoding.filters import TitleFilter
-from triewise.decoding.growth import Edges, Growth, edges_on_paths
+from triewise.decoding.growth import Growth, drive, edges_on_paths
 from triewise.decoding.scoring import Hypotheses, Rule, best_of_each, path_sums, tied_places
 from triewise.decoding.treecache import Counters, Prefix, TokenLists
 from triewise.errors import UserError
@@ -316,22 +316,6 @@ def _change(engine: TrieEngine) -> float:
     return float(np.sqrt(np.mean((found - alone) ** 2, axis=1).max()))
 
 
-class Strategy(Protocol):
-    """A way to search the trees of several users, round by round."""
-
-    def start(self, user: Int64) -> None:
-        """Begin with some users (n,)."""
-
-    def request(self) -> tuple[Int64, Int64]:
-        """Users and nodes (R,) whose edges the next round needs, users together."""
-
-    def foreseen(self) -> tuple[Int64, Int64]:
-        """Users and nodes that are asked for in later rounds whatever scores the edges get."""
-
-    def update(self, edges: Edges) -> Int64:
-        """Go on with what was asked for; the users (n,) who are done."""
-
-
 def _blocks(
     engine: TrieEngine, prompts: TokenLists, counters: Counters
 ) -> Iterator[tuple[Int64, Prefix | None]]:
@@ -347,18 +331,6 @@ def _blocks(
         users = users[np.argsort(length[users], kind="stable")]
         for start in range(0, len(users), engine.at_once):
             yield users[start : start + engine.at_once], prefix
-
-
-def drive(growth: Growth, search: Strategy) -> None:
-    """Let users in, grow their trees as the search asks, and let them go when they are done."""
-    while True:
-        fresh = growth.admit()
-        if len(fresh):
-            search.start(fresh)
-        user, node = search.request()
-        if not len(user):
-            return
-        growth.release(search.update(growth.expand(user, node, search.foreseen)))
 
 
 def _returned(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from triewise.tokens import Dropped, Prompts, Trie, zero_gain
 
 if TYPE_CHECKING:
-    from triewise.settings import ObjectiveSettings
+    from triewise.objectives import ObjectiveSettings
     from triewise.training.windows import Windows
 
 LONGEST = 256  # prompts that are made to see whether they lose titles

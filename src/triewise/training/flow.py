@@ -31,7 +31,8 @@ from triewise.training.losses import Columns, column_of
 from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses, title_sums
 
 if TYPE_CHECKING:
-    from triewise.settings import FlowSettings, TrainingSettings
+    from triewise.objectives import FlowSettings
+    from triewise.settings import TrainingSettings
     from triewise.tokens import Trie
     from triewise.training.examples import Batch, Examples
     from triewise.training.soft_targets import Teacher
