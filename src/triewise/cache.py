@@ -33,7 +33,7 @@ def offline() -> bool:
     return os.environ.get("TRIEWISE_OFFLINE", "") not in ("", "0")
 
 
-def connect(url: str, seconds: float) -> http.client.HTTPResponse:
+def connect(url: str | urllib.request.Request, seconds: float) -> http.client.HTTPResponse:
     """Open an address within a time limit, all told.
 
     The connection is made in a thread: looking up a name has no time limit of its own, and a host with several

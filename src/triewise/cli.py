@@ -106,6 +106,18 @@ def prepare(
 
 
 @app.command()
+def fetch(
+    category: Annotated[str, typer.Argument(help="Of Amazon 2023, for example Musical_Instruments.")],
+    out: Annotated[Path, typer.Option(help="Folder for its files, which amazon:DIR reads.")],
+) -> None:
+    """Download the interactions and the metadata of an Amazon category; run it again to go on where it stopped."""
+    from triewise.data import fetch_category
+
+    folder = fetch_category(category, out)
+    typer.echo(f"triewise prepare amazon:{folder} --out data/{category}")
+
+
+@app.command()
 def describe(
     folder: Annotated[Path, typer.Argument(help="A prepared folder.")],
     tokenizer: Annotated[

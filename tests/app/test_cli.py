@@ -118,7 +118,7 @@ def test_run_does_everything(raw: Path, capsys, monkeypatch) -> None:
         (["recommend", "nowhere", "--history", "x"], "nowhere is no folder"),
         (["train", "nothing.toml", "--out", "x"], "wanted a recipe file or one of"),
         (["train", "demo/msl", "--out", "x", "--set", "training.stepz=3"], "did you mean 'training.steps'"),
-        (["prepare", "amazon:books", "--out", "x"], "not yet"),
+        (["prepare", "amazon:books", "--out", "x"], "wanted the folder books"),
         (["prepare", "nonsense", "--out", "x"], "ml-100k"),
         (["describe", "nowhere"], "nowhere"),
         (["report", "nowhere"], "has no run.json"),
