@@ -5,6 +5,7 @@ Shape key: R rows, E values end to end, L columns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 import polars as pl
 from numpy.typing import ArrayLike, NDArray
+
+from triewise.errors import UserError
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -180,8 +183,25 @@ def among_best(key: Ints, values: NDArray[np.floating], n: int) -> Bool:
     return near
 
 
+def check_memory(n_bytes: float, what: str) -> None:
+    """Refuse what this machine has no memory for, before it is tried.
+
+    Raises:
+        UserError: It has less; the line says how much of it ``what`` would take.
+    """
+    try:
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows does not say
+        have = 1 << 40
+    if n_bytes > have:
+        raise UserError(
+            f"{what} would take at least {n_bytes / 1e9:.3g} GB, and this machine has {have / 1e9:.3g} GB; lower it"
+        )
+
+
 def blank_lists(n_users: int, k: int) -> tuple[Int32, Float32]:
-    """Lists of ``k`` items (B, K) without any yet: -1, and scores of -inf."""
+    """Lists of ``k`` items (B, K) without any yet: -1, and scores of -inf; UserError where they have no room."""
+    check_memory(8.0 * n_users * k, f"the best {k} items of {n_users} users")
     return np.full((n_users, k), -1, np.int32), np.full((n_users, k), -np.inf, np.float32)
 
 

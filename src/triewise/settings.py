@@ -48,12 +48,18 @@ class DataSettings(Section):
 class TinyModel(Section):
     """Shape of the ``tiny`` backbone."""
 
-    vocabulary: int = key(2048, "tokens of its tokenizer, trained on the titles", ge=260)
+    vocabulary: int = key(2048, "tokens of its tokenizer, trained on the titles", ge=260, le=10**6)
     width: int = key(96, "of its hidden states", ge=8)
     layers: int = key(2, "blocks of attention and feed-forward", ge=1)
     heads: int = key(4, "of attention", ge=1)
     feed_forward: int = key(416, "width inside a block", ge=8)
     dropout: float = key(0.0, "of attention weights, in training", ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _of_one_head(self) -> TinyModel:
+        if self.width // self.heads % 2 or self.width < self.heads:
+            raise ValueError(f"width // heads must be even and above 0, got {self.width} and {self.heads}")
+        return self
 
 
 class LoraSettings(Section):
@@ -228,7 +234,7 @@ class EvaluationSettings(Section):
     choose: tuple[Literal["beam", "exact", "catalogue", "grounding"], ...] = key(
         (), "searches of which validation rows choose one, by NDCG@10; gamma of grounding is chosen too"
     )
-    beams: int = key(10, "of the beam search; at least k, and 10 for metrics at 10", ge=10)
+    beams: int = key(10, "of the beam search; at least k, and 10 for metrics at 10", ge=10, le=10**6)
     support: Literal["trie", "vocabulary"] = key("trie", "what probabilities are normalised over")
     exclude: Literal["none", "history", "seen"] = key("none", "items never returned; seen: all earlier ones")
     k: int = key(10, "length of a ranking, and of HR, NDCG and MRR", ge=1)

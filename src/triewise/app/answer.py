@@ -127,7 +127,7 @@ def answer(
         for items in known
     ]
     only = None if allow is None else [allow] * len(histories)
-    ranking = recommender.recommend(known, k, without, only)
+    ranking = recommender.recommend(known, min(k, recommender.groups.n_groups), without, only)
     answers = []
     for b, items in enumerate(known):
         best = [int(i) for i in ranking.items[b] if i >= 0]

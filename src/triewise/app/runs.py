@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from triewise.app.assemble import Learner, learner_of
+from triewise.app.bounds import check_sizes
 from triewise.app.folders import (
     EndedRun,
     StartedRun,
@@ -89,6 +90,9 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
         )
     if recipe.evaluation.assistant is not None:
         open_run(recipe.evaluation.assistant)  # not needed before the evaluation, and not found out then
+    check_sizes(recipe, dataset.catalog.n_items)
+    if recipe.evaluation.allow is not None:
+        allowed_items(recipe.evaluation.allow, dataset.catalog)
     learner = processes.first_then_others(lambda: learner_of(recipe, dataset))
     started = time.time()
     record, recommender = _record(recipe, dataset, learner), learner.recommender

@@ -10,6 +10,7 @@ import numpy as np
 from triewise.app.enhance import teacher_hashes
 from triewise.app.folders import open_run
 from triewise.app.runs import recommender_of
+from triewise.arrays import check_memory
 from triewise.errors import UserError
 from triewise.files import atomic_path, read_json, sha256_file, write_json
 from triewise.progress import progress
@@ -104,6 +105,7 @@ def _ranked(
     recommender: SavedRecommender, history: ItemLists, k: int, exclude: str | None
 ) -> tuple[Int32, Float32]:
     """The best k items (n, K) after each history, and how far they are behind the first; -1 and infinity for none."""
+    check_memory(8.0 * len(history) * k, f"the best {k} items of {len(history)} rows")
     items = np.full((len(history), k), -1, dtype=np.int32)
     distances = np.full((len(history), k), np.inf, dtype=np.float32)
     asked = np.array([len(row) > 0 for row in history], dtype=bool)

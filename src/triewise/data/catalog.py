@@ -142,17 +142,21 @@ def clean_titles(titles: Sequence[str], clean: str = "none") -> tuple[str, ...]:
 def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
     """Item indices of the raw ids in a text file, one a line; blank lines are left out.
 
+    A line is an id as it stands, else without the blanks around it.
+
     Raises:
         UserError: No such file, not UTF-8, no id, or an id that is not in the catalogue.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # ids may hold other line breaks
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"wanted a UTF-8 file of item ids in {path}, got: {error}; one raw id a line"
         ) from None
-    ids = [line.strip() for line in lines if line.strip()]
     index = {raw: item for item, raw in enumerate(catalog.item_id)}
+    ids = [
+        line if line in index else line.strip() for line in lines if line.strip()
+    ]  # an id may begin with a blank
     unknown = [raw for raw in ids if raw not in index]
     if unknown or not ids:
         got = f"{unknown[0]!r} ({len(unknown)} unknown ids)" if unknown else "none"

@@ -23,6 +23,8 @@ def resolve_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
+        if chosen.type == "meta":
+            raise NotImplementedError("it computes nothing")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"wanted a device such as auto, cpu, cuda or mps that works here, got {device!r}: {first_line(error)}"

@@ -115,7 +115,7 @@ def evaluate(
         split: Histories and targets.
         name: What the row is called in tables.
         split_name: ``valid`` or ``test``, for the record.
-        k: Items kept per user.
+        k: Items kept per user; all of them where there are fewer.
         depth: How many items are asked for per user; None ranks the whole catalogue. A target behind them is not
             ranked, and metrics at cuts above both this and 10 are left out.
         exclude: ``none``, ``history`` (items of the row's history) or ``seen`` (all that the user had before).
@@ -130,7 +130,7 @@ def evaluate(
     Returns:
         The evaluation; its metrics lie in [0, 1].
     """
-    started = time.perf_counter()
+    started, k = time.perf_counter(), min(k, recommender.groups.n_groups)
     places, certified, counters, told = _ranked(
         recommender, split, name, max(k, COVERED), depth, exclude, allow
     )

@@ -291,6 +291,7 @@ class TrainingState:
         if self.best is None or values[name] > self.best["value"]:
             best = self.best = {"step": self.step, "metric": name, "value": values[name]}
             self.waited = 0
+            self.check_weights()
             processes.on_first(lambda: keep_best(self.model, self.out, best))
 
     def save_shards(self, optimizer: Any) -> Path | None:
@@ -299,6 +300,16 @@ class TrainingState:
             return None
         return self.shards.save(self.out / f"{TEMPORARY}checkpoint-{self.step}.{SHARDS}", optimizer)
 
+    def check_weights(self) -> None:
+        """Refuse to keep weights that are not finite; what is spread over processes is not looked at.
+
+        Raises:
+            UserError: Some are not.
+        """
+        found = () if self.shards else (p for p in self.model.parameters() if p.requires_grad)
+        if not all(bool(p.isfinite().all()) for p in found):
+            raise UserError(f"weights are not finite after step {self.step}; lower the learning rate")
+
     def save(self, state: dict[str, Any], files: dict[str, Any], shards: Path | None = None) -> None:
         """Write ``checkpoint-N`` whole or not at all, then remove the oldest; for the first process.
 
@@ -306,7 +317,17 @@ class TrainingState:
             state: JSON values that the run wants back.
             files: Names to what ``torch.save`` writes under them.
             shards: A folder that holds the weights already, and becomes a part of the checkpoint.
+
+        Raises:
+            UserError: Loss or weights are not finite.
         """
+        try:
+            json.dumps(state, allow_nan=False)
+        except ValueError:
+            raise UserError(
+                f"the loss is nan or infinite around step {self.step}; lower the learning rate"
+            ) from None
+        self.check_weights()
         ours = ("stopped", "seconds", "best", "waited", "step", "identity")
         with atomic_folder(self.out / f"checkpoint-{self.step}") as folder:
             if shards is None:
