@@ -37,6 +37,12 @@ class Shape(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
+class Hashed(Shape):
+    """A JSON file that vouches for others, see `check_files`."""
+
+    sha256: dict[str, str] | None = None
+
+
 def sync(path: Path) -> None:
     """Flush a file, or every file under a folder, to the disk."""
     for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:

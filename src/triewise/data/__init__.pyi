@@ -6,6 +6,7 @@ from .dataset import (
     load_dataset as load_dataset,
     prepare as prepare,
 )
+from .fetch import RELEASES as RELEASES, is_whole as is_whole
 from .interactions import Interactions as Interactions
 from .sources import settings_of as settings_of
 from .splits import Split as Split, first_rows as first_rows
