@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +327,34 @@ def file_names(folder: Path) -> list[str]:
     """Every file in a folder, by its path inside, sorted; what starts with a dot is none of ours."""
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     return [name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts)]
+
+
+class _Log(Shape):
+    bytes: int
+    sha256: str
+
+
+class _Record(Shape):
+    files: dict[str, str] | None = None
+    log: _Log | None = None
+
+
+def read_record(run: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """``run.json`` of a run folder.
+
+    Args:
+        run: The run folder.
+        names: Which of the files that it vouches for have to be those; None: all.
+
+    Raises:
+        UserError: It is broken, or such a file is another one.
+    """
+    record: dict[str, Any] = read_json(run / "run.json", _Record)
+    files = record.get("files")
+    if files is not None and names is not None:
+        files = {name: sha256 for name, sha256 in files.items() if name in names}
+    check_files(run, files, "restore it, or train again")
+    return record
 
 
 @functools.cache

@@ -24,7 +24,6 @@ from pydantic import (
 )
 
 from triewise.errors import UserError
-from triewise.files import Shape, check_files, read_json
 from triewise.settings import (
     BackboneSettings,
     DataSettings,
@@ -37,7 +36,6 @@ from triewise.settings import (
     TrainingSettings,
 )
 
-RECIPE = "recipe.toml"  # of a run folder
 # What runs did before a key existed whose default is another one.
 _BEFORE = {"evaluation": {"gain_over": "all"}}
 
@@ -197,42 +195,12 @@ def run_recipe(run: Path, changes: Iterable[str] = ()) -> Recipe:
 
     Arguments and errors as `load_recipe`.
     """
-    file = run / RECIPE
-    if (run / "run.json").is_file():
-        read_record(run, (RECIPE,))
+    file = run / "recipe.toml"
     values = _read(file)
     for section, before in _BEFORE.items():
         if isinstance(given := values.get(section, {}), dict):
             values[section] = before | given
     return parse_recipe(values, str(file), changes)
-
-
-class _Log(Shape):
-    bytes: int
-    sha256: str
-
-
-class _Record(Shape):
-    files: dict[str, str] | None = None
-    log: _Log | None = None
-
-
-def read_record(run: Path, names: Iterable[str] | None = None) -> dict[str, Any]:
-    """``run.json`` of a run folder.
-
-    Args:
-        run: The run folder.
-        names: Which of the files that it vouches for have to be those; None: all.
-
-    Raises:
-        UserError: It is broken, or such a file is another one.
-    """
-    record: dict[str, Any] = read_json(run / "run.json", _Record)
-    files = record.get("files")
-    if files is not None and names is not None:
-        files = {name: sha256 for name, sha256 in files.items() if name in names}
-    check_files(run, files, "restore it, or train again")
-    return record
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -143,23 +143,26 @@ def test_files_are_as_promised(tmp_path: Path) -> None:
     assert (tmp_path / "predictions.parquet").read_bytes() == first
 
 
+FACTS = {"seed": 0, "search": "catalogue", "support": "none", "allow": None}
+
+
 def test_an_evaluation_that_cannot_be_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluate(POPULAR, split([[0]], [1]), name="before").save(tmp_path)
+    evaluate(POPULAR, split([[0]], [1]), name="before", facts=FACTS).save(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(
             "triewise.ranking.evaluation.write_json", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
-            evaluate(POPULAR, split([[0]], [2]), name="after").save(tmp_path)
+            evaluate(POPULAR, split([[0]], [2]), name="after", facts=FACTS).save(tmp_path)
     assert load_evaluation(tmp_path).name == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "predictions.parquet"]
 
 
 def test_metrics_and_predictions_of_two_evaluations_are_none(tmp_path: Path) -> None:
     for name, target in (("a", 1), ("b", 2)):
-        evaluate(POPULAR, split([[0]], [target]), name=name).save(tmp_path / name)
+        evaluate(POPULAR, split([[0]], [target]), name=name, facts=FACTS).save(tmp_path / name)
     shutil.copy(tmp_path / "a" / "metrics.json", tmp_path / "b" / "metrics.json")
     with pytest.raises(
         UserError, match=r"predictions.parquet is not the file that was written .*; run: triewise"

@@ -13,10 +13,10 @@ from pydantic import ConfigDict
 
 from triewise.data import Dataset, load_dataset, prepare, settings_of
 from triewise.errors import UserError
-from triewise.files import Shape, read_json
+from triewise.files import Shape, read_json, read_record
 from triewise.models import load_tokenizer
 from triewise.progress import note
-from triewise.recipe import Recipe, read_record, run_recipe
+from triewise.recipe import Recipe, run_recipe
 from triewise.reports import describe
 from triewise.tokens import Trie, build_prompts
 

@@ -30,11 +30,20 @@ from triewise.app.folders import (
 )
 from triewise.data import Dataset, Split, allowed_items, data_hash, first_rows, load_dataset
 from triewise.errors import UserError
-from triewise.files import atomic_folder, file_names, read_json, remove, sha256_file, write_json, write_text
+from triewise.files import (
+    atomic_folder,
+    file_names,
+    read_json,
+    read_record,
+    remove,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from triewise.locks import one_writer, strangers
 from triewise.progress import note
 from triewise.ranking import SHOWN, Evaluation, Items, evaluate
-from triewise.recipe import RECIPE, Recipe, dump_recipe, read_record, run_recipe
+from triewise.recipe import Recipe, dump_recipe, run_recipe
 from triewise.recommenders import (
     CARD,
     MANIFEST,
@@ -51,6 +60,7 @@ from triewise.training import BEST, BY_ITSELF, LOG, MAY_CHANGE, TrainResult, lin
 if TYPE_CHECKING:
     from triewise.settings import EvaluationSettings
 
+RECIPE = "recipe.toml"
 BEFORE = "before"  # in a run folder that is overwritten: the run that was there
 
 
@@ -417,6 +427,7 @@ def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> d
         return None
     if not resume:
         raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
+    read_record(out, (RECIPE,))
     if _settled(run_recipe(out)) != _settled(recipe):
         raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
     found: dict[str, Any] = read_json(

@@ -12,10 +12,10 @@ from triewise.app.runs import BEFORE
 from triewise.cache import cache_folder
 from triewise.data import RELEASES, data_hash, is_whole, load_dataset
 from triewise.errors import UserError
-from triewise.files import read_json
+from triewise.files import read_json, read_record
 from triewise.models import CONVERTED, check_converted
 from triewise.ranking import METRICS, load_evaluation
-from triewise.recipe import read_record, run_recipe
+from triewise.recipe import run_recipe
 from triewise.recommenders import MANIFEST, check_saved
 from triewise.training import BEST, TEACHER, Teacher, best_weights, read_log, read_state, resumable
 
@@ -88,7 +88,7 @@ def _run(run: Path) -> str:
 
 def _parts_of_run(run: Path) -> Iterator[Check]:
     yield "run.json", lambda: read_json(run / "run.json")
-    yield "recipe", lambda: run_recipe(run)
+    yield "recipe", lambda: (read_record(run, ("recipe.toml",)), run_recipe(run))
     if (run / "log.jsonl").is_file():
         yield "log", lambda: read_log(run, read_record(run, ()).get("log"))
     yield "data", lambda: _check_data(run)

@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import Field
 
 from triewise.errors import UserError
-from triewise.files import Shape, read_json
-from triewise.recipe import Recipe, read_record, run_recipe
+from triewise.files import Shape, read_json, read_record
+from triewise.recipe import Recipe, run_recipe
 from triewise.recommenders.saved import MANIFEST, Manifest, SavedRecommender, local_folder
 from triewise.settings import BackboneSettings
 
