@@ -17,7 +17,9 @@ import triewise
 PACKAGE = Path(triewise.__file__).parent
 # Data flows down; a module imports only from wings above its own, and from its own.
 WINGS = "data models tokens ranking training decoding reports recommenders app".split()  # noqa: SIM905
-ROOT = "errors plain lazy progress files settings objectives recipe arrays cache"  # stands above all wings
+ROOT = (
+    "errors plain lazy progress files locks settings objectives recipe arrays cache"  # stands above all wings
+)
 BELOW = "cli __init__ __main__ testing"  # stands below all of them
 WALLS = {  # wing -> wings it may not know, though they stand above it
     "training": {"ranking"},

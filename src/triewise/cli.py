@@ -48,7 +48,12 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last chec
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Execute code that comes with the language model.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Start anew; the run that is there stays in OUT/before till the new one ends."
+    ),
+]
 
 
 @app.command()
@@ -333,6 +338,27 @@ def report(
     html = out or runs[0] / "report.html"
     report_runs(runs, html, trust_remote_code=trust_remote_code)
     _print_json({"report": str(html)}) if as_json else _say(html)
+
+
+@app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(help="A run, prepared data, a saved recommender, a teacher or the cache.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say what a folder is and compare its files with what was written; status 2 where they differ."""
+    from triewise.app import verify as look_at
+    from triewise.reports import print_facts
+
+    found = look_at(folder)
+    if as_json:
+        _print_json({"folder": str(folder), "kind": found.kind, "whole": found.whole, "parts": found.parts})
+    else:
+        shown = {name: problem or "whole" for name, problem in found.parts.items()}
+        print_facts({str(folder): found.kind} | shown, _console())
+    if not found.whole:
+        raise typer.Exit(2)
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from triewise.data import Dataset, Interactions, fetch, load_dataset, prepare
 from triewise.data.readers import csv_folder
 from triewise.data.splits import WAYS, lazy_splits
 from triewise.errors import UserError
+from triewise.files import read_json
 from triewise.recipe import Recipe
 
 FILES = ["catalog.parquet", "dataset.json", "test.parquet", "train.parquet", "valid.parquet"]
@@ -521,8 +522,7 @@ def test_loading_checks_everything(tmp_path: Path) -> None:
         UserError, match=r"wanted a prepared folder, .*raw has no dataset.json; run: triewise prepare"
     ):
         load_dataset(tmp_path / "raw")
-    good = contents(out)
-    info = json.loads(good["dataset.json"])
+    good, info = contents(out), read_json(out / "dataset.json")
     for change, message in [
         ({"format": 2}, "wanted a prepared folder of format 1, .* has 2; prepare it again"),
         ({"sha256": {}}, r"catalog.parquet is not the file that was prepared"),
@@ -703,7 +703,7 @@ def test_amazon_games_d3(tmp_path: Path) -> None:
 
 def cached(name: str) -> None:
     """Skip unless the real release is in the cache: a test does not download."""
-    if not fetch._is_whole(store.cache_folder() / name, fetch.RELEASES[name]):
+    if not fetch.is_whole(store.cache_folder() / name, fetch.RELEASES[name]):
         pytest.skip(f"{name} is not in the cache; triewise prepare {name} --out DIR fetches it")
 
 

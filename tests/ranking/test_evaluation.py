@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,18 @@ import polars as pl
 import pytest
 
 from tests.worlds import catalog, split
+from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.ranking import Groups, MostPopular, Ranking, evaluate, interval, paired_interval, paired_p
+from triewise.ranking import (
+    Groups,
+    MostPopular,
+    Ranking,
+    evaluate,
+    interval,
+    load_evaluation,
+    paired_interval,
+    paired_p,
+)
 
 COUNTS = np.array([9, 8, 7, 2, 6, 5, 4, 3, 0])  # items 3 and 4 have equal titles
 POPULAR = MostPopular(Groups.from_labels(catalog().group, COUNTS), COUNTS)
@@ -132,17 +143,31 @@ def test_files_are_as_promised(tmp_path: Path) -> None:
     assert (tmp_path / "predictions.parquet").read_bytes() == first
 
 
-def test_a_kill_between_the_two_files_leaves_no_metrics(
+FACTS = {"seed": 0, "search": "catalogue", "support": "none", "allow": None}
+
+
+def test_an_evaluation_that_cannot_be_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = evaluate(POPULAR, split([[0]], [1]), name="p")
-    result.save(tmp_path)
-    monkeypatch.setattr(
-        "triewise.ranking.evaluation.write_json", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        result.save(tmp_path)
-    assert not (tmp_path / "metrics.json").exists()
+    evaluate(POPULAR, split([[0]], [1]), name="before", facts=FACTS).save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "triewise.ranking.evaluation.write_json", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(POPULAR, split([[0]], [2]), name="after", facts=FACTS).save(tmp_path)
+    assert load_evaluation(tmp_path).name == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "predictions.parquet"]
+
+
+def test_metrics_and_predictions_of_two_evaluations_are_none(tmp_path: Path) -> None:
+    for name, target in (("a", 1), ("b", 2)):
+        evaluate(POPULAR, split([[0]], [target]), name=name, facts=FACTS).save(tmp_path / name)
+    shutil.copy(tmp_path / "a" / "metrics.json", tmp_path / "b" / "metrics.json")
+    with pytest.raises(
+        UserError, match=r"predictions.parquet is not the file that was written .*; run: triewise"
+    ):
+        load_evaluation(tmp_path / "b")
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:

@@ -112,8 +112,12 @@ def test_the_saved_model_is_an_ordinary_checkpoint_with_the_same_tokenizer(
 def test_parts_that_do_not_belong_together_are_refused(
     saved: tuple[Path, GenerativeRecommender], tmp_path: Path
 ) -> None:
-    def copy(name: str) -> Path:
+    def copy(name: str, hashed: bool = False) -> Path:
         shutil.copytree(saved[0], tmp_path / name)
+        if not hashed:  # as folders were saved before their files were hashed
+            manifest = read_json(tmp_path / name / "recommender.json")
+            del manifest["sha256"]
+            write_json(tmp_path / name / "recommender.json", manifest)
         return tmp_path / name
 
     folder = copy("trie")
@@ -123,6 +127,29 @@ def test_parts_that_do_not_belong_together_are_refused(
     folder = copy("tokenizer")
     worlds.backbone(worlds.TITLES[:3]).tokenizer.save_pretrained(folder / "model")
     with pytest.raises(UserError, match="the prompt of .* is not the one this model was trained with"):
+        triewise.load(folder)
+    folder = copy("weights", hashed=True)
+    worlds.backbone(seed=1).model.save_pretrained(folder / "model")
+    with pytest.raises(
+        UserError, match=r"model.safetensors is not the file that was written .*; restore it, or"
+    ):
+        triewise.load(folder)
+    folder = copy("more", hashed=True)
+    (folder / "model" / "chat_template.jinja").write_text("x", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"chat_template.jinja was not written with the files beside it; remove it"
+    ):
+        triewise.load(folder)
+    folder = copy("absent", hashed=True)
+    (folder / "model" / "tokenizer.json").unlink()
+    with pytest.raises(
+        UserError, match=r"wanted .*tokenizer.json, which is missing; restore it, or train again"
+    ):
+        triewise.load(folder)
+    folder = copy("search", hashed=True)
+    manifest = folder / "recommender.json"
+    manifest.write_text(manifest.read_text("utf-8").replace('"alpha": 0.0', '"alpha": 0.5'), "utf-8")
+    with pytest.raises(UserError, match="was changed after it was written .its seal does not hold."):
         triewise.load(folder)
     folder = copy("format")
     (folder / "recommender.json").write_text('{"format": 99}', encoding="utf-8")

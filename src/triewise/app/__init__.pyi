@@ -12,6 +12,7 @@ from .runs import (
     train_run as train_run,
 )
 from .teaching import teach as teach
+from .verifying import verify as verify
 
 __all__ = [
     "comparisons",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from triewise.app.folders import consented, open_run
 from triewise.data import Dataset, Split, allowed_items, first_rows, load_dataset
 from triewise.errors import UserError
+from triewise.locks import one_writer
 from triewise.ranking import (
     SHOWN,
     Evaluation,
@@ -238,7 +240,9 @@ def collect(runs: Sequence[Path], popular: bool = True, *, trust: bool = False) 
         several = tuple(evaluations[i] for i in group)
         named.append(Repeats(name, several) if len(group) > 1 else several[0])
         for i in group:
-            curves[name if i == group[0] else f"{name}, seed {opened[i][0].seed}"] = read_log(runs[i])
+            curves[name if i == group[0] else f"{name}, seed {opened[i][0].seed}"] = read_log(
+                runs[i], opened[i][1].get("log")
+            )
     notes = [_row_note(opened[i][0], opened[i][1], evaluations[i].metrics) for i in first]
     if popular:
         named += baselines(dataset, evaluations[0])
@@ -273,7 +277,8 @@ def _looks(
 def report_runs(runs: Sequence[Path], out: Path, *, trust_remote_code: bool = False) -> Report:
     """Write one HTML report of several runs."""
     report = collect(runs, trust=trust_remote_code)
-    write_report(out, report)
+    with one_writer(out.parent) if (out.parent / "run.json").is_file() else contextlib.nullcontext():
+        write_report(out, report)
     return report
 
 

@@ -14,7 +14,7 @@ from pydantic import ConfigDict
 
 from triewise.data import Dataset, data_hash, load_dataset, prepare, settings_of
 from triewise.errors import UserError
-from triewise.files import Shape, read_json
+from triewise.files import Shape, read_json, read_record
 from triewise.models import load_tokenizer
 from triewise.progress import note
 from triewise.recipe import Recipe, run_recipe
@@ -133,12 +133,13 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
         raise UserError(
             f"wanted a run folder, but {run} has no run.json; give the folder that triewise train wrote"
         )
-    record = read_json(run / "run.json")
+    record = read_record(run, ())
     if record.get("status") not in ENDED:
         raise UserError(
             f"the training in {run} has not ended; go on with: "
             f"triewise train {run / 'recipe.toml'} --resume --out {run}"
         )
+    read_record(run)
     return run_recipe(run), read_json(run / "run.json", EndedRun)
 
 

@@ -7,6 +7,7 @@ recommender; ``predictions.parquet`` and ``metrics.json`` how good it is. Each f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import platform
 import sys
@@ -30,7 +31,17 @@ from triewise.app.folders import (
 )
 from triewise.data import Dataset, Split, allowed_items, data_hash, first_rows, load_dataset
 from triewise.errors import UserError
-from triewise.files import read_json, write_json, write_text
+from triewise.files import (
+    atomic_folder,
+    file_names,
+    read_json,
+    read_record,
+    remove,
+    sha256_file,
+    write_json,
+    write_text,
+)
+from triewise.locks import one_writer, strangers
 from triewise.progress import note
 from triewise.ranking import SHOWN, Evaluation, Items, evaluate
 from triewise.recipe import Recipe, dump_recipe, run_recipe
@@ -39,16 +50,20 @@ from triewise.recommenders import (
     MANIFEST,
     SavedRecommender,
     card_facts,
+    check_saved,
     choose_search,
     choose_weight,
     load,
 )
 from triewise.reports import model_card
 from triewise.tokens import IDENTIFIER
-from triewise.training import BY_ITSELF, MAY_CHANGE, TrainResult, processes, resume_point
+from triewise.training import BEST, BY_ITSELF, LOG, MAY_CHANGE, TrainResult, link, processes, resume_point
 
 if TYPE_CHECKING:
     from triewise.settings import EvaluationSettings
+
+RECIPE = "recipe.toml"
+BEFORE = "before"  # in a run folder that is overwritten: the run that was there
 
 
 def train_run(
@@ -65,24 +80,33 @@ def train_run(
         recipe: What to do.
         out: The run folder.
         resume: Go on from the last whole checkpoint; the recipe must be the one the run was started with.
-        overwrite: Start anew in a folder that holds a run.
+        overwrite: Start anew in a folder that holds a run; an ended one stays in its folder ``before`` till the new
+            one has ended.
         trust_remote_code: Execute code that comes with language models. A recipe can ask for it, not grant it.
 
     Raises:
         UserError: The folder holds a run and neither ``resume`` nor ``overwrite`` is given; another recipe on
-            resume; a recipe that asks for what is not granted.
+            resume; a recipe that asks for what is not granted; or another process writes there.
     """
     trust = consented(recipe, trust_remote_code, f"the recipe {recipe.name}")
     backbone = recipe.backbone.model_copy(update={"trust_remote_code": trust})
     recipe = recipe.model_copy(update={"backbone": backbone})
     processes.start()
-    with processes.together():
-        return _train_run(recipe, Path(out), resume, overwrite)
+    out = Path(out)
+    with contextlib.ExitStack() as held, processes.together():
+        processes.share(recipe.training)
+
+        def enter() -> dict[str, Any] | None:
+            if out.exists() and not out.is_dir():
+                raise UserError(f"wanted a folder for the run, but {out} is a file; choose another --out")
+            held.enter_context(one_writer(out))
+            return _check_folder(recipe, out, resume, overwrite)
+
+        return _train_run(recipe, out, processes.on_first(enter))
 
 
-def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> TrainResult:
-    processes.share(recipe.training)
-    going_on = processes.on_first(lambda: _check_folder(recipe, out, resume, overwrite))
+def _train_run(recipe: Recipe, out: Path, going_on: dict[str, Any] | None) -> TrainResult:
+    """A run in a folder that was checked; ``going_on`` is its ``run.json``, None for a new one."""
     dataset = processes.first_then_others(lambda: open_data(recipe))
     if recipe.evaluation.exclude == "seen" and dataset.test.seen is None:
         raise UserError(
@@ -118,29 +142,69 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
             limit = recommender.dropped.limit
             note(f"{recipe.name}: {n_dropped} titles dropped from prompts longer than {limit} tokens")
         training["titles_dropped_from_prompts"] = n_dropped
-    if going_on and going_on["status"] == "trained" and going_on["training"]["steps"] == result.steps_done:
+    if not processes.is_first() or (going_on and _is_saved(out, going_on, result.steps_done)):
         return result
-    if not processes.is_first():
-        return result
-    for name in ("metrics.json", CARD):  # they speak of other weights
-        (out / name).unlink(missing_ok=True)
     if result.stopped != "interrupted":
         recommender.save_pretrained(out)
+    for name in ("metrics.json", CARD):  # they speak of other weights
+        (out / name).unlink(missing_ok=True)
     status = "trained" if result.stopped in BY_ITSELF else "stopped"
     if result.stopped == "interrupted":
         status = "interrupted"
     timing = {"seconds": round(result.seconds, 1), "wall_seconds": round(time.time() - started, 1)}
-    write_json(out / "run.json", record | {"status": status, "training": training, "timing": timing})
+    _write_record(out, record | {"status": status, "training": training, "timing": timing})
+    if status != "interrupted":
+        remove(out / BEFORE)
     return result
 
 
 def _begin(recipe: Recipe, out: Path, record: dict[str, Any]) -> None:
-    """Make a folder that of a run which has just started."""
-    for name in ("run.json", MANIFEST, "metrics.json", CARD, IDENTIFIER):
+    """Make a folder that of a run which has just started; an ended one goes into its folder ``before``.
+
+    A run that is ``starting`` has nothing yet that could be gone on with.
+    """
+    if _has_ended(out):
+        with atomic_folder(out / BEFORE) as folder:
+            for file in file_names(out):
+                if not file.startswith(("checkpoint-", f"{BEST}/", f"{BEFORE}/")):
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    link(out / file, folder / file)
+    write_json(out / "run.json", record | {"status": "starting"}, sealed=True)
+    for name in (MANIFEST, "metrics.json", CARD, IDENTIFIER):
         (out / name).unlink(missing_ok=True)
     resume_point(out, resume=False)  # what an earlier run left is removed
-    write_text(out / "recipe.toml", dump_recipe(recipe))
-    write_json(out / "run.json", record | {"status": "training"})
+    write_text(out / RECIPE, dump_recipe(recipe))
+    _write_record(out, record | {"status": "training"})
+
+
+def _has_ended(out: Path) -> bool:
+    """Whether there is a run that has ended and is worth to be kept."""
+    try:
+        open_run(out)
+    except UserError:
+        return False
+    return (out / MANIFEST).is_file()
+
+
+def _write_record(out: Path, record: dict[str, Any]) -> None:
+    """Write ``run.json`` with the hashes of what belongs to it: of the log, of what there is of it by now."""
+    files = {name: sha256_file(out / name) for name in (RECIPE, MANIFEST) if (out / name).is_file()}
+    log = out / LOG
+    known = {"bytes": log.stat().st_size, "sha256": sha256_file(log)} if log.is_file() else None
+    write_json(out / "run.json", record | {"files": files, "log": known}, sealed=True)
+
+
+def _is_saved(out: Path, record: dict[str, Any], steps: int) -> bool:
+    """Whether a run that was gone on with had ended at this step, and what it left is whole."""
+    if record["status"] != "trained" or record["training"]["steps"] != steps:
+        return False
+    try:
+        read_record(out)
+        check_saved(out)
+    except UserError as error:
+        note(f"{error}; written again")
+        return False
+    return True
 
 
 def changed_evaluation(
@@ -186,7 +250,15 @@ def evaluate_run(
         name: Name of the row; default the title of the recipe.
         trust_remote_code: Execute code that comes with its language model; the run's word is not taken for it.
     """
-    recipe, record = open_run(run := Path(run))
+    open_run(run := Path(run))
+    with one_writer(run):
+        return _evaluate_run(run, changes, name, trust_remote_code)
+
+
+def _evaluate_run(
+    run: Path, changes: EvaluationSettings | None, name: str | None, trust_remote_code: bool
+) -> Evaluation:
+    recipe, record = open_run(run)
     settings = changes or recipe.evaluation
     if settings.split == "valid" and recipe.training.rows != "train":
         raise UserError(f"{run} was trained on the validation rows; evaluate it with --split test")
@@ -224,12 +296,12 @@ def evaluate_run(
         exact = judge(searching, depth=searching.depth(settings.k))
         evaluation.metrics["against_exact"] = _against(evaluation, exact)
     _say_dropped(recommender, evaluation.metrics)
-    evaluation.save(run)
     known = {"data": dataset.info, "run": record, "metrics": evaluation.metrics}
     ranked = recipe.model_copy(update={"evaluation": settings})
     card = card_facts(recommender, recipe.title or recipe.name, recipe=ranked, **known)
     shown = run.resolve().name if run.is_absolute() else run.as_posix()  # no path of this machine
-    write_text(run / CARD, model_card(card, shown))
+    of = {MANIFEST: sha256_file(run / MANIFEST)}
+    evaluation.save(run, of=of, beside={CARD: model_card(card, shown)})
     return evaluation
 
 
@@ -346,24 +418,27 @@ def _validator(
 
 def _check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """What ``run.json`` says of the run to go on with, or None for a new one; changes nothing."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"wanted a folder for the run, but {out} is a file; choose another --out")
     if not (out / "run.json").is_file():
-        there = out.iterdir() if out.is_dir() else ()
-        foreign = [p.name for p in there if not p.name.startswith(".tmp-")]
-        if set(foreign) - {"recipe.toml", "log.jsonl"}:
+        foreign = strangers(out)
+        if set(foreign) - {RECIPE, LOG}:
             raise UserError(
-                f"wanted a new or empty folder for the run, but {out} holds {sorted(foreign)[0]}; choose another --out"
+                f"wanted a new or empty folder for the run, but {out} holds {foreign[0]}; choose another --out"
             )
         return None
     if overwrite:
         return None
+    record = read_record(out, ())
+    if record.get("status") == "starting":
+        return None
     if not resume:
         raise UserError(f"{out} already holds a run; choose another --out, or add --resume or --overwrite")
+    read_record(out, (RECIPE,))
     if _settled(run_recipe(out)) != _settled(recipe):
         raise UserError(f"{out} was started with another recipe; resume with {out / 'recipe.toml'}")
-    record: dict[str, Any] = read_json(out / "run.json", StartedRun)
-    return read_json(out / "run.json", EndedRun) if record["status"] == "trained" else record
+    found: dict[str, Any] = read_json(
+        out / "run.json", EndedRun if record.get("status") == "trained" else StartedRun
+    )
+    return found
 
 
 def _settled(recipe: Recipe) -> dict[str, Any]:

@@ -12,13 +12,15 @@ from triewise.app.folders import open_run
 from triewise.app.runs import recommender_of
 from triewise.arrays import check_memory
 from triewise.errors import UserError
-from triewise.files import atomic_path, read_json, sha256_file, write_json
+from triewise.files import atomic_path, file_hashes, read_json, sha256_file, write_json
+from triewise.locks import one_writer, strangers
 from triewise.progress import progress
 from triewise.training import TEACHER, VECTORS, TeacherFile, part_path, write_part
 
 if TYPE_CHECKING:
     from triewise.arrays import Float32, Int32
     from triewise.ranking import ItemLists
+    from triewise.recipe import Recipe
     from triewise.recommenders import SavedRecommender
     from triewise.settings import EvaluationSettings
 
@@ -54,6 +56,15 @@ def teach(
     """
     run, out = Path(run), Path(out)
     recipe = open_run(run)[0]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"wanted a folder for the teacher, but {out} is a file; choose another --out")
+    with one_writer(out):
+        return _teach(run, recipe, out, settings, k, trust_remote_code)
+
+
+def _teach(
+    run: Path, recipe: Recipe, out: Path, settings: EvaluationSettings, k: int, trust_remote_code: bool
+) -> dict[str, Any]:
     dataset, recommender, _ = recommender_of(run, settings, trust_remote_code)
     n_rows = dataset.train.n_rows
     facts: dict[str, Any] = {
@@ -68,7 +79,7 @@ def teach(
     }
     if _begun(out, facts) == "taught":
         return facts | {"status": "taught"}
-    write_json(out / TEACHER, facts | {"status": "teaching"})
+    write_json(out / TEACHER, facts | {"status": "teaching"}, sealed=True)
     exclude = None if settings.exclude == "none" else "history"
     with progress(f"ranking the training rows of {run.name}", n_rows, "rows") as advance:
         for row in range(0, n_rows, ROWS_OF_A_PART):
@@ -79,14 +90,15 @@ def teach(
     if not (out / VECTORS).is_file():
         with atomic_path(out / VECTORS) as temporary, temporary.open("wb") as file:
             np.save(file, recommender.item_vectors())
-    write_json(out / TEACHER, facts | {"status": "taught"})
+    hashes = {name: sha256 for name, sha256 in file_hashes(out).items() if name != TEACHER}
+    write_json(out / TEACHER, facts | {"status": "taught", "sha256": hashes}, sealed=True)
     return facts | {"status": "taught"}
 
 
 def _begun(out: Path, facts: dict[str, Any]) -> str | None:
     """How far the same call came before; UserError where the folder is something else."""
     if not (out / TEACHER).is_file():
-        if out.exists() and (not out.is_dir() or any(not p.name.startswith(".tmp-") for p in out.iterdir())):
+        if strangers(out):
             raise UserError(
                 f"wanted a new folder for the teacher, but {out} holds something else; choose another --out"
             )

@@ -6,6 +6,7 @@ from .dataset import (
     load_dataset as load_dataset,
     prepare as prepare,
 )
+from .fetch import RELEASES as RELEASES, is_whole as is_whole
 from .fetch_amazon import fetch_category as fetch_category
 from .interactions import Interactions as Interactions
 from .sources import settings_of as settings_of

@@ -25,6 +25,7 @@ from triewise.data.sources import Prepared, read_source, settings_of
 from triewise.data.splits import NAMES, Split
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, sha256_file, write_json
+from triewise.locks import one_writer
 from triewise.progress import note, progress
 
 DATA_FORMAT = 1
@@ -125,6 +126,11 @@ def prepare(
     out = Path(out)
     settings = settings_of(source, max_history=max_history, clean=clean, k_core=k_core, split=split)
     _check_place(out)
+    with one_writer(out, beside=True):
+        return _prepare(source, out, settings)
+
+
+def _prepare(source: str, out: Path, settings: dict[str, Any]) -> Dataset:
     read = read_source(source, settings)
     empty = [name for name in NAMES if not read.splits[name].n_rows]
     if empty:
@@ -224,7 +230,7 @@ def _write(out: Path, catalog: Catalog, splits: Mapping[str, Rows], info: dict[s
             for name in NAMES:
                 _write_rows(folder / f"{name}.parquet", splits[name], advance)
         info = info | {"sha256": {name: sha256_file(folder / name) for name in FILES}}
-        write_json(folder / "dataset.json", info)
+        write_json(folder / "dataset.json", info, sealed=True)
     return info
 
 

@@ -36,6 +36,7 @@ from triewise.data.movielens_files import (
 )
 from triewise.errors import UserError
 from triewise.files import atomic_folder, sha256_file
+from triewise.locks import one_writer
 from triewise.progress import note
 
 
@@ -58,7 +59,7 @@ def fetch(name: str) -> Path:
     release = RELEASES[name]
     folder = cache_folder() / name
     note(CITATION)
-    if _is_whole(folder, release):
+    if is_whole(folder, release):
         return folder
     if folder.exists():
         note(f"the cached {name} in {folder} is damaged; making it again")
@@ -167,14 +168,15 @@ def _checked(release: Release, tables: Tables) -> dict[str, bytes]:
     return files
 
 
-def _is_whole(folder: Path, release: Release) -> bool:
+def is_whole(folder: Path, release: Release) -> bool:
+    """Whether a cached release is there, byte for byte."""
     files = {folder / name: sha for name, sha in release.sha256.items()}
     return all(file.is_file() and sha256_file(file) == sha for file, sha in files.items())
 
 
 def _keep(folder: Path, files: dict[str, bytes]) -> None:
     try:
-        with atomic_folder(folder) as temporary:
+        with one_writer(folder, beside=True, wait=True), atomic_folder(folder) as temporary:
             for name, content in files.items():
                 (temporary / name).write_bytes(content)
     except OSError as error:

@@ -133,7 +133,7 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
     origin: dict[str, Any] = {"name": shown, "repository": name, "revision": commit}
     origin["sha256"] = weight_hashes(Path(name))
     if Path(name, "origin.json").is_file():
-        origin |= read_json(Path(name, "origin.json"))
+        origin |= {n: v for n, v in read_json(Path(name, "origin.json")).items() if n != "files"}
     elif Path(name).is_dir():
         origin["place"] = str(Path(name).resolve())
     return Backbone(model, tokenizer, shown, origin)

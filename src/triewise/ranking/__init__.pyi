@@ -1,5 +1,6 @@
 from .baselines import ItemKNN as ItemKNN, MostPopular as MostPopular
 from .evaluation import (
+    METRICS as METRICS,
     SHOWN as SHOWN,
     Evaluation as Evaluation,
     evaluate as evaluate,

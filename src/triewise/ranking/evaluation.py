@@ -10,7 +10,7 @@ Dimension key: B users (rows of a split), K items kept, G groups.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from triewise.errors import UserError, reading
-from triewise.files import Shape, atomic_path, read_json, write_json
+from triewise.files import (
+    Hashed,
+    Shape,
+    atomic_files,
+    check_files,
+    file_hashes,
+    read_json,
+    write_json,
+    write_text,
+)
 from triewise.progress import progress
 from triewise.ranking.metrics import metrics_from_rank, rank_in_list
 from triewise.ranking.ranking import (
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
 CUTS = (1, 5, 10, 20)
 SHOWN = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
 RESAMPLES = 2000
+METRICS, PREDICTIONS = "metrics.json", "predictions.parquet"
 COVERED = 10  # first places that coverage looks at
 BUCKETS = ((0, 0), (1, 4), (5, 19), (20, None))  # training interactions of a target's group, from and to
 
@@ -74,8 +84,16 @@ class Evaluation:
         """(B,) values of a metric such as ``NDCG@10``."""
         return metrics_from_rank(self.rank, [int(metric.partition("@")[2])])[metric]
 
-    def save(self, folder: Path) -> None:
-        """Write ``predictions.parquet`` and ``metrics.json``, the latter last: it says that both are whole."""
+    def save(
+        self, folder: Path, *, of: Mapping[str, str] | None = None, beside: Mapping[str, str] | None = None
+    ) -> None:
+        """Write ``predictions.parquet`` and ``metrics.json``, the latter last: it says that both are whole.
+
+        Args:
+            folder: Where to; an earlier evaluation there stays till this one is written.
+            of: Files of the recommender in the folder and their hex SHA-256, which `load_evaluation` compares.
+            beside: Names of more text files about these metrics, and what is in them.
+        """
         frame = pl.DataFrame(
             {
                 "row": np.arange(len(self.rank), dtype=np.int32),
@@ -87,10 +105,12 @@ class Evaluation:
                 "certified": self.certified,
             }
         )
-        (folder / "metrics.json").unlink(missing_ok=True)
-        with atomic_path(folder / "predictions.parquet") as temporary:
-            frame.write_parquet(temporary)
-        write_json(folder / "metrics.json", self.metrics)
+        with atomic_files(folder, last=METRICS) as place:
+            frame.write_parquet(place / PREDICTIONS)
+            hashes = file_hashes(place) | dict(of or {})
+            for name, text in (beside or {}).items():
+                write_text(place / name, text)
+            write_json(place / METRICS, self.metrics | {"sha256": hashes}, sealed=True)
 
 
 def evaluate(
@@ -322,7 +342,7 @@ class _Bucket(_Shown):
     n_users: int
 
 
-class _Metrics(_Shown):
+class _Metrics(_Shown, Hashed):
     """What is read of ``metrics.json``."""
 
     name: str
@@ -341,12 +361,13 @@ class _Metrics(_Shown):
 
 
 def load_evaluation(run: Path) -> Evaluation:
-    """What ``triewise evaluate`` wrote into a run folder."""
-    metrics = read_json(run / "metrics.json", _Metrics)
-    if not (run / "predictions.parquet").is_file():
+    """What ``triewise evaluate`` wrote into a run folder; UserError where a part is missing or another one."""
+    metrics = read_json(run / METRICS, _Metrics)
+    if not (run / PREDICTIONS).is_file():
         raise UserError(f"wanted {run}/predictions.parquet, which is missing; run: triewise evaluate {run}")
-    with reading(run / "predictions.parquet"):
-        frame = pl.read_parquet(run / "predictions.parquet")
+    check_files(run, metrics.pop("sha256", None), f"run: triewise evaluate {run}")
+    with reading(run / PREDICTIONS):
+        frame = pl.read_parquet(run / PREDICTIONS)
         if len(frame) != metrics["n_users"]:
             raise ValueError(f"{len(frame)} rows, metrics.json is of {metrics['n_users']}")
         items = np.array(frame["items"].to_list(), dtype=np.int32)

@@ -7,6 +7,7 @@ from .saved import (
     MANIFEST as MANIFEST,
     SavedRecommender as SavedRecommender,
     card_facts as card_facts,
+    check_saved as check_saved,
     hash_of as hash_of,
     local_folder as local_folder,
 )

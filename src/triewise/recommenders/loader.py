@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import Field
 
 from triewise.errors import UserError
-from triewise.files import Shape, read_json
-from triewise.recipe import Recipe, load_recipe
+from triewise.files import Shape, read_json, read_record
+from triewise.recipe import Recipe, run_recipe
 from triewise.recommenders.saved import MANIFEST, Manifest, SavedRecommender, local_folder
 from triewise.settings import BackboneSettings
 
@@ -48,7 +48,9 @@ def load(
     """
     folder = local_folder(run, revision)
     manifest = read_json(folder / MANIFEST, Manifest)
-    recipe = load_recipe(folder / "recipe.toml") if (folder / "recipe.toml").is_file() else None
+    recipe = run_recipe(folder) if (folder / "recipe.toml").is_file() else None
+    if (folder / "run.json").is_file():
+        read_record(folder)
     # Asked first: models take time to load.
     named = _assistant(folder, manifest, recipe) if assistant else None
     if manifest.get("kind") == "sequential":

@@ -1,7 +1,8 @@
 """A saved recommender as a folder that stands on its own, and where such folders come from.
 
-In it are ``model/``, ``catalog.parquet``, ``recommender.json`` (kind, settings, and the hashes that tie the parts
-together), ``trie.npz`` where the model writes titles, and a model card in ``README.md`` once it was evaluated.
+In it are ``model/``, ``catalog.parquet``, ``recommender.json`` (kind, settings, the hashes that tie the parts
+together, and that of each file), ``trie.npz`` where the model writes titles, and a model card in ``README.md`` once it
+was evaluated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pydantic import Field
 
 from triewise.data import Catalog, Dataset
 from triewise.errors import UserError, reading
-from triewise.files import Shape, atomic_path, read_json, write_json, write_text
+from triewise.files import Hashed, atomic_files, check_files, file_hashes, read_json, write_json, write_text
 from triewise.models import download
 from triewise.ranking import ItemLists, Items, Recommender
 from triewise.reports import CardFacts, Recommendation
@@ -103,7 +104,7 @@ class SavedRecommender(Recommender, Protocol):
         """Write what `triewise.load` needs."""
 
 
-class Manifest(Shape):
+class Manifest(Hashed):
     """What is read of ``recommender.json``."""
 
     format: int | None = None
@@ -151,6 +152,7 @@ class Saved:
         for part in PARTS[kind]:
             if not (folder / part).exists():
                 raise UserError(f"wanted {part} in {folder}, which is missing; restore it or train again")
+        check_saved(folder)
         with reading(folder / CATALOG):
             frame = pl.read_parquet(folder / CATALOG)
             catalog, counts = Catalog.from_frame(frame), frame["train_targets"].cast(pl.Int64).to_numpy()
@@ -173,19 +175,29 @@ class Saved:
 
 @contextlib.contextmanager
 def saving(recommender: SavedRecommender, folder: Path | str, manifest: Mapping[str, Any]) -> Iterator[Path]:
-    """Write a folder, made where it is absent; the model is written inside the block. Each file is whole or absent.
+    """Write a folder, made where it is absent; the model is written inside the block.
 
-    ``manifest`` is the content of ``recommender.json`` beside the format.
+    An earlier recommender there stays till all of this one is written.
+
+    Args:
+        recommender: What is saved.
+        folder: Where to.
+        manifest: Content of ``recommender.json`` beside the format and the hash of each file but the card.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    yield folder
-    with atomic_path(folder / CATALOG) as temporary:
-        recommender.catalog.to_frame(recommender.counts.astype(np.int32)).write_parquet(temporary)
-    if recommender.card:
-        write_text(folder / CARD, recommender.card)
-    write_json(folder / MANIFEST, {"format": FORMAT, **manifest})
+    with atomic_files(Path(folder), last=MANIFEST) as place:
+        yield place
+        frame = recommender.catalog.to_frame(recommender.counts.astype(np.int32))
+        frame.write_parquet(place / CATALOG)
+        write_json(
+            place / MANIFEST, {"format": FORMAT, **manifest, "sha256": file_hashes(place)}, sealed=True
+        )
+        if recommender.card:
+            write_text(place / CARD, recommender.card)
+
+
+def check_saved(folder: Path) -> None:
+    """UserError where a file of a recommender is not the one that was saved."""
+    check_files(folder, read_json(folder / MANIFEST, Hashed).get("sha256"), "restore it, or train again")
 
 
 def local_folder(name: Path | str, revision: str | None = None) -> Path:

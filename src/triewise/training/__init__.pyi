@@ -1,6 +1,15 @@
 from .alignment import kept_alignment as kept_alignment
 from .cautions import training_warnings as training_warnings
-from .checkpoints import read_log as read_log, resume_point as resume_point
+from .checkpoints import (
+    BEST as BEST,
+    LOG as LOG,
+    best_weights as best_weights,
+    link as link,
+    read_log as read_log,
+    read_state as read_state,
+    resumable as resumable,
+    resume_point as resume_point,
+)
 from .contrast import Contrast as Contrast
 from .curriculum import Curriculum as Curriculum
 from .distil import (

@@ -159,14 +159,14 @@ def kept_alignment(
         try:
             with safe_open(path, "pt") as file:
                 codes: Tensor = file.get_tensor("codes")
-                return codes if file.metadata() == {"key": key} else None
+                return codes if file.metadata() == {"key": key, "sha256": _digest(codes)} else None
         except (OSError, SafetensorError):
             return None
 
     def make() -> Tensor:
         codes = align(encoder, titles, windows, settings, seed, device)
         with atomic_path(path) as temporary:
-            save_file({"codes": codes}, temporary, metadata={"key": key})
+            save_file({"codes": codes}, temporary, metadata={"key": key, "sha256": _digest(codes)})
         return codes
 
     def read_or_make() -> Tensor:
@@ -174,6 +174,10 @@ def kept_alignment(
         return make() if kept is None else kept
 
     return processes.on_first(read_or_make)
+
+
+def _digest(codes: Tensor) -> str:
+    return hashlib.sha256(codes.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,19 @@ import torch
 from pydantic import Field
 
 from triewise.errors import UserError, reading
-from triewise.files import TEMPORARY, Shape, atomic_folder, read_json_lines, write_json, write_text
+from triewise.files import (
+    TEMPORARY,
+    Hashed,
+    Shape,
+    atomic_folder,
+    check_files,
+    file_hashes,
+    read_json,
+    read_json_lines,
+    remove,
+    write_json,
+    write_text,
+)
 from triewise.models import save_trained
 
 LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS, SHARDS = (
@@ -30,6 +43,8 @@ LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS, SHARDS = (
     "best.safetensors",
     "shards",
 )
+BEST_FACTS = "best.json"
+ADVICE = "remove that folder to go on from the checkpoint before, or start anew with --overwrite"
 
 
 def checkpoints(out: Path) -> list[tuple[int, Path]]:
@@ -43,7 +58,7 @@ def resume_point(out: Path, resume: bool) -> Path | None:
     out.mkdir(parents=True, exist_ok=True)
     whole = checkpoints(out)
     for name in ("checkpoint-*", f"{BEST}*"):
-        for path in out.glob(TEMPORARY + name):
+        for path in out.glob(f"{TEMPORARY}*{name}"):
             shutil.rmtree(path)
     if resume and whole:
         return whole[-1][1]
@@ -51,14 +66,6 @@ def resume_point(out: Path, resume: bool) -> Path | None:
         remove(path)
     (out / LOG).unlink(missing_ok=True)
     return None
-
-
-def remove(folder: Path) -> None:
-    """Remove a folder; a kill on the way leaves a temporary name, never half of what was there."""
-    if folder.exists():
-        temporary = folder.with_name(f"{TEMPORARY}{folder.name}.removed")
-        os.replace(folder, temporary)
-        shutil.rmtree(temporary)
 
 
 class _Row(Shape):
@@ -71,11 +78,20 @@ class _Row(Shape):
     valid: dict[str, float] = Field({})
 
 
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The rows of a run's ``log.jsonl``."""
-    if not (run / LOG).is_file():
-        raise UserError(f"wanted {run / LOG}, which is missing; restore it or train again")
-    return read_json_lines(run / LOG, _Row)
+def read_log(run: Path, known: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The rows of a run's ``log.jsonl``; with ``log`` of its ``run.json`` those it tells of, compared with its hash."""
+    log = run / LOG
+    if not log.is_file():
+        raise UserError(f"wanted {log}, which is missing; restore it or train again")
+    rows = read_json_lines(log, _Row)
+    if known is None:
+        return rows
+    content = log.read_bytes()[: known["bytes"]]
+    if hashlib.sha256(content).hexdigest() != known["sha256"]:
+        raise UserError(
+            f"{log} is not the file that was written (its sha256 differs); restore it or train again"
+        )
+    return rows[: content.count(b"\n")]
 
 
 def cut_log(path: Path, step: int) -> list[dict[str, Any]]:
@@ -161,7 +177,25 @@ def keep_best(model: Any, out: Path, best: dict[str, Any]) -> None:
     """Put the weights as they are, and what makes them the best, into ``best/`` of a run folder."""
     with atomic_folder(out / BEST) as folder:
         save_trained(model, folder / WEIGHTS)
-        write_json(folder / "best.json", best)
+        write_json(folder / BEST_FACTS, best | {"sha256": file_hashes(folder)}, sealed=True)
+
+
+def best_weights(out: Path) -> Path:
+    """The weights that `keep_best` wrote; UserError where they are others."""
+    check_files(out / BEST, read_json(out / BEST / BEST_FACTS, Hashed).get("sha256"), ADVICE)
+    return out / BEST / WEIGHTS
+
+
+def resumable(out: Path) -> list[Path]:
+    """The folders of the whole checkpoints, oldest first."""
+    return [path for _, path in checkpoints(out)]
+
+
+def read_state(checkpoint: Path, shape: type[Hashed] = Hashed) -> dict[str, Any]:
+    """What ``state.json`` of a checkpoint says; UserError where a file of it is not the one that was written."""
+    state: dict[str, Any] = read_json(checkpoint / STATE, shape)
+    check_files(checkpoint, state.pop("sha256", None), ADVICE)
+    return state
 
 
 def restore_folder(
@@ -171,5 +205,5 @@ def restore_folder(
     if best is not None:
         with atomic_folder(out / BEST) as folder:
             link(checkpoint / BEST_WEIGHTS, folder / WEIGHTS)
-            write_json(folder / "best.json", best)
+            write_json(folder / BEST_FACTS, best | {"sha256": file_hashes(folder)}, sealed=True)
     return cut_log(out / LOG, step)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from triewise.errors import UserError, reading
-from triewise.files import Shape, atomic_path, read_json
+from triewise.files import Hashed, atomic_path, check_files, read_json
 from triewise.training.item_tasks import Added, Task, dros, propensities
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ TEACHER, VECTORS = "teacher.json", "vectors.npy"
 LEAST = 1e-8  # of a weight by distance or consistency, as in the authors' code
 
 
-class TeacherFile(Shape):
+class TeacherFile(Hashed):
     """What is read of ``teacher.json``."""
 
     status: str
@@ -70,6 +70,7 @@ class Teacher:
                 f"the teacher in {folder} has not ranked all rows; go on with: triewise teach {facts['run']} --out "
                 f"{folder}"
             )
+        check_files(folder, facts.get("sha256"), "teach again into another --out")
         parts = []
         for row in range(0, facts["rows"], facts["rows_of_a_part"]):
             with reading(part_path(folder, row)), np.load(part_path(folder, row)) as part:

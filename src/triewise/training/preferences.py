@@ -262,10 +262,10 @@ def _read(path: Path, key: str) -> NDArray[np.float32] | None:
         return None
     try:
         with path.open("rb") as handle, np.load(handle) as file:
-            if str(file["key"]) == key:
-                logp: NDArray[np.float32] = file["logp"]
+            logp: NDArray[np.float32] = file["logp"]
+            if (str(file["key"]), str(file["sha256"])) == (key, _digest(logp)):
                 return logp
-        reason = "is of other weights, prompts or rows"
+        reason = "is of other weights, prompts or rows, or damaged"
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = f"cannot be read ({error})"
     note(f"{path} {reason}; the reference is computed again")
@@ -274,7 +274,11 @@ def _read(path: Path, key: str) -> NDArray[np.float32] | None:
 
 def _write(path: Path, key: str, logp: NDArray[np.float32]) -> None:
     with atomic_path(path) as temporary, temporary.open("wb") as written:
-        np.savez(written, key=np.array(key), logp=logp)
+        np.savez(written, key=np.array(key), logp=logp, sha256=np.array(_digest(logp)))
+
+
+def _digest(logp: NDArray[np.float32]) -> str:
+    return hashlib.sha256(logp.tobytes()).hexdigest()
 
 
 def _title_logp(module: TitleLoss, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from triewise.errors import UserError
-from triewise.files import TEMPORARY, Shape, atomic_folder, read_json, write_json
+from triewise.files import TEMPORARY, Hashed, Shape, atomic_folder, file_hashes, remove, write_json, writes
 from triewise.models import load_trained, save_trained
 from triewise.progress import progress
 from triewise.training import processes
@@ -32,11 +32,12 @@ from triewise.training.checkpoints import (
     SHARDS,
     STATE,
     WEIGHTS,
+    best_weights,
     checkpoints,
     keep_best,
     link,
     random_state,
-    remove,
+    read_state,
     restore_folder,
     resume_point,
     set_random_state,
@@ -97,7 +98,7 @@ class _Best(Shape):
     value: float
 
 
-class _State(Shape):
+class _State(Hashed):
     """What is read of ``state.json``, beside what the run of its kind wants back."""
 
     stopped: str | None
@@ -197,7 +198,7 @@ class TrainingState:
         if self.shards is not None:
             self.shards.put_back()
         if self.best is not None:
-            load_trained(self.model, self.out / BEST / WEIGHTS)
+            load_trained(self.model, processes.on_first(lambda: best_weights(self.out)))
         self.model.eval()
         best = self.best or {"step": None, "value": None}
         return TrainResult(self.step, str(self.stopped), best["step"], best["value"], seconds, self.history)
@@ -248,7 +249,8 @@ class TrainingState:
         self.history.append(row)
         if not processes.is_first():
             return
-        with (self.out / LOG).open("a", encoding="utf-8", newline="\n") as file:
+        log = self.out / LOG
+        with writes(log), log.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
 
     def validate(self) -> dict[str, float]:
@@ -298,7 +300,8 @@ class TrainingState:
         """Write what is spread over the processes beside the checkpoint it will be a part of; None: nothing is."""
         if self.shards is None:
             return None
-        return self.shards.save(self.out / f"{TEMPORARY}checkpoint-{self.step}.{SHARDS}", optimizer)
+        with writes(self.out / f"checkpoint-{self.step}"):
+            return self.shards.save(self.out / f"{TEMPORARY}checkpoint-{self.step}.{SHARDS}", optimizer)
 
     def check_weights(self) -> None:
         """Refuse to keep weights that are not finite; what is spread over processes is not looked at.
@@ -338,7 +341,12 @@ class TrainingState:
                 torch.save(content, folder / name)
             if self.best is not None:
                 link(self.out / BEST / WEIGHTS, folder / BEST_WEIGHTS)
-            write_json(folder / STATE, state | {name: getattr(self, name) for name in ours})
+            state |= {name: getattr(self, name) for name in ours} | {"sha256": file_hashes(folder)}
+            write_json(folder / STATE, state, sealed=True)
+        self._rotate()
+
+    def _rotate(self) -> None:
+        """Remove all but the newest checkpoints."""
         for _, old in checkpoints(self.out)[: -self.settings.keep_checkpoints]:
             remove(old)
 
@@ -348,7 +356,7 @@ class TrainingState:
         Raises:
             UserError: The checkpoint is of another run, or its weights are spread and those here not, or reversed.
         """
-        state: dict[str, Any] = read_json(checkpoint / STATE, _State)
+        state: dict[str, Any] = processes.on_first(lambda: read_state(checkpoint, _State))
         ours, theirs = self.identity, state["identity"]
         other = [name for name in ours if theirs.get(name) != ours[name]]
         if other:
@@ -371,4 +379,5 @@ class TrainingState:
         else:
             self.shards.load(checkpoint / SHARDS)
         self.history = processes.on_first(lambda: restore_folder(self.out, checkpoint, self.best, self.step))
+        processes.on_first(self._rotate)  # a kill may have come before it
         return state
