@@ -5,6 +5,7 @@ from .folders import (
     open_run as open_run,
     what_was_prepared as what_was_prepared,
 )
+from .reproduce import reproduce_table as reproduce_table
 from .runs import (
     changed_evaluation as changed_evaluation,
     evaluate_run as evaluate_run,
