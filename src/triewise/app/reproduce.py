@@ -131,7 +131,7 @@ def reproduce_table(
     ]
     common += [f"training.steps={steps}"] if steps else []
     common += changes
-    found = []
+    found: list[TableRow] = []
     for name in rows or known:
         title = load_recipe(f"{table}/{name}").title
         try:
@@ -140,7 +140,8 @@ def reproduce_table(
         except Exception as error:  # one row that fails does not take the others with it
             note(f"{title} failed: {error}")
             found.append(TableRow(name, title, failed=" ".join(str(error).split()) or type(error).__name__))
-    return _written(table, tuple(found), definition["against"], out, data)
+        made = _written(table, tuple(found), definition["against"], out, data)
+    return made
 
 
 def _row(
