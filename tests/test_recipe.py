@@ -80,6 +80,7 @@ def test_awkward_strings_round_trip() -> None:
             {"evaluation": {"search": "beam", "scope": "step", "against_exact": True}},
             "scope = 'step' has no exact search to compare with",
         ),
+        ({"evaluation": {"search": "grounding", "pruned": True}}, "set pruned = false, got {"),
         ({"evaluation": {"scope": "step"}}, "scope = 'step' needs search = 'beam'"),
         ({"objective": {"adaptive": {"clamp": [3, 2]}}}, "two ascending temperatures > 0, got [3.0, 2.0]"),
         (

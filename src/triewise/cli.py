@@ -361,6 +361,30 @@ def verify(
         raise typer.Exit(2)
 
 
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help="ledger: every token loss, tuned alike, against MSL.")],
+    out: Annotated[Path, typer.Option(help="Folder of all runs; finished ones in it are used again.")],
+    data: Annotated[str, typer.Option(help="Source of all rows: ml-100k, msl:DIR, ...")] = "ml-100k",
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each training; default the recipes'.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row with what was chosen.")] = 3,
+    rows: Annotated[str, typer.Option(help="Only these, with commas between; default all.")] = "",
+    trials: Annotated[int | None, typer.Option(min=1, help="Values tried of each row; default all.")] = None,
+    changes: Changes = None,
+    as_json: Json = False,
+) -> None:
+    """A table of many runs: choose on validation, repeat with seeds, rank exactly and with beams, compare."""
+    from triewise.app import reproduce_table
+
+    names = [name.strip() for name in rows.split(",") if name.strip()]
+    how: dict[str, Any] = {"data": data, "steps": steps, "seeds": seeds, "rows": names, "trials": trials}
+    made = reproduce_table(table, out, **how, changes=changes or ())
+    if as_json:
+        _print_json(made.as_json() | {"report": str(made.html) if made.html else None})
+    else:
+        typer.echo(f"{made.text}\nReport: {made.html}" if made.html else made.text)
+
+
 def main() -> None:
     """Entry point: user errors are one line on stderr and exit status 2, an interrupt is 130."""
     # Else Python looks through all of torch for cycles before it ends: a second and more.

@@ -48,7 +48,7 @@ _OF_LANGUAGE_MODELS = {
     "training": ("accumulation", "log_parts", "order", "packing", "gradient_checkpointing", "workers"),
     "evaluation": (
         *("search", "choose", "support", "length_penalty", "alpha", "measure", "scope"),
-        *("gamma", "against_exact", "merge_adapter"),
+        *("gamma", "against_exact", "pruned", "merge_adapter"),
     ),
 }
 

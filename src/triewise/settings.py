@@ -258,6 +258,9 @@ class EvaluationSettings(Section):
     )
     allow: Path | None = key(None, "text file of raw item ids, one a line: only these are returned")
     against_exact: bool = key(False, "also say how often the search gave the exact best k")
+    pruned: bool = key(
+        False, "also search with beams: how often they drop the true title (pruned@10), and their metrics"
+    )
     users: int | None = key(None, "only the first so many rows", ge=1)
     batch_users: int = key(16, "users that share a forward; no ranking depends on it", ge=1)
     merge_adapter: bool | None = key(None, "fold the adapter into its base; default: unless that is 4bit")
@@ -270,6 +273,8 @@ class EvaluationSettings(Section):
             raise ValueError("scope = 'step' needs search = 'beam': other searches have no steps")
         if self.against_exact and "grounding" in (self.search, *self.choose):
             raise ValueError("grounding is no search along the trie; set against_exact = false")
+        if self.pruned and "grounding" in (self.search, *self.choose):
+            raise ValueError("grounding has no beams along the trie; set pruned = false")
         if self.scope == "step" and set(self.choose) - {"beam"}:
             raise ValueError("scope = 'step' needs the beam search: choose = ['beam'] or none")
         if self.scope == "step" and self.against_exact:

@@ -106,6 +106,20 @@ def test_a_run_that_was_stopped_says_so_and_at_which_step(
     assert (record["status"], record["training"]["steps"]) == ("trained", 8)
 
 
+def test_how_often_beams_drop_the_true_title(runs: tuple[Path, Path]) -> None:
+    """Beside an exact ranking the same as alone, and what is dropped is no hit."""
+    settings = open_run(runs[0])[0].evaluation
+    assert "pruned@10" not in evaluate_run(runs[0]).metrics
+    beside = evaluate_run(runs[0], settings.model_copy(update={"pruned": True}))
+    alone = evaluate_run(runs[0], settings.model_copy(update={"search": "beam"}))
+    assert beside.metrics["pruned@10"] == alone.metrics["pruned@10"] <= 1 - alone.metrics["HR@10"]
+    assert beside.metrics["beam"]["NDCG@10"] == alone.metrics["NDCG@10"]
+    assert "pruned" not in alone.metrics and "beam" not in alone.metrics
+    few = settings.model_copy(update={"search": "beam", "beams": 12})
+    assert evaluate_run(runs[0], few).metrics["pruned@12"] == 0, "as many beams as titles"
+    evaluate_run(runs[0])
+
+
 def test_beams_and_filters_in_an_evaluation(runs: tuple[Path, Path], tmp_path: Path) -> None:
     settings = open_run(runs[0])[0].evaluation
     exact = evaluate_run(runs[0])

@@ -373,3 +373,39 @@ def test_gains_scaled_per_step_are_those_of_one_user() -> None:
         alone = search([prompt])
         assert alone.items[0].tolist() == together.items[b].tolist()
         assert alone.scores[0] == pytest.approx(together.scores[b], abs=TOLERANCE)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    catalogues(),
+    prompt_lists,
+    st.integers(1, 4),
+    st.sampled_from(["trie", "vocabulary"]),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(0, 99),
+)
+def test_a_watched_title_is_pruned_where_a_loop_drops_a_prefix_of_it(
+    titles: list[list[int]],
+    prompts: list[list[int]],
+    beams: int,
+    support: Any,
+    length_penalty: float,
+    seed: int,
+) -> None:
+    model, trie = tiny_model("qwen2", seed=seed % 3), DictTrie(titles)
+    engine = TrieEngine(model, Trie.from_sequences(titles), support)
+    watch = np.random.default_rng(seed).integers(0, len(titles), len(prompts))
+    ranking = beam_search(engine, prompts, beams, beams, length_penalty, watch=watch)
+    assert ranking.pruned is not None
+    assert beam_search(engine, prompts, beams, beams, length_penalty).pruned is None
+    everything = beam_search(engine, prompts, 1, 20 * len(titles), watch=watch).pruned
+    assert everything is not None and not everything.any(), "with room for all none is dropped"
+    for b, prompt in enumerate(prompts):
+        dropped: list[tuple[int, ...]] = []
+        log_p = reference.model_log_p(model, prompt, trie, support)
+        _, margin = reference.beam(log_p, trie, beams, length_penalty, dropped=dropped)
+        title = tuple(titles[watch[b]])
+        lost = any(title[: len(prefix)] == prefix for prefix in dropped)
+        assert ranking.pruned[b] == lost or margin <= TOLERANCE
+        if any(tuple(titles[i]) == title for i in ranking.items[b] if i >= 0):
+            assert not ranking.pruned[b]

@@ -45,6 +45,7 @@ def beam(
     length_penalty: float = 0.0,
     weigh: Callable[[list[Title]], list[float]] | None = None,
     permitted: Callable[[Title], bool] = lambda prefix: True,
+    dropped: list[Title] | None = None,
 ) -> tuple[dict[Title, float], float]:
     """Finished titles with their scores, and the margin.
 
@@ -55,6 +56,7 @@ def beam(
         length_penalty: Exponent of the number of tokens.
         weigh: Weights of all continuations of one step.
         permitted: Whether a permitted title starts with this prefix.
+        dropped: Gets what was not among the best of a step.
     """
     running: list[tuple[float, Title]] = [(0.0, ())] if permitted(()) else []
     finished: list[tuple[float, Title]] = []
@@ -74,6 +76,9 @@ def beam(
         goes_on = [(s, t) for s, t in top if trie.node(t)]
         margin = min(margin, _gap(goes_on, beams))
         running = goes_on[:beams]
+        if dropped is not None:
+            kept = {t for _, t in running} | {t for _, t in ends}
+            dropped.extend(t for _, t in scored if t not in kept)
         together = sorted(finished + ends, key=lambda s: -s[0])
         margin = min(margin, _gap(together, beams))
         finished = together[:beams]

@@ -6,6 +6,7 @@ from .folders import (
     what_was_prepared as what_was_prepared,
 )
 from .reasoning import reason as reason
+from .reproduce import reproduce_table as reproduce_table
 from .runs import (
     changed_evaluation as changed_evaluation,
     evaluate_run as evaluate_run,

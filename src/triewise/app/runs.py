@@ -290,7 +290,10 @@ def _evaluate_run(
         train_interactions=dataset.train_interactions,
         seed=recipe.seed,
     )
-    evaluation = judge(recommender, depth=recommender.depth(settings.k))
+    beams = settings.beams if recommender.used.get("search") == "beam" else None
+    evaluation = judge(recommender, depth=recommender.depth(settings.k), watch=beams)
+    if settings.pruned and beams is None:
+        evaluation.metrics.update(_of_beams(recommender, settings, judge))
     if settings.against_exact:
         searching = recommender.with_settings(search="exact")
         exact = judge(searching, depth=searching.depth(settings.k))
@@ -303,6 +306,15 @@ def _evaluate_run(
     of = {MANIFEST: sha256_file(run / MANIFEST)}
     evaluation.save(run, of=of, beside={CARD: model_card(card, shown)})
     return evaluation
+
+
+def _of_beams(
+    recommender: SavedRecommender, settings: EvaluationSettings, judge: Callable[..., Evaluation]
+) -> dict[str, Any]:
+    """What beams find where the rows were ranked otherwise, and how often they drop the true title."""
+    searching, name = recommender.with_settings(search="beam"), f"pruned@{settings.beams}"
+    found = judge(searching, depth=searching.depth(settings.k), watch=settings.beams).metrics
+    return {name: found[name], "beam": {shown: found[shown] for shown in (*SHOWN, "counters")}}
 
 
 def _say_dropped(recommender: SavedRecommender, metrics: dict[str, Any]) -> None:

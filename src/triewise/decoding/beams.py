@@ -35,16 +35,27 @@ class Beams:
         done: Finished titles of users who go on, with their final scores.
         results: Those of users who are done.
         discards: What was dropped.
+        lost: (B,) whether a user's watched title, or a prefix of it, was not among the best of its step. A title that
+            better ones displace once it is finished, or that the search stops before, is not lost.
     """
 
     def __init__(
-        self, trie: Trie, rule: Rule, filters: Sequence[TitleFilter | None], beams: int, length_penalty: float
+        self,
+        trie: Trie,
+        rule: Rule,
+        filters: Sequence[TitleFilter | None],
+        beams: int,
+        length_penalty: float,
+        watch: Int64 | None = None,
     ) -> None:
         self.trie, self.rule, self.filters = trie, rule, filters
         self.beams, self.penalty = beams, length_penalty
         self.live, self.done = Hypotheses.none(), Hypotheses.none()
         self.results: list[Hypotheses] = []
         self.discards = Discards(trie, length_penalty, filters)
+        # Place of each user's title in the order of items under nodes; -1: none is watched.
+        self.watched = np.full(len(filters), -1) if watch is None else trie.item_lo[watch]
+        self.lost = np.zeros(len(filters), dtype=bool)
 
     def start(self, user: Int64) -> None:
         """Begin with some users: those who may get nothing are done after one round."""
@@ -82,13 +93,13 @@ class Beams:
         trie, before = self.trie, np.unique(self.live.user)
         longer = self.live.continued(edges, self.rule, self.filters)
         longer, far = longer.parted(among_best(longer.user, longer.total, 2 * self.beams))
-        self.discards.add(far)
+        self._drop(far)
         order, rank = best_of_each(longer.user, longer.total, trie.item_lo[longer.node])
         longer, leaf = longer.take(order), trie.is_leaf[longer.node[order]]
         top = rank < 2 * self.beams
         ends = leaf & (rank < self.beams)
         goes_on = top & ~leaf & (place_among(longer.user, top & ~leaf) < self.beams)
-        self.discards.add(longer.take(~(ends | goes_on)))
+        self._drop(longer.take(~(ends | goes_on)))
         self._finish(longer.take(ends))
         self.live = longer.take(goes_on)
         stopped, self.live = self.live.parted(self._stopped()[self.live.user])
@@ -97,6 +108,13 @@ class Beams:
         result, self.done = self.done.parted(np.isin(self.done.user, through))
         self.results.append(result)
         return through
+
+    def _drop(self, dropped: Hypotheses) -> None:
+        """What is not among the best of a step."""
+        self.discards.add(dropped)
+        title, node = self.watched[dropped.user], dropped.node
+        hit = (self.trie.item_lo[node] <= title) & (title < self.trie.item_hi[node])
+        self.lost[dropped.user[hit]] = True
 
     def _finish(self, ended: Hypotheses) -> None:
         """Merge titles that ended into the best finished ones."""

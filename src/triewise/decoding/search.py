@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -127,6 +128,7 @@ def beam_search(
     assistant_weight: float = 1.0,
     counts: Int64 | None = None,
     gain_over: GainOver = "trained",
+    watch: NDArray[np.integer] | None = None,
 ) -> Ranking:
     """The token-synchronous beam search of ``transformers.generate`` along the trie.
 
@@ -140,6 +142,7 @@ def beam_search(
     * ``beams``: Beams W, at least ``k``.
     * ``scope``: Where the gain is scaled: among the children of a ``node`` (IGD's code), or among all continuations
       of a user's beams at a ``step``, before any is dropped (IGD's text).
+    * ``watch``: (B,) an item of each user; ``pruned`` of the ranking says whose title the beams dropped.
 
     Returns:
         A `Ranking`; ``certified`` where nothing dropped can be among the best ``k``, never with ``scope="step"``.
@@ -157,14 +160,16 @@ def beam_search(
     among = _among(counts, gain_over)
     rule = Rule.of(engine.trie, len(prompts), alpha, scope, gain, assistant, assistant_weight, among)
     filters, counters = _filters(engine.trie, prompts, exclude, allow), Counters()
-    search = Beams(engine.trie, rule, filters, beams, length_penalty)
+    leaf = None if watch is None else engine.trie.leaf[watch].astype(np.int64)
+    search = Beams(engine.trie, rule, filters, beams, length_penalty, leaf)
     drive(Growth(engine, prompts, counters), search)
     tolerance = _tolerance(engine, length_penalty, rule)
     items, scores = _returned(engine.trie, search.results, k + bool(tolerance), filters, counts)
     certified = search.discards.certify(scores[:, k - 1])
     if scope == "step":
         certified[:] = False  # a title's score depends on the beams beside it
-    return _ranking(items, scores, k, certified, counters, tolerance, search.discards.bound)
+    ranking = _ranking(items, scores, k, certified, counters, tolerance, search.discards.bound)
+    return ranking if watch is None else replace(ranking, pruned=search.lost)
 
 
 def exact_search(

@@ -127,6 +127,7 @@ def evaluate(
     train_targets: Int64 | None = None,
     train_interactions: Int64 | None = None,
     seed: int = 0,
+    watch: int | None = None,
 ) -> Evaluation:
     """Rank the whole catalogue for every row of a split.
 
@@ -146,13 +147,15 @@ def evaluate(
         train_interactions: (I,) how often each item occurs in training; splits metrics by popularity of the target.
             Unlike ``train_targets`` it does not depend on a recipe: parts have the same users for every row.
         seed: Seed of the bootstrap.
+        watch: Beams of a recommender that searches with them and takes ``watch``, the target of each row:
+            ``pruned@watch`` is the share of rows whose target the beams dropped at a step.
 
     Returns:
         The evaluation; its metrics lie in [0, 1].
     """
     started, k = time.perf_counter(), min(k, recommender.groups.n_groups)
     places, certified, counters, told = _ranked(
-        recommender, split, name, max(k, COVERED), depth, exclude, allow
+        recommender, split, name, max(k, COVERED), depth, exclude, allow, watch is not None
     )
     seconds = time.perf_counter() - started
     totals = [n if n is None else recommender.groups.total(n) for n in (train_targets, train_interactions)]
@@ -162,6 +165,8 @@ def evaluate(
     metrics[f"coverage@{COVERED}"] = _coverage(places.items[:, :COVERED], recommender.groups, allow)
     metrics |= _parts(places.rank, *(n if n is None else n[split.target] for n in totals))
     # ``certified_at``: so many of the best titles; None: all of them.
+    if watch is not None:
+        metrics[f"pruned@{watch}"] = told.pop("pruned") / max(split.n_rows, 1)
     metrics |= {"certified": int(certified.sum()), "certified_at": depth, **told, "counters": counters}
     speed = round(split.n_rows / max(seconds, 1e-9), 2)
     metrics["timing"] = {"seconds": round(seconds, 3), "users_per_second": speed}
@@ -177,10 +182,12 @@ def _ranked(
     depth: int | None,
     exclude: str,
     allow: Items | None,
+    watch: bool = False,
 ) -> tuple[Places, Bool, dict[str, int], dict[str, float]]:
     """Where the targets stand and who stands first, what is certified, and the work done.
 
-    At last, of a recommender with a tolerance, that and the number of rows with tied places.
+    At last, of a recommender with a tolerance, that and the number of rows with tied places, and of beams that
+    ``watch`` the targets, how many they dropped.
     """
     excluded, n_rows, of_item = excluded_items(split, exclude), split.n_rows, recommender.groups.of_item
     certified, counters, told = np.ones(n_rows, dtype=bool), dict[str, int](), dict[str, float]()
@@ -194,11 +201,13 @@ def _ranked(
         for start in range(0, n_rows, block):
             rows = slice(start, min(start + block, n_rows))
             n = rows.stop - start
+            more: dict[str, Any] = {"watch": split.target[rows]} if watch else {}
             ranking = recommender.recommend(
                 list(split.history[start : rows.stop]),
                 depth,
                 None if excluded is None else list(excluded[start : rows.stop]),
                 None if allow is None else [allow] * n,
+                **more,
             )
             places.rank[rows], places.itself[rows] = _target_rank(ranking, of_item, split.target[rows])
             width = min(k, ranking.items.shape[1])
@@ -207,7 +216,9 @@ def _ranked(
             certified[rows] = ranking.certified
             if ranking.tied is not None:
                 tied = told.get("tied", 0) + int((ranking.tied > 0).sum())
-                told = {"tolerance": ranking.tolerance, "tied": tied}
+                told |= {"tolerance": ranking.tolerance, "tied": tied}
+            if ranking.pruned is not None:
+                told["pruned"] = told.get("pruned", 0) + int(ranking.pruned.sum())
             add_counters(counters, ranking.counters)
             advance(n)
     return places, certified, counters, told

@@ -37,6 +37,8 @@ class Ranking:
             the same score however it is computed. Language models in half precision measure theirs.
         tied: (B,) int32, so many of the last places may be missing groups' as well, being within the tolerance of the
             last place; None without tolerance.
+        pruned: (B,) bool, whether a beam search dropped the title it was told to watch at a step; None where it was
+            told none.
     """
 
     items: NDArray[np.int32]
@@ -45,6 +47,7 @@ class Ranking:
     counters: dict[str, int] = field(default_factory=dict)
     tolerance: float = 0.0
     tied: NDArray[np.int32] | None = None
+    pruned: NDArray[np.bool_] | None = None
 
     def titles(self, catalog: Catalog) -> list[list[str]]:
         """The titles of each user's items, best first; only those that are there, so lists may be shorter than K."""

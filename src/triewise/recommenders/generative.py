@@ -195,8 +195,12 @@ class GenerativeRecommender(SearchSettings, Assisted):
         k: int | None = 10,
         exclude: ItemLists | str | None = None,
         allow: ItemLists | None = None,
+        watch: NDArray[np.integer] | None = None,
     ) -> Ranking:
-        """The ``k`` most probable titles for each history; see `Recommender.recommend`."""
+        """The ``k`` most probable titles for each history; see `Recommender.recommend`.
+
+        ``watch`` (B,), items whose titles a beam search looks after; see `beam_search`.
+        """
         if self.search not in SEARCHES:
             raise UserError(f"wanted search among {', '.join(SEARCHES)}, got {self.search!r}")
         if self.scope == "step" and self.search != "beam":
@@ -224,6 +228,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
             assistant_weight=1.0 if helper is None else self.assistant_weight,
             counts=self.counts,
             gain_over=self.gain_over,
+            **({} if watch is None else {"watch": watch}),
         )
 
     def log_probabilities(self, histories: ItemLists) -> Doubles:
