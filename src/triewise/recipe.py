@@ -135,10 +135,11 @@ class Recipe(Section):
             )
         if self.hybrid is not None and self.hybrid.frozen and self.hybrid.share_of_curriculum:
             raise ValueError("hybrid.frozen = true learns nothing from text alone: set hybrid.curriculum = 0")
-        if self.objective.soft_targets is not None and self.training.workers:
-            raise ValueError(
-                "objective.soft_targets asks its teacher in the process that trains: set training.workers = 0"
-            )
+        for name in ("soft_targets", "flow"):
+            if getattr(self.objective, name) is not None and self.training.workers:
+                raise ValueError(
+                    f"objective.{name} asks a model in the process that trains: set training.workers = 0"
+                )
         if self.objective.contrast.without_history == "unknown" and self.template == "plain":
             raise ValueError(
                 "objective.contrast.without_history = 'unknown' needs backbone.template = 'msl' or 'd3'"

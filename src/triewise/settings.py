@@ -164,6 +164,37 @@ class FrontSettings(Section):
     rarity: float = _key(0.4, "what the weights of rare tokens count at the end beside equal ones", ge=0)
 
 
+class FlowSettings(Section):
+    """Flower: titles that the model draws itself shall be as frequent as their reward; defaults are the authors'."""
+
+    strength: float = _key(
+        0.999,
+        "theta: weight of the objective, 1 - theta that of the balance (authors .99 to .9999)",
+        ge=0,
+        lt=1,
+    )
+    reward: Literal["div", "add", "logp"] = _key(
+        "div", "of a token: log q / S, log q + lam log s, or log q alone; q: share of the histories"
+    )
+    lam: float = _key(1.0, "of the personal part (add)", ge=0)
+    scores: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+        None,
+        "folder of a run on the same rows that knows S and s, how much a user likes each title (div, add)",
+    )
+    prefixes: Literal["own", "coded"] = _key(
+        "own",
+        "a prefix has one reward; coded: scaled by the title it becomes, -15 where a shorter title ends (authors)",
+    )
+
+    @model_validator(mode="after")
+    def _scored(self) -> FlowSettings:
+        if (self.reward == "logp") != (self.scores is None):
+            raise ValueError(
+                f"reward = 'div' and 'add' need scores, a run, and 'logp' has none, got {self.reward!r}"
+            )
+        return self
+
+
 class ObjectiveSettings(Section):
     """Support x temperature x weight, and what other losses add."""
 
@@ -201,13 +232,16 @@ class ObjectiveSettings(Section):
     bear: BearSettings = BearSettings()
     apao: ApaoSettings = ApaoSettings()
     front: FrontSettings = FrontSettings()
+    flow: FlowSettings | None = None
 
     @property
     def _objectives(self) -> tuple[tuple[str, bool], ...]:
         """Losses of which one can be learned, and whether each is chosen."""
         alone = self.soft_targets is not None or self.bear.strength > 0 or self.apao.strength > 0
+        alone = alone or self.flow is not None
         return (
             ("soft_targets", self.soft_targets is not None),
+            ("flow", self.flow is not None),
             ("preference.negatives > 0", self.preference.negatives > 0),
             ("bear.strength > 0", self.bear.strength > 0),
             ("apao.strength > 0", self.apao.strength > 0),
@@ -235,6 +269,8 @@ class ObjectiveSettings(Section):
                 "apao.form = 'pairwise' below depth 1 needs support = 'trie' and apao.temperature = 1: set "
                 "apao.levels = 1"
             )
+        if self.flow is not None and self.temperature != 1:
+            raise ValueError("flow is about probabilities at temperature 1; leave temperature at 1")
         return self
 
     @model_validator(mode="after")
@@ -313,7 +349,7 @@ class TrainingSettings(Section):
     )
     workers: int | None = _key(
         None,
-        "processes that build batches ahead; default: up to 4 for a GPU under Linux, else, and for soft targets, none",
+        "processes that build batches ahead; default: up to 4 for a GPU under Linux, else, and to ask a model, none",
         ge=0,
         le=1024,
     )

@@ -41,7 +41,8 @@ def _value(given: Any) -> Any:
         return torch.tensor(
             given["values"], dtype=torch.float64 if _holds_floats(given["values"]) else torch.int64
         )
-    return torch.tensor(given, dtype=torch.float64) if isinstance(given, list) else given
+    ragged = isinstance(given, list) and len({len(v) for v in given if isinstance(v, list)}) > 1
+    return torch.tensor(given, dtype=torch.float64) if isinstance(given, list) and not ragged else given
 
 
 def _holds_floats(values: Any) -> bool:

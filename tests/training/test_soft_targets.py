@@ -266,5 +266,5 @@ def test_wrong_settings() -> None:
     with pytest.raises(UserError, match="soft_targets and contrast.strength > 0 are two objectives; use one"):
         parse_recipe(raw | {"objective": both}, "test")
     taught = {"objective": {"soft_targets": "runs/sasrec"}, "training": {"workers": 2}}
-    with pytest.raises(UserError, match="asks its teacher in the process that trains: set training.workers"):
+    with pytest.raises(UserError, match="asks a model in the process that trains: set training.workers"):
         parse_recipe(raw | taught, "test")

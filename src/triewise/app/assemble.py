@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triewise.app.enhance import enhancement_of
-from triewise.app.folders import consented, open_run
+from triewise.app.folders import open_run
+from triewise.app.guided import guide_of
 from triewise.app.hybrid import align, remember, taught, with_slots
 from triewise.data import Dataset, Split, data_hash
 from triewise.errors import UserError
-from triewise.files import sha256_file
 from triewise.models import (
     BASE_FACTS,
     Backbone,
@@ -39,9 +39,7 @@ from triewise.recommenders import (
     GenerativeRecommender,
     SavedRecommender,
     SequentialRecommender,
-    TitleTeacher,
     hashes,
-    load,
 )
 from triewise.tokens import (
     Prompts,
@@ -65,7 +63,6 @@ from triewise.training import (
     Objective,
     Preferences,
     Sequences,
-    SoftTargets,
     TrainResult,
     Windows,
     along_titles,
@@ -231,15 +228,14 @@ def _reference_backbone(recipe: Recipe, reference: Path, how: dict[str, Any]) ->
 def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
     parts = assemble(recipe, dataset)
     model = parts.backbone.model
-    examples, rejected, soft = _examples(recipe, parts), None, None
-    if recipe.objective.soft_targets is not None:
-        soft = _teacher(recipe, dataset, recipe.objective.soft_targets)
+    examples, rejected = _examples(recipe, parts), None
+    guided = guide_of(recipe, dataset, parts, _training_rows(recipe, dataset))
     if n := recipe.objective.preference.negatives:
         rejected = draw_rejected(parts.windows, parts.trie.leaf, n, recipe.seed)
 
     def fit_it(out: Path, **how: Any) -> TrainResult:
         align(recipe, parts.backbone, parts.prompts, parts.windows, out)
-        learned = _learned(recipe, model, examples, parts.counts, rejected, soft, out / REFERENCE)
+        learned = _learned(recipe, model, examples, parts.counts, rejected, guided, out / REFERENCE)
         learned = taught(recipe, parts.backbone, learned)
         how |= {"seed": recipe.seed, "autocast": parts.autocast}
         return train(model, examples, learned, recipe.training, out, **how)
@@ -331,33 +327,13 @@ def _examples(recipe: Recipe, parts: Assembly) -> Examples:
     return Examples(parts.windows, parts.prompts, parts.trie, weight, zero_gain(parts.trie, parts.counts))
 
 
-def _teacher(recipe: Recipe, dataset: Dataset, run: Path) -> tuple[TitleTeacher, str]:
-    """What softens the targets, and the hash of its weights; UserError where it is no teacher of these rows."""
-    theirs, record = open_run(run)
-    if theirs.training.rows != "train" and recipe.training.rows == "train":
-        raise UserError(
-            f"the teacher {run} was trained on the validation rows; give one trained on train, or set training.rows = "
-            "'train+valid'"
-        )
-    if record["hashes"]["data"] != data_hash(dataset):
-        raise UserError(
-            f"the teacher {run} was trained on other rows than those of {dataset.folder}; give both the same data, "
-            "split and data.max_history"
-        )
-    teacher = load(
-        run, assistant=False, trust_remote_code=consented(theirs, recipe.backbone.trust_remote_code, run)
-    )
-    weights = sorted((run / "model").glob("*.safetensors"))
-    return TitleTeacher(teacher), " ".join(sha256_file(file) for file in weights)
-
-
 def _learned(
     recipe: Recipe,
     model: Any,
     examples: Examples,
     counts: NDArray[np.int64],
     rejected: NDArray[np.int32] | None,
-    soft: tuple[TitleTeacher, str] | None,
+    guided: Callable[[Objective], Learned] | None,
     kept: Path,
 ) -> Learned:
     """What is trained; the reference of S-DPO is read from ``kept``, or computed and written there."""
@@ -370,9 +346,8 @@ def _learned(
     temperature = settings.temperature
     ats = AdaptiveTemperature(**settings.adaptive.model_dump()) if temperature == "adaptive" else temperature
     objective = Objective(settings.support, ats, settings.normaliser, settings.expand_negatives)
-    if soft is not None:
-        numbers = (settings.soft_alpha, settings.soft_temperature, settings.soft_form)
-        return SoftTargets(objective, soft[0], *numbers, soft[1])
+    if guided is not None:
+        return guided(objective)
     if settings.bear.strength:
         return Bear(objective, **settings.bear.model_dump())
     if settings.apao.strength:

@@ -1,3 +1,4 @@
+from .draws import sample as sample
 from .engine import Support as Support, TrieEngine as TrieEngine
 from .growth import edges_on_paths as edges_on_paths
 from .search import (

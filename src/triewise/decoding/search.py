@@ -158,7 +158,7 @@ def beam_search(
     rule = Rule.of(engine.trie, len(prompts), alpha, scope, gain, assistant, assistant_weight, among)
     filters, counters = _filters(engine.trie, prompts, exclude, allow), Counters()
     search = Beams(engine.trie, rule, filters, beams, length_penalty)
-    _drive(Growth(engine, prompts, counters), search)
+    drive(Growth(engine, prompts, counters), search)
     tolerance = _tolerance(engine, length_penalty, rule)
     items, scores = _returned(engine.trie, search.results, k + bool(tolerance), filters, counts)
     certified = search.discards.certify(scores[:, k - 1])
@@ -219,7 +219,7 @@ def exact_search(
     if engine.support == "vocabulary":
         max_expansions = max_expansions or MAX_EXPANSIONS
     search = BestFirst(growth, rule, filters, k, length_penalty, max_expansions, first)
-    _drive(growth, search)
+    drive(growth, search)
     tolerance = _tolerance(engine, length_penalty, rule)
     items, scores = _returned(trie, search.results, k + bool(tolerance), filters, counts)
     return _ranking(items, scores, k, search.proven, counters, tolerance, search.dropped)
@@ -349,7 +349,7 @@ def _blocks(
             yield users[start : start + engine.at_once], prefix
 
 
-def _drive(growth: Growth, search: Strategy) -> None:
+def drive(growth: Growth, search: Strategy) -> None:
     """Let users in, grow their trees as the search asks, and let them go when they are done."""
     while True:
         fresh = growth.admit()

@@ -13,6 +13,7 @@ from .distil import (
     write_part as write_part,
 )
 from .examples import Examples as Examples, along_titles as along_titles
+from .flow import Flow as Flow, history_prior as history_prior
 from .item_fit import fit as fit
 from .item_tasks import ItemLoss as ItemLoss, Sequences as Sequences, item_loss as item_loss
 from .losses import trie_nll as trie_nll, vocabulary_nll as vocabulary_nll

@@ -228,23 +228,25 @@ class Examples:
         n_tokens = len(item_U) * len(prompt) + len(ids_U.at)
         return WithoutHistory(input_ids, position.astype(np.int64), self._node_T[token_T], n_tokens)
 
-    def with_rejected(self, rejected: NDArray[np.int32]) -> Examples:
-        """Each window once with its target and then once with each rejected title in its place.
+    def with_rejected(self, rejected: NDArray[np.int32], rows: Ints | None = None) -> Examples:
+        """Windows, each once as it is and then once with each rejected title as its last and only target.
 
         Args:
-            rejected: Item indices (W, n); each window has one target.
+            rejected: Item indices (R, n), for each window.
+            rows: Which windows (R,); None: all, each of which has one target.
 
         Returns:
-            Examples of ``W * (1 + n)`` windows; window w is number ``w * (1 + n)``.
+            Examples of ``R * (1 + n)`` windows; window r is number ``r * (1 + n)``.
         """
         items, n = self.windows.items, rejected.shape[1]
-        times = np.full(len(self.windows), 1 + n)
-        start, length = (np.repeat(array, times) for array in (items.offsets[:-1], items.lengths))
-        more = Ragged.windows(items.values, start, length)
-        target = np.column_stack([items.values[items.offsets[1:] - 1], rejected])
-        more.values[more.offsets[1:] - 1] = target.ravel()
+        index = np.repeat(np.arange(len(self.windows)) if rows is None else rows, 1 + n)
+        more = Ragged.windows(items.values, items.offsets[index], items.lengths[index])
+        last = more.offsets[1:] - 1
+        n_context = (more.lengths - 1).astype(np.int32)
+        n_context[:: 1 + n] = self.windows.n_context[index[:: 1 + n]]
+        more.values[last] = np.column_stack([more.values[last[:: 1 + n]], rejected]).ravel()
         other = copy.copy(self)
-        other.windows = Windows(more, np.repeat(self.windows.n_context, times))
+        other.windows = Windows(more, n_context)
         other.__dict__.pop("size", None)
         return other
 

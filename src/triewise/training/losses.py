@@ -105,13 +105,14 @@ def vocabulary_nll(logits: Tensor, target: Tensor, temperature: float = 1.0) -> 
         temperature: Divides the logits, > 0.
 
     Returns:
-        float32 (M,), nats, >= 0.
+        float32 (M,), nats, >= 0; float64 from logits of float64.
 
     Raises:
         UserError: ``temperature`` <= 0.
     """
     check_temperature(temperature)
-    return torch.nn.functional.cross_entropy(logits.float() / temperature, target, reduction="none")
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(exact / temperature, target, reduction="none")
 
 
 class LmlParts(NamedTuple):

@@ -414,17 +414,18 @@ class MicroBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Arguments of `TitleLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
         batch, trie = self.batch(index), self.examples.trie
-        decision = trie.branching[batch.node]
+        decision, learned = trie.branching[batch.node], ~self.drawn(batch)
         weight = torch.from_numpy(batch.weight.astype(np.float64))
         share = self.objective.contribution(weight, torch.from_numpy(decision))
         counts = {
             "tokens": batch.n_tokens,
-            "zero_gain": int(batch.zero_gain.sum()),
-            "positive_gain": int((~batch.zero_gain).sum()),
-            "decisions": int(decision.sum()),
+            "zero_gain": int((batch.zero_gain & learned).sum()),
+            "positive_gain": int((~batch.zero_gain & learned).sum()),
+            "decisions": int((decision & learned).sum()),
         }
         # In trie support the loss of a forced token is 0 whatever its logits: it needs none.
-        keep = np.flatnonzero(decision) if self.objective.support == "trie" else np.arange(len(decision))
+        all_of_them = self.objective.support != "trie"
+        keep = np.arange(len(decision)) if all_of_them else np.flatnonzero(decision | ~learned)
         arrays: dict[str, Any] = {"decision": decision[keep]} | self._inputs(batch, keep)
         arrays |= {name: getattr(batch, name)[keep] for name in ("target", "node", "weight", "zero_gain")}
         arrays |= self.more(self.rows[index], batch, keep)
@@ -442,6 +443,10 @@ class MicroBatches(Dataset[dict[str, Any]]):
     def batch(self, index: int) -> Batch:
         """Windows of one micro-batch as ids, nodes and weights."""
         return self.examples.batch(self.rows[index])
+
+    def drawn(self, batch: Batch) -> NDArray[np.bool_]:
+        """Which of its targets (M,) are of titles that were drawn: they are looked at, and are no true ones."""
+        return np.zeros(len(batch.target), dtype=np.bool_)
 
     def more(self, rows: NDArray[np.int64], batch: Batch, keep: Any) -> dict[str, Any]:
         """Further arrays of a micro-batch of some windows, for a loss that needs them; ``keep``: its targets."""

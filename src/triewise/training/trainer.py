@@ -195,9 +195,13 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if self.settings.log_parts:
             self.parts = dict.fromkeys(PARTS) | self.parts_of_next_step()
-        ours = math.fsum(batch.pop("contribution") for batch in batches)
-        total = math.fsum(theirs for (theirs,) in processes.gather([ours]))
-        return batches, float(self.learned.divisor(torch.tensor(total, dtype=torch.float64)))
+        # ``pairs``: what the second part of a loss (Flower's) is a mean over.
+        ours = [math.fsum(batch.pop(name, 0) for batch in batches) for name in ("contribution", "pairs")]
+        total, pairs = (math.fsum(values) for values in zip(*processes.gather(ours), strict=True))
+        divisor = float(self.learned.divisor(torch.tensor(total, dtype=torch.float64)))
+        if pairs:
+            batches = [batch | {"pair_weight": divisor / pairs} for batch in batches]
+        return batches, divisor
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The course of the learning rate."""
