@@ -1,4 +1,4 @@
-"""The doors of the search: every title ranked, beams, the best titles with a proof, scores of given titles.
+"""The doors of the search: titles ranked, all or by beams or with a proof, scored where given, or drawn.
 
 No language model lives here: the engine gives edge scores, `scoring` says what a path is worth. In half precision a
 score depends on what shares the forward, by hundredths of a nat up to one: how much is measured here, and told with
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from triewise.arrays import Bool, Float32, Float64, Int32, Int64, blank_lists, within
 from triewise.decoding.beams import Beams
 from triewise.decoding.best_first import BestFirst
+from triewise.decoding.draws import Draws
 from triewise.decoding.engine import TrieEngine, edge_log_probabilities
 from triewise.decoding.filters import TitleFilter
 from triewise.decoding.growth import Edges, Growth, edges_on_paths
@@ -158,7 +159,7 @@ def beam_search(
     rule = Rule.of(engine.trie, len(prompts), alpha, scope, gain, assistant, assistant_weight, among)
     filters, counters = _filters(engine.trie, prompts, exclude, allow), Counters()
     search = Beams(engine.trie, rule, filters, beams, length_penalty)
-    drive(Growth(engine, prompts, counters), search)
+    _drive(Growth(engine, prompts, counters), search)
     tolerance = _tolerance(engine, length_penalty, rule)
     items, scores = _returned(engine.trie, search.results, k + bool(tolerance), filters, counts)
     certified = search.discards.certify(scores[:, k - 1])
@@ -219,7 +220,7 @@ def exact_search(
     if engine.support == "vocabulary":
         max_expansions = max_expansions or MAX_EXPANSIONS
     search = BestFirst(growth, rule, filters, k, length_penalty, max_expansions, first)
-    drive(growth, search)
+    _drive(growth, search)
     tolerance = _tolerance(engine, length_penalty, rule)
     items, scores = _returned(trie, search.results, k + bool(tolerance), filters, counts)
     return _ranking(items, scores, k, search.proven, counters, tolerance, search.dropped)
@@ -256,6 +257,26 @@ def score(engine: TrieEngine, prompts: TokenLists, candidates: ItemLists) -> Flo
         node = np.where(on_path, trie.parent[node], 0).astype(np.int64)
     result[user, within(size)] = total
     return result
+
+
+def sample(engine: TrieEngine, prompts: TokenLists, uniform: Float64) -> Int32:
+    """One title for each user, drawn token by token among the children, at temperature 1.
+
+    Decisions alone cost a forward, a token each; what users draw does not depend on who is drawn for beside them, but
+    for rounding.
+
+    Args:
+        engine: Model, trie and support; in trie support nothing is run that a draw does not need.
+        prompts: Token ids of each user.
+        uniform: (B, D), numbers in [0, 1) that decide.
+
+    Returns:
+        Item indices (B,); of equal titles the lowest.
+    """
+    draws = Draws(engine.trie, uniform)
+    _drive(Growth(engine, prompts, Counters()), draws)
+    item: Int32 = engine.trie.item_order[engine.trie.item_lo[draws.node]]
+    return item
 
 
 def _ranking(
@@ -349,7 +370,7 @@ def _blocks(
             yield users[start : start + engine.at_once], prefix
 
 
-def drive(growth: Growth, search: Strategy) -> None:
+def _drive(growth: Growth, search: Strategy) -> None:
     """Let users in, grow their trees as the search asks, and let them go when they are done."""
     while True:
         fresh = growth.admit()
