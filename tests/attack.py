@@ -232,9 +232,9 @@ class Attack:
             if all(outcome.code for outcome in found):
                 raise Bad("stuck", " ".join(outcome.err[-200:] for outcome in found))
             for name, outcome in zip(names, found, strict=True):
-                if outcome.code == 0 and name in ("train", "resume", "overwrite"):
-                    if self.result(kind, name, outcome) != self.wanted[kind, name]:
-                        raise Bad("another result", name)
+                ended = outcome.code == 0 and name in ("train", "resume", "overwrite")
+                if ended and self.result(kind, name, outcome) != self.wanted[kind, name]:
+                    raise Bad("another result", name)
             for name in names:
                 self.again(kind, name)
         return "one was told" if any(outcome.code for outcome in found) else "both did"

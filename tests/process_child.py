@@ -9,6 +9,7 @@ import signal
 import socket
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,22 @@ from transformers import TrainerCallback
 from tests.token_worlds import cycle_world
 from tests.train_child import CONFIG as WHOLE, small_model, some_metric
 from triewise.arrays import Ragged
+from triewise.decoding import TrieEngine, sample
 from triewise.errors import UserError
 from triewise.models import freeze_unused
-from triewise.settings import TrainingSettings
+from triewise.settings import FlowSettings, TrainingSettings
 from triewise.tokens import binary_weights, zero_gain
 from triewise.training import (
     AdaptiveTemperature,
     Contrast,
     Examples,
+    Flow,
     Objective,
     Preferences,
     SoftTargets,
     along_titles,
     draw_rejected,
+    history_prior,
     kept_reference,
     processes,
     target_counts,
@@ -82,7 +86,17 @@ OBJECTIVES: dict[str, Callable[[Path], Any]] = {
     "cft": lambda out: Contrast(Objective("vocabulary"), 0.3),
     "sdpo": preferences,
     "soft": lambda out: SoftTargets(Objective("trie", 1.3), by_last_item, 0.4),
+    "flower": lambda out: flower(),
 }
+
+
+def flower() -> Flow:
+    """Flower, with weights that are let draw by `each_objective`."""
+    trie, settings = weighted_examples().trie, FlowSettings(strength=0.7, scores=Path("none"))
+    config, prior = TrainingSettings(**CONFIG), history_prior(trie, np.arange(12) % 5)
+    return Flow(
+        Objective("vocabulary"), settings, config, prior, lambda *_: np.zeros(0, np.int32), by_last_item
+    )
 
 
 def by_last_item(rows: Ragged, n_context: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -147,6 +161,9 @@ def each_objective(out: Path) -> dict[str, Any]:
     found = {}
     for name, make in OBJECTIVES.items():
         model, objective = learned(), make(out)
+        if isinstance(objective, Flow):
+            engine = TrieEngine(model, weighted_examples().trie)
+            objective = replace(objective, sample=functools.partial(sample, engine))
         seen = Seen(objective)
         config = TrainingSettings(**CONFIG)
         (out / name).mkdir(exist_ok=True)

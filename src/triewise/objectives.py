@@ -83,33 +83,24 @@ class FrontSettings(Section):
 
 
 class FlowSettings(Section):
-    """Flower: titles that the model draws itself shall be as frequent as their reward; defaults are the authors'."""
+    """Flower: titles that the model draws itself shall be as frequent as their reward (its code's defaults)."""
 
-    strength: float = key(
-        0.999,
-        "theta: weight of the objective, 1 - theta that of the balance (authors .99 to .9999)",
-        ge=0,
-        lt=1,
-    )
+    strength: float = key(0.999, "theta of the objective; balance 1 - theta (.99 to .9999)", ge=0, lt=1)
     reward: Literal["div", "add", "logp"] = key(
-        "div", "of a token: log q / S, log q + lam log s, or log q alone; q: share of the histories"
+        "div", "of a token: log q / S, log q + lam log s, or log q; q: share of the histories"
     )
     lam: float = key(1.0, "of the personal part (add)", ge=0)
     scores: Annotated[Path, AfterValidator(Path.absolute)] | None = key(
-        None,
-        "folder of a run on the same rows that knows S and s, how much a user likes each title (div, add)",
+        None, "folder of a run on the same rows that knows how likely each title is, for S and s (div, add)"
     )
     prefixes: Literal["own", "coded"] = key(
-        "own",
-        "a prefix has one reward; coded: scaled by the title it becomes, -15 where a shorter title ends (authors)",
+        "own", "one reward each; coded: scaled by the title it becomes, -15 where a shorter one ends (code)"
     )
 
     @model_validator(mode="after")
     def _scored(self) -> FlowSettings:
         if (self.reward == "logp") != (self.scores is None):
-            raise ValueError(
-                f"reward = 'div' and 'add' need scores, a run, and 'logp' has none, got {self.reward!r}"
-            )
+            raise ValueError(f"reward 'div' and 'add' need scores, 'logp' has none, got {self.reward!r}")
         return self
 
 
@@ -150,13 +141,13 @@ class ObjectiveSettings(Section):
     bear: BearSettings = BearSettings()
     apao: ApaoSettings = ApaoSettings()
     front: FrontSettings = FrontSettings()
-
     flow: FlowSettings | None = None
 
     @property
     def _objectives(self) -> tuple[tuple[str, bool], ...]:
         """Losses of which one can be learned, and whether each is chosen."""
-        alone = bool(self.soft_targets or self.flow) or self.bear.strength > 0 or self.apao.strength > 0
+        named = self.soft_targets is not None or self.flow is not None
+        alone = named or self.bear.strength > 0 or self.apao.strength > 0
         return (
             ("soft_targets", self.soft_targets is not None),
             ("flow", self.flow is not None),

@@ -1,4 +1,3 @@
-from .draws import sample as sample
 from .engine import Support as Support, TrieEngine as TrieEngine
 from .growth import edges_on_paths as edges_on_paths
 from .search import (
@@ -7,6 +6,7 @@ from .search import (
     beam_search as beam_search,
     exact_search as exact_search,
     rank_catalogue as rank_catalogue,
+    sample as sample,
     score as score,
 )
 from .treecache import Counters as Counters, TokenLists as TokenLists, pad as pad

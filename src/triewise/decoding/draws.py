@@ -1,6 +1,6 @@
-"""Titles drawn from a model along the trie: each with the product of its probabilities among valid tokens.
+"""Titles drawn along the trie, one path for each user.
 
-Dimension key: B users, D tokens of the longest title, E edges of one round.
+Dimension key: B users, D tokens of the longest title.
 """
 
 from __future__ import annotations
@@ -9,48 +9,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from triewise.decoding.growth import Growth, drive
-from triewise.decoding.treecache import Counters
-
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from triewise.arrays import Float64, Int32, Int64
-    from triewise.decoding.engine import TrieEngine
+    from triewise.arrays import Float64, Int64
     from triewise.decoding.growth import Edges
-    from triewise.decoding.treecache import TokenLists
     from triewise.tokens import Trie
 
 
-def sample(engine: TrieEngine, prompts: TokenLists, uniform: Float64) -> Int32:
-    """One title for each user, drawn token by token among the children, at temperature 1.
-
-    Decisions alone cost a forward, a token each; what users draw does not depend on who is drawn for beside them, but
-    for rounding.
-
-    Args:
-        engine: Model, trie and support; in trie support nothing is run that a draw does not need.
-        prompts: Token ids of each user.
-        uniform: (B, D), numbers in [0, 1) that decide.
-
-    Returns:
-        Item indices (B,); of equal titles the lowest.
-    """
-    draws = Draws(engine.trie, uniform)
-    drive(Growth(engine, prompts, Counters()), draws)
-    item: Int32 = engine.trie.item_order[engine.trie.item_lo[draws.node]]
-    return item
-
-
 class Draws:
-    """One path for each user, see `sample`; a `growth.Strategy`.
+    """One path for each user, see `search.sample`; a `growth.Strategy`.
 
     Attributes:
         node: int64 (B,), the decision that each path has come to, or its leaf.
         live: int64, users whose paths go on, ascending.
     """
 
-    def __init__(self, trie: Trie, uniform: NDArray[np.float64]) -> None:
+    def __init__(self, trie: Trie, uniform: Float64) -> None:
         self.trie, self.uniform = trie, uniform
         self.node = np.full(len(uniform), trie.next_decision[0], dtype=np.int64)
         self.live = np.zeros(0, dtype=np.int64)

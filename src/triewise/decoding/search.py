@@ -1,4 +1,4 @@
-"""The doors of the search: every title ranked, beams, the best titles with a proof, scores of given titles.
+"""The doors of the search: titles ranked, all or by beams or with a proof, scored where given, or drawn.
 
 No language model lives here: the engine gives edge scores, `scoring` says what a path is worth. In half precision a
 score depends on what shares the forward, by hundredths of a nat up to one: how much is measured here, and told with
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from triewise.arrays import Bool, Float32, Float64, Int32, Int64, blank_lists, within
 from triewise.decoding.beams import Beams
 from triewise.decoding.best_first import BestFirst
+from triewise.decoding.draws import Draws
 from triewise.decoding.engine import TrieEngine, edge_log_probabilities
 from triewise.decoding.filters import TitleFilter
 from triewise.decoding.growth import Growth, drive, edges_on_paths
@@ -261,6 +262,26 @@ def score(engine: TrieEngine, prompts: TokenLists, candidates: ItemLists) -> Flo
         node = np.where(on_path, trie.parent[node], 0).astype(np.int64)
     result[user, within(size)] = total
     return result
+
+
+def sample(engine: TrieEngine, prompts: TokenLists, uniform: Float64) -> Int32:
+    """One title for each user, drawn token by token among the children, at temperature 1.
+
+    Decisions alone cost a forward, a token each; what users draw does not depend on who is drawn for beside them, but
+    for rounding.
+
+    Args:
+        engine: Model, trie and support; in trie support nothing is run that a draw does not need.
+        prompts: Token ids of each user.
+        uniform: (B, D), numbers in [0, 1) that decide.
+
+    Returns:
+        Item indices (B,); of equal titles the lowest.
+    """
+    draws = Draws(engine.trie, uniform)
+    drive(Growth(engine, prompts, Counters()), draws)
+    item: Int32 = engine.trie.item_order[engine.trie.item_lo[draws.node]]
+    return item
 
 
 def _ranking(

@@ -266,7 +266,8 @@ class FlowBatches(MicroBatches):
         n = item["n_prefixes"]
         return item | {"pairs": float((n * (n - 1) // 2).sum())}
 
-    def _batch(self, index: int) -> Batch:
+    def batch(self, index: int) -> Batch:
+        """Each window, and behind it the same with a title that is drawn."""
         rows, settings, examples = self.rows[index], self.flow.training, self.examples
         step = (settings.steps * settings.accumulation - len(self.rows) + index) // settings.accumulation
         longest = int(examples.trie.depth.max())
@@ -274,16 +275,16 @@ class FlowBatches(MicroBatches):
         prompts = [examples.prompts.encode(row[:-1].tolist()) for row in examples.windows.items.take(rows)]
         items = self.flow.sample(prompts, np.array(list(drawn)))
         batch = examples.with_rejected(items[:, None], rows).batch(np.arange(2 * len(rows)))
-        return replace(batch, weight=batch.weight * ~self._drawn(batch))
+        return replace(batch, weight=batch.weight * ~self.drawn(batch))
 
-    def _drawn(self, batch: Batch) -> Bool:
+    def drawn(self, batch: Batch) -> Bool:
         """Targets of every other row."""
         odd: Bool = batch.position // batch.input_ids.shape[1] % 2 == 1
         return odd
 
     def more(self, rows: NDArray[np.int64], batch: Batch, keep: Any) -> dict[str, Any]:
         """What `FlowLoss.forward` has more than `TitleLoss.forward`, but for ``pair_weight``."""
-        is_drawn = self._drawn(batch)[keep]
+        is_drawn = self.drawn(batch)[keep]
         drawn, node = np.flatnonzero(is_drawn), batch.node[keep]
         first = np.flatnonzero(node[drawn] == 0)
         n_prefixes = np.diff(np.append(first, len(drawn)))

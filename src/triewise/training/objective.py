@@ -414,7 +414,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Arguments of `TitleLoss.forward`, what the micro-batch adds to the normaliser, and its counts."""
         batch, trie = self.batch(index), self.examples.trie
-        decision, learned = trie.branching[batch.node], ~self._drawn(batch)
+        decision, learned = trie.branching[batch.node], ~self.drawn(batch)
         weight = torch.from_numpy(batch.weight.astype(np.float64))
         share = self.objective.contribution(weight, torch.from_numpy(decision))
         counts = {
@@ -444,7 +444,7 @@ class MicroBatches(Dataset[dict[str, Any]]):
         """Windows of one micro-batch as ids, nodes and weights."""
         return self.examples.batch(self.rows[index])
 
-    def _drawn(self, batch: Batch) -> NDArray[np.bool_]:
+    def drawn(self, batch: Batch) -> NDArray[np.bool_]:
         """Which of its targets (M,) are of titles that were drawn: they are looked at, and are no true ones."""
         return np.zeros(len(batch.target), dtype=np.bool_)
 
