@@ -153,7 +153,7 @@ class InContext(nn.Module):
         """
         found = self.retrieve(ids) if found is None else found
         k, real, at = found.shape[1], found >= 0, found.clamp(min=0)
-        each, which = at.unique(return_inverse=True)  # rows of a batch share examples
+        each, which = torch.unique(at, return_inverse=True)  # rows of a batch share examples
         state = torch.cat([model.plain_states(self.ids[each])[which], states[:, None]], dim=1)
         history = torch.cat([self.keys[at], self.read(ids)[:, None]], dim=1)
         item = F.pad(self.item[at] + 1, (0, 1), value=model.mask)
