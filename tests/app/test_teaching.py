@@ -274,8 +274,14 @@ def test_what_a_student_refuses(world: Path, teacher: Path, tmp_path: Path) -> N
             {"sequential": {"encoder": "bert4rec", "loss": "cloze"}},
             r"\[enhance\] needs a \[sequential\] encoder",
         ),
-        ({"training": {"supervision": "every"}}, "rankings of train; set training.supervision = 'last'"),
-        ({"training": {"rows": "train+valid"}}, "rankings of train; set training.rows = 'train'"),
+        (
+            {"training": {"supervision": "every"}},
+            "rows of train, one target each; set training.supervision = 'last'",
+        ),
+        (
+            {"training": {"rows": "train+valid"}},
+            "rows of train, one target each; set training.rows = 'train'",
+        ),
         (
             {"enhance": {"gamma_position": 0, "gamma_confidence": 0, "gamma_consistency": 0}},
             "lam > 0 needs one of",

@@ -113,6 +113,11 @@ def chains_of(settings: ExampleSettings, questions: Questions) -> list[Chain]:
     return [kept[key] for key in keys]
 
 
+def chain_of(entry: Mapping[str, Any]) -> Chain:
+    """The chain of a line."""
+    return Chain(entry["text"], entry["by"] != "template")
+
+
 def kept_chains(folder: Path) -> dict[str, Chain]:
     """What is in a folder, by key; nothing where it is not there yet."""
     found: dict[str, Chain] = {}
@@ -120,16 +125,16 @@ def kept_chains(folder: Path) -> dict[str, Chain]:
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
             entry = json.loads(line)
-            found[entry["key"]] = Chain(entry["text"], entry["by"] != "template")
+            found.setdefault(entry["key"], chain_of(entry))
         except (ValueError, KeyError, TypeError):
             continue  # half a line
     return found
 
 
 def keep_chains(folder: Path, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Add lines in one write, behind the end of a line that was not finished; they are on the disk when this ends."""
+    """Add lines in one write, on a new line where the last one was not finished; on the disk when this ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{json.dumps(entry, ensure_ascii=False)}\n" for entry in entries)
+    text = "".join(f"{json.dumps(entry)}\n" for entry in entries)
     with (folder / CHAINS).open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triewise.app.assemble import training_rows
-from triewise.app.chains import best_chain, keep_chains, kept_chains, questions_of
+from triewise.app.chains import best_chain, chain_of, keep_chains, kept_chains, questions_of
 from triewise.app.folders import open_data
 from triewise.app.writers import writer_of
 from triewise.errors import UserError
@@ -47,16 +47,17 @@ def reason(recipe: Recipe, out: Path | str) -> dict[str, Any]:
             batch = range(start, min(start + size, len(keys)))
             if any(keys[e] not in kept for e in batch):  # all are asked, so that what is drawn is the same
                 answers = written()([questions.prompts[e] for e in batch], int(keys[start][:12], 16))
-                entries = []
+                entries: dict[str, dict[str, Any]] = {}
                 for e, candidates in zip(batch, answers, strict=True):
                     label, row = int(questions.label[e]), int(questions.row[e])
                     text = best_chain(candidates, questions.titles[e], label)
                     by = "template" if text is None else writer.model
                     entry = {"key": keys[e], "row": row, "item": int(questions.item[e]), "label": label}
-                    entries.append(entry | {"by": by, "text": text or questions.templates[e]})
-                keep_chains(out, [entry for entry in entries if entry["key"] not in kept])
+                    entries.setdefault(keys[e], entry | {"by": by, "text": text or questions.templates[e]})
+                new = {key: entry for key, entry in entries.items() if key not in kept}
+                keep_chains(out, new.values())
+                kept |= {key: chain_of(entry) for key, entry in new.items()}
             advance(len(batch))
-    kept = kept_chains(out)
     by_model = sum(kept[key].by_model for key in keys)
     return {
         "chains": len(keys),

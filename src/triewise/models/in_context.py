@@ -152,9 +152,9 @@ class InContext(nn.Module):
             users: (B, K + 1, D), of the examples' users and the row's own; None: one vector for all.
         """
         found = self.retrieve(ids) if found is None else found
-        (b, k), real, at = found.shape, found >= 0, found.clamp(min=0)
-        theirs = model.plain_states(self.ids[at].flatten(0, 1)).view(b, k, -1)
-        state = torch.cat([theirs, states[:, None]], dim=1)
+        k, real, at = found.shape[1], found >= 0, found.clamp(min=0)
+        each, which = torch.unique(at, return_inverse=True)  # rows of a batch share examples
+        state = torch.cat([model.plain_states(self.ids[each])[which], states[:, None]], dim=1)
         history = torch.cat([self.keys[at], self.read(ids)[:, None]], dim=1)
         item = F.pad(self.item[at] + 1, (0, 1), value=model.mask)
         user = self.user.expand_as(state) if users is None else users
