@@ -30,6 +30,7 @@ from triewise.settings import (
     DistilSettings,
     EvaluationSettings,
     HybridSettings,
+    IdentifierSettings,
     ObjectiveSettings,
     Section,
     SequentialSettings,
@@ -57,6 +58,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, le=2**32 - 1)
     data: DataSettings
     backbone: BackboneSettings = BackboneSettings()
+    identifier: IdentifierSettings = IdentifierSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     hybrid: HybridSettings | None = None
     sequential: SequentialSettings | None = None
@@ -77,7 +79,7 @@ class Recipe(Section):
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
         if self.sequential is not None:
-            for name in ("backbone", "objective", "hybrid"):
+            for name in ("backbone", "identifier", "objective", "hybrid"):
                 values.pop(name, None)
         return values
 
@@ -94,7 +96,9 @@ class Recipe(Section):
     def _sequential_alone(self) -> Recipe:
         if self.sequential is None:
             return self
-        unused: list[str] = [name for name in ("backbone", "objective") if name in self.model_fields_set]
+        unused: list[str] = [
+            name for name in ("backbone", "identifier", "objective") if name in self.model_fields_set
+        ]
         unused += ["hybrid"] * (self.hybrid is not None)
         for section, keys in _OF_LANGUAGE_MODELS.items():
             chosen, default = getattr(self, section), type(getattr(self, section))()
@@ -118,6 +122,16 @@ class Recipe(Section):
                 raise ValueError(
                     f"[enhance] learns from a teacher's rankings of train; set training.{key} = {wanted!r}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _coded(self) -> Recipe:
+        if self.identifier.kind == "title":
+            return self
+        if self.hybrid is not None:
+            raise ValueError("[hybrid] puts item vectors behind titles; set identifier.kind = 'title'")
+        if "grounding" in (self.evaluation.search, *self.evaluation.choose):
+            raise ValueError("grounding compares free texts with titles; set identifier.kind = 'title'")
         return self
 
     @model_validator(mode="after")

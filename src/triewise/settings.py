@@ -92,6 +92,40 @@ class BackboneSettings(Section):
         return self
 
 
+class IdentifierSettings(Section):
+    """What the model writes for an item. Codes are a few tokens, by residual quantisation of vectors or from a file."""
+
+    kind: Literal["title", "codes", "codes+title"] = _key("title", "codes+title: codes, then the title")
+    vectors: str = _key(
+        "backbone",
+        "what is quantised: backbone: the mean embedding of a title's tokens; svd: of the training matrix of users and "
+        "items; or a text encoder as in [hybrid.alignment], of titles",
+    )
+    items: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+        None, "folder of a sequential run on the same rows whose item vectors are quantised instead"
+    )
+    file: Annotated[Path, AfterValidator(Path.absolute)] | None = _key(
+        None, "codes as they are: index.json of MiniOneRec or LETTER, or a run folder with codes"
+    )
+    levels: tuple[Annotated[int, Field(ge=2)], ...] | None = _key(
+        None,
+        "codes of each level; default: two of the root of the number of titles, in eights (ml-100k: 40, 40)",
+    )
+    width: int = _key(64, "svd: of its vectors", ge=1)
+    collisions: Literal["level", "group"] = _key(
+        "level", "titles with the same codes: told apart by one level more, or ranked as one"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> IdentifierSettings:
+        fields = type(self).model_fields.items()
+        if self.kind == "title" and any(getattr(self, name) != field.default for name, field in fields):
+            raise ValueError("codes are made where kind = 'codes' or 'codes+title'")
+        if self.items is not None and self.file is not None:
+            raise ValueError("items and file are two sources of codes; use one")
+        return self
+
+
 class AdaptiveSettings(Section):
     """ATS of MSL; the defaults are the authors' (arXiv:2504.04178 and its code)."""
 

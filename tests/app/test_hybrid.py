@@ -252,11 +252,13 @@ def test_item_vectors_of_another_run_are_refused(small: World, world: World) -> 
     def with_items(items: Path, *changes: str) -> None:
         small.train(WORDS + HYBRID, "refused", f"hybrid.items={items}", *changes)
 
-    with pytest.raises(UserError, match="wanted a sequential run as hybrid.items"):
+    with pytest.raises(
+        UserError, match="wanted a sequential run for its item vectors, got the language model"
+    ):
         with_items(small.train(WORDS, "no-items", *FEW[:3]))
-    with pytest.raises(UserError, match="were trained on other rows"):
+    with pytest.raises(UserError, match="the run of the item vectors .* was trained on other rows"):
         with_items(world.folder / "items")
     seen = small.train(ITEMS, "seen", "training.steps=2", "training.rows=train+valid")
-    with pytest.raises(UserError, match="were trained on the validation rows"):
+    with pytest.raises(UserError, match="the run of the item vectors .* was trained on the validation rows"):
         with_items(seen)
     with_items(seen, *FEW, "training.rows=train+valid")

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triewise.app.enhance import enhancement_of
-from triewise.app.folders import consented, open_run
+from triewise.app.folders import consented, open_partner, open_run
 from triewise.app.hybrid import align, remember, taught, with_slots
-from triewise.data import Dataset, Split, data_hash
+from triewise.app.item_codes import identifier_of, with_codes
+from triewise.data import Dataset, Split
 from triewise.errors import UserError
 from triewise.files import sha256_file
 from triewise.models import (
@@ -83,6 +84,7 @@ from triewise.training import (
 if TYPE_CHECKING:
     from triewise.arrays import Int64
     from triewise.recipe import Recipe
+    from triewise.tokens import Identifier
 
 REFERENCE = "reference.npz"
 _OF_LOADING = {
@@ -134,10 +136,15 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     if not (settings.lora.rank or frozen):  # every weight is trained
         how["dtype"], autocast = training_dtype(settings.dtype, resolve_device(settings.device))
     if reference is not None:
-        backbone = _reference_backbone(recipe, reference, how)
+        backbone = _reference_backbone(recipe, dataset, reference, how)
     else:
-        how |= {"tiny": settings.tiny, "lora": settings.lora}
+        lora = settings.lora if recipe.identifier.kind == "title" else None
+        how |= {"tiny": settings.tiny, "lora": lora}
         backbone = load_backbone(settings.name, titles=dataset.catalog.title, seed=recipe.seed, **how)
+    rows = _training_rows(recipe, dataset)
+    identifier = identifier_of(recipe, dataset, rows, backbone)
+    if identifier is not None:
+        backbone = with_codes(recipe, dataset, backbone, identifier)
     if not any(p.requires_grad for p in backbone.model.parameters()):
         raise UserError(
             f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
@@ -147,22 +154,17 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     if backbone.adapted:
         note(describe_lora(backbone.model))
     backbone = with_slots(recipe, dataset, backbone)
-    prompts = _prompts(recipe, dataset, backbone)
+    prompts = _prompts(recipe, dataset, backbone, identifier)
     trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
     if reference is not None:
         theirs = open_run(reference)[1]["hashes"]
-        if theirs["data"] != data_hash(dataset):
-            raise UserError(
-                f"the reference {reference} was trained on other rows than those of {dataset.folder}; give both the "
-                "same data, split and data.max_history"
-            )
         for part, ours in (("prompt", prompts.hash), ("trie", trie.fingerprint())):
             if theirs.get(part) != ours:
                 raise UserError(
                     f"the {part} of the reference {reference} is another one; give both the same data, "
                     "data.max_history and backbone, or train a reference for this recipe"
                 )
-    windows = make_windows(_training_rows(recipe, dataset), recipe.training.supervision, prompts)
+    windows = make_windows(rows, recipe.training.supervision, prompts)
     remember(backbone, windows, prompts.max_history)
     counts = target_counts(windows, dataset.catalog.n_items)
     for line in training_warnings(recipe.objective, prompts, trie, windows, counts):
@@ -170,7 +172,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
     return Assembly(backbone, prompts, trie, windows, counts, autocast)
 
 
-def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
+def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone, identifier: Identifier | None) -> Prompts:
     """Prompts that leave room for the longest title, where the model has only so many positions."""
     settings, slots = recipe.backbone, slots_of(backbone.model)
     build = functools.partial(
@@ -183,6 +185,7 @@ def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
         max_history=recipe.data.max_history,
         chat=settings.chat,
         slots=None if recipe.hybrid is None or slots is None else slots.ids,
+        identifier=identifier,
     )
     prompts = build(max_tokens=settings.max_tokens or MAX_TOKENS)
     positions, longest = max_positions(backbone.model), int(prompts.title_tokens.lengths.max(initial=0))
@@ -201,17 +204,12 @@ def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Prompts:
     return build(max_tokens=room)
 
 
-def _reference_backbone(recipe: Recipe, reference: Path, how: dict[str, Any]) -> Backbone:
+def _reference_backbone(recipe: Recipe, dataset: Dataset, reference: Path, how: dict[str, Any]) -> Backbone:
     """The model of a run as a start: all its weights, a new adapter on them, or its adapter trained on."""
-    started_from = open_run(reference)[0]
+    started_from = open_partner(reference, "the reference", recipe, dataset)
     if started_from.sequential is not None:
         raise UserError(
             f"wanted a language model as the reference, got the sequential run {reference}; give one with a [backbone]"
-        )
-    if started_from.training.rows != "train" and recipe.training.rows == "train":
-        raise UserError(
-            f"the reference {reference} was trained on the validation rows; set training.rows = "
-            f"{started_from.training.rows!r} here too, or give one trained on train"
         )
     ours, theirs, folder = recipe.backbone, started_from.backbone, reference / "model"
     adapted = (folder / BASE_FACTS).is_file()
@@ -221,7 +219,7 @@ def _reference_backbone(recipe: Recipe, reference: Path, how: dict[str, Any]) ->
                 f"wanted backbone.{key} = {getattr(theirs, key)} as in the reference {reference}, got "
                 f"{getattr(ours, key)}; give the same, or train a reference for this recipe"
             )
-    lora = None if adapted else ours.lora
+    lora = None if adapted or recipe.identifier.kind != "title" else ours.lora
     backbone = load_backbone(str(folder), seed=recipe.seed, lora=lora, **how)
     if adapted:
         unfreeze_lora(backbone.model)
@@ -333,17 +331,7 @@ def _examples(recipe: Recipe, parts: Assembly) -> Examples:
 
 def _teacher(recipe: Recipe, dataset: Dataset, run: Path) -> tuple[TitleTeacher, str]:
     """What softens the targets, and the hash of its weights; UserError where it is no teacher of these rows."""
-    theirs, record = open_run(run)
-    if theirs.training.rows != "train" and recipe.training.rows == "train":
-        raise UserError(
-            f"the teacher {run} was trained on the validation rows; give one trained on train, or set training.rows = "
-            "'train+valid'"
-        )
-    if record["hashes"]["data"] != data_hash(dataset):
-        raise UserError(
-            f"the teacher {run} was trained on other rows than those of {dataset.folder}; give both the same data, "
-            "split and data.max_history"
-        )
+    theirs = open_partner(run, "the teacher", recipe, dataset)
     teacher = load(
         run, assistant=False, trust_remote_code=consented(theirs, recipe.backbone.trust_remote_code, run)
     )

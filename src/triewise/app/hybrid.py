@@ -6,18 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from triewise.app.folders import open_run
-from triewise.data import data_hash
+from triewise.app.folders import open_sequential
 from triewise.errors import UserError
 from triewise.models import ItemSlots, attach, slots_of, title_encoder
-from triewise.recommenders import SequentialRecommender
 from triewise.training import Curriculum, kept_alignment
 
 if TYPE_CHECKING:
     from triewise.data import Dataset
     from triewise.models import Backbone
     from triewise.recipe import Recipe
-    from triewise.settings import HybridSettings
     from triewise.tokens import Prompts
     from triewise.training import Learned, Windows
 
@@ -38,7 +35,7 @@ def with_slots(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Backbone
         model.requires_grad_(False)
     slots = slots_of(model)
     if slots is None:
-        items = _items(recipe, hybrid, dataset).model
+        items = open_sequential(hybrid.items, recipe, dataset).model
         words, name = model.get_input_embeddings(), dataset.catalog.fingerprint()
         table, encoder = items.items.weight[1:-1], None
         if hybrid.kind == "a-llmrec":  # its codes are made before training
@@ -85,24 +82,3 @@ def taught(recipe: Recipe, backbone: Backbone, learned: Learned) -> Learned:
     if slots is None or not length:
         return learned
     return Curriculum(learned, slots.ids, n_batches, length, recipe.seed)
-
-
-def _items(recipe: Recipe, hybrid: HybridSettings, dataset: Dataset) -> SequentialRecommender:
-    """The sequential run whose item vectors are read."""
-    theirs, record = open_run(hybrid.items)
-    if theirs.sequential is None:
-        raise UserError(
-            f"wanted a sequential run as hybrid.items, got the language model {hybrid.items}; give one with a "
-            "[sequential]"
-        )
-    if record["hashes"]["data"] != data_hash(dataset):
-        raise UserError(
-            f"the item vectors of {hybrid.items} were trained on other rows than those of {dataset.folder}; give both "
-            "the same data, split and data.max_history"
-        )
-    if theirs.training.rows != "train" and recipe.training.rows == "train":
-        raise UserError(
-            f"the item vectors of {hybrid.items} were trained on the validation rows; set training.rows = "
-            f"{theirs.training.rows!r} here too, or give a run trained on train"
-        )
-    return SequentialRecommender.from_pretrained(hybrid.items, device="cpu")

@@ -43,6 +43,7 @@ from triewise.recommenders import (
     load,
 )
 from triewise.reports import model_card
+from triewise.tokens import IDENTIFIER
 from triewise.training import BY_ITSELF, MAY_CHANGE, TrainResult, processes, resume_point
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _train_run(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> Trai
 
 def _begin(recipe: Recipe, out: Path, record: dict[str, Any]) -> None:
     """Make a folder that of a run which has just started."""
-    for name in ("run.json", MANIFEST, "metrics.json", CARD):
+    for name in ("run.json", MANIFEST, "metrics.json", CARD, IDENTIFIER):
         (out / name).unlink(missing_ok=True)
     resume_point(out, resume=False)  # what an earlier run left is removed
     write_text(out / "recipe.toml", dump_recipe(recipe))

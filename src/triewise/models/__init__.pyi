@@ -16,7 +16,11 @@ from .anatomy import (
     training_dtype as training_dtype,
     whole_rows as whole_rows,
 )
-from .backbones import load_backbone as load_backbone, load_tokenizer as load_tokenizer
+from .backbones import (
+    load_backbone as load_backbone,
+    load_tokenizer as load_tokenizer,
+    with_adapter as with_adapter,
+)
 from .checks import check_model as check_model, max_positions as max_positions
 from .encoders import PAD as PAD, SequentialModel as SequentialModel
 from .head import (
@@ -42,6 +46,7 @@ from .lengths import (
 )
 from .loading import BASE_FACTS as BASE_FACTS, Backbone as Backbone
 from .merging import twin as twin
+from .new_tokens import add_tokens as add_tokens
 from .probe import (
     Measured as Measured,
     place_limit as place_limit,

@@ -3,9 +3,8 @@
 An adapter sits on linear layers of the text body, named in full: those that a text runs through as modules that give
 a tensor. So no routers (they give tuples, or are called so), no vision or audio towers and no cross-attention (a text
 does not reach them), and of a Mamba layer ``in_proj`` alone (fused kernels read its other weights by hand). The head
-and the embeddings never carry one, because engine and loss multiply hidden states with rows of the head by hand. No
-tokens are added (MSL's authors add a ``<pad>`` token and resize the embeddings; padding here needs no token of its
-own). A quantised base is frozen.
+and the embeddings never carry one, because engine and loss multiply hidden states with rows of the head by hand; rows
+of some tokens, such as codes of items, may be trained beside it. A quantised base is frozen.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +72,7 @@ def freeze(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
+def add_lora(model: Any, settings: LoraSettings, seed: int, tokens: Sequence[int] = ()) -> Any:
     """Put a fresh adapter around a causal LM and freeze everything else; scores stay those of the base.
 
     One layer of each kind is tried: what it gives with an adapter that does something must be what it gives with
@@ -83,6 +82,7 @@ def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
         model: A causal LM without adapter; it becomes part of the result.
         settings: Rank, alpha, dropout, targets, and whether fused experts are adapted too.
         seed: Of the initial weights (float32, drawn on the CPU); the global random state is left alone.
+        tokens: Ids whose rows in the embedding and the head are trained too.
 
     Raises:
         UserError: A target that is no linear layer of the body, experts that cannot be adapted, a model that has an
@@ -104,6 +104,7 @@ def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
         lora_dropout=settings.dropout,
         target_modules=_targets(linear, settings.targets),
         target_parameters=stacked if settings.experts else None,
+        trainable_token_indices=_layers_of_tokens(model, tokens),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -125,6 +126,14 @@ def add_lora(model: Any, settings: LoraSettings, seed: int) -> Any:
             "backbone.lora.targets"
         )
     return adapted
+
+
+def _layers_of_tokens(model: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """What PEFT is told of trained tokens: the embedding, and the head where it has weights of its own."""
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    layers = (words,) if head.weight is words.weight else (words, head)
+    names = [name for name, module in model.named_modules() if module in layers]
+    return {name: list(tokens) for name in names} if tokens else None
 
 
 @contextmanager
@@ -168,9 +177,9 @@ def load_lora(model: Any, folder: Path, *, ours: bool = True) -> Any:
 
 
 def unfreeze_lora(model: Any) -> None:
-    """Let a loaded adapter be trained on."""
+    """Let a loaded adapter be trained on, with the rows of tokens that it has."""
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or ".trainable_tokens_delta." in name:
             parameter.requires_grad_(True)
 
 

@@ -82,8 +82,12 @@ def text_body(model: Any) -> nn.Module:
 
 
 def head_weight(model: Any) -> Tensor:
-    """(V, D) weight of the output head (tied or not)."""
-    weight: Tensor = causal_lm(model).get_output_embeddings().weight
+    """(V, D) weight of the output head (tied or not), without what an adapter has learned of some tokens."""
+    layer = causal_lm(model).get_output_embeddings()
+    # PEFT's own attribute would copy the whole head at each call.
+    weight: Tensor = (
+        layer.token_adapter.base_layer.weight if hasattr(layer, "token_adapter") else layer.weight
+    )
     return weight
 
 

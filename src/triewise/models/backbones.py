@@ -18,6 +18,7 @@ from triewise.models.checks import check_model, check_vocabulary
 from triewise.models.hub import download
 from triewise.models.item_slots import load_slots
 from triewise.models.loading import BASE, BASE_FACTS, Backbone, How, from_pretrained, quantised, tokenizer_of
+from triewise.models.new_tokens import grow
 from triewise.models.smollm2 import SMOLLM2, converted_smollm2, explain_stand_in, smollm2
 from triewise.models.tiny import build_tiny, train_tokenizer
 from triewise.settings import LoraSettings, TinyModel
@@ -89,7 +90,7 @@ def load_backbone(
     backbone.model.eval()
     check_model(backbone.model)
     if lora is not None and lora.rank:
-        backbone = _adapted(backbone, lora, seed)
+        backbone = with_adapter(backbone, lora, seed)
     load_slots(backbone.model, Path(name))
     return backbone
 
@@ -109,10 +110,10 @@ def load_tokenizer(name: str, *, titles: Sequence[str] = (), tiny: TinyModel | N
     return tokenizer_of(name)
 
 
-def _adapted(backbone: Backbone, lora: LoraSettings, seed: int) -> Backbone:
-    """The same with a new adapter."""
+def with_adapter(backbone: Backbone, lora: LoraSettings, seed: int, tokens: Sequence[int] = ()) -> Backbone:
+    """The same with a new adapter, which trains the rows of some tokens too; see `add_lora`."""
     origin = backbone.origin | {"lora": lora.model_dump(mode="json")}
-    return replace(backbone, model=add_lora(backbone.model, lora, seed), origin=origin)
+    return replace(backbone, model=add_lora(backbone.model, lora, seed, tokens), origin=origin)
 
 
 def _checkpoint_or_adapter(name: str, revision: str | None, base: str | Path | None, how: How) -> Backbone:
@@ -183,7 +184,9 @@ def _load_adapted(folder: Path, base: str | Path | None, how: How) -> Backbone:
     )
     wanted = {"sha256": facts["saved"]} if facts["saved"] else origin
     _check_base(inner.origin, wanted, folder, given=base is not None)
-    return Backbone(load_lora(inner.model, folder), tokenizer_of(str(folder)), origin["name"], origin)
+    tokenizer = tokenizer_of(str(folder))
+    grow(inner.model, tokenizer)  # rows of new tokens are in the adapter
+    return Backbone(load_lora(inner.model, folder), tokenizer, origin["name"], origin)
 
 
 def _check_base(origin: dict[str, Any], wanted: dict[str, Any], folder: Path, given: bool) -> None:

@@ -97,15 +97,20 @@ def check_vocabulary(model: Any, tokenizer: Any) -> None:
     """
     embedding = causal_lm(model).get_input_embeddings()
     rows = min(head_weight(model).shape[0], getattr(embedding, "num_embeddings", 1 << 62))
-    try:
-        largest = max(tokenizer.get_vocab().values(), default=0)
-    except (NotImplementedError, AttributeError):
-        largest = len(tokenizer) - 1
+    largest = largest_id(tokenizer)
     if largest >= rows:
         raise UserError(
             f"wanted a tokenizer with ids below {rows}, the rows of the model's embedding, got one with ids up to "
             f"{largest}; use the model's own, or save both after model.resize_token_embeddings({largest + 1})"
         )
+
+
+def largest_id(tokenizer: Any) -> int:
+    """The largest id that a tokenizer gives."""
+    try:
+        return max(tokenizer.get_vocab().values(), default=0)
+    except (NotImplementedError, AttributeError):
+        return len(tokenizer) - 1
 
 
 def check_model(model: Any, tokenizer: Any = None) -> None:

@@ -81,11 +81,23 @@ class Head:
 def _rows(model: Any, tokens: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Weight (V, D) and bias (V,) of the head, or those of some tokens."""
     layer = causal_lm(model).get_output_embeddings()
-    weight: Tensor = layer.weight
     bias: Tensor | None = getattr(layer, "bias", None)
     if tokens is None:
-        return weight, bias
-    return head_rows(weight, tokens), None if bias is None else bias.index_select(0, tokens)
+        return layer.weight, bias
+    bias = None if bias is None else bias.index_select(0, tokens)
+    rows = head_rows(head_weight(model), tokens)
+    learned = getattr(layer, "token_adapter", None)
+    return rows if learned is None else _with_learned(rows, tokens, learned), bias
+
+
+def _with_learned(rows: Tensor, tokens: Tensor, learned: Any) -> Tensor:
+    """Rows (C, D) of tokens (C,) as PEFT's adapter of some tokens has them; without waiting for the device."""
+    for name in [] if learned.disable_adapters or learned.merged else learned.active_adapters:
+        known, order = torch.tensor(learned.token_indices[name], device=tokens.device).sort()
+        place = torch.searchsorted(known, tokens).clamp(max=len(known) - 1)
+        own = learned.trainable_tokens_delta[name][order[place]].to(rows.dtype)
+        rows = torch.where((known[place] == tokens)[:, None], own, rows)
+    return rows
 
 
 def is_precise(dtype: torch.dtype) -> bool:

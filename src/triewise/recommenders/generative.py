@@ -46,7 +46,16 @@ from triewise.recommenders.grounding import GroundedRecommender
 from triewise.recommenders.saved import MANIFEST, TRIE, Manifest, Saved, card_facts, hash_of, saving
 from triewise.recommenders.search_settings import SEARCHES, SETTINGS, SearchSettings
 from triewise.reports import Recommendation, addressed, describe, explain, forced_by_position, model_card
-from triewise.tokens import Dropped, Prompts, Trie, build_prompts, gain_by, single_start
+from triewise.tokens import (
+    IDENTIFIER,
+    Dropped,
+    Prompts,
+    Trie,
+    build_prompts,
+    gain_by,
+    read_identifier,
+    single_start,
+)
 
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
@@ -277,7 +286,12 @@ class GenerativeRecommender(SearchSettings, Assisted):
             "origin": self.backbone.origin,
             **self.saved_assistant,
         }
+        identifier = self.prompts.identifier
+        if identifier is not None:
+            manifest["identifier"] = "codes+title" if identifier.titled else "codes"
         with saving(self, folder, manifest) as place:
+            if identifier is not None:
+                identifier.save(place / IDENTIFIER, self.catalog.item_id)
             self.backbone.save(place / "model")
             self.trie.save(place / TRIE)
 
@@ -313,6 +327,9 @@ class GenerativeRecommender(SearchSettings, Assisted):
             backbone.tokenizer, made["template"], made["chat"]
         )  # where the folder names none
         made = {"start": start, "slots": None if slots is None else slots.ids} | made
+        if "identifier" in manifest:
+            titled = manifest["identifier"] == "codes+title"
+            made["identifier"] = read_identifier(saved.folder / IDENTIFIER, saved.catalog, titled)
         with reading(saved.folder / MANIFEST):
             prompts = build_prompts(backbone.tokenizer, saved.catalog, **made)
         if prompts.template == "d3" and prompts.hash != manifest["hashes"]["prompt"]:

@@ -24,6 +24,7 @@ from triewise.files import Shape, atomic_path, read_json, write_json, write_text
 from triewise.models import download
 from triewise.ranking import ItemLists, Items, Recommender
 from triewise.reports import CardFacts, Recommendation
+from triewise.tokens import IDENTIFIER
 
 if TYPE_CHECKING:
     from triewise.arrays import Float32, Int64
@@ -201,7 +202,7 @@ def local_folder(name: Path | str, revision: str | None = None) -> Path:
         raise UserError(
             f"wanted a run folder with a trained recommender, but {name} is no folder; train one first"
         )
-    files = sorted({MANIFEST, CARD, *PARTS["generative"]} - {"model"})
+    files = sorted({MANIFEST, CARD, IDENTIFIER, *PARTS["generative"]} - {"model"})
     return download(str(name), revision, [*files, "model/*"])
 
 

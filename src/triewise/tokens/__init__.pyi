@@ -14,6 +14,13 @@ from .decisiveness import (
     zero_gain as zero_gain,
     zero_gain_share as zero_gain_share,
 )
+from .identifiers import (
+    IDENTIFIER as IDENTIFIER,
+    Identifier as Identifier,
+    read_identifier as read_identifier,
+    residual_codes as residual_codes,
+    told_apart as told_apart,
+)
 from .prompts import (
     Dropped as Dropped,
     Prompts as Prompts,

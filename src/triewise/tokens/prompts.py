@@ -33,9 +33,8 @@ from triewise.tokens.readback import ReadBack, read_back
 
 if TYPE_CHECKING:
     from triewise.data import Catalog
-
-if TYPE_CHECKING:
     from triewise.models import SlotIds
+    from triewise.tokens.identifiers import Identifier
 
 _ANNOUNCEMENT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -100,6 +99,7 @@ class Prompts:
         special: Ids that text never becomes: the special tokens without the one for unknown text.
         slots: Where given, the slot of an item stands behind its title, and that of the user, if there are any, in
             front of everything.
+        identifier: Where given, its codes stand for an item, in the history too, with the title behind them or without.
     """
 
     tokenizer: Any = field(repr=False)
@@ -117,6 +117,7 @@ class Prompts:
     dropped: Dropped = field(default_factory=Dropped, repr=False)
     special: frozenset[int] = field(default=frozenset(), repr=False)
     slots: SlotIds | None = field(default=None, repr=False)
+    identifier: Identifier | None = field(default=None, repr=False)
 
     @property
     def n_dropped(self) -> int:
@@ -157,8 +158,15 @@ class Prompts:
         return [text.removeprefix(before).removesuffix(after) for text in texts] if rows else []
 
     @cached_property
+    def codes(self) -> Ragged:
+        """Ids of the codes of each item (I rows), none without an identifier."""
+        return _code_ids(self.tokenizer, self.identifier)
+
+    @cached_property
     def readback(self) -> ReadBack:
-        """What the tokenizer does to the titles; takes a quarter of the time that making them did."""
+        """What the tokenizer does to the titles; takes a quarter of the time that making them did. Nothing to codes."""
+        if self.identifier is not None:
+            return ReadBack()
         unknown = getattr(self.tokenizer, "unk_token_id", None)
         return read_back(self.title, self.title_tokens, unknown, self.read_titles)
 
@@ -195,6 +203,8 @@ class Prompts:
             return self._slotted(items, self.slots)
         if self.template == "plain":
             return [*self.bos, *itertools.chain.from_iterable(self.title_tokens[i].tolist() for i in items)]
+        if self.identifier is not None:
+            return self._coded(items, self.identifier.titled)
         titles = ", ".join(_IN_HISTORY[self.template].format(self.title[i]) for i in items)
         return self._around(self.lead + titles + _AFTER[self.template])
 
@@ -210,6 +220,17 @@ class Prompts:
             *texts, end = _plain_ids(self.tokenizer, parts, self.special)
         behind = ([*ids, slots.item(i)] for ids, i in zip(texts, items, strict=True))
         return [*self.bos, *self.before, *itertools.chain.from_iterable(behind), *end, *self.after]
+
+    def _coded(self, items: list[int], titled: bool) -> list[int]:
+        """The same with the codes of each item, and behind them its title or nothing; texts are tokenised apart."""
+        titles = [_IN_HISTORY[self.template].format(self.title[i]) if titled else "" for i in items]
+        texts = [*([self.lead] if items else []), *[", "] * (len(items) - 1), *titles]
+        ids = _plain_ids(
+            self.tokenizer, [*texts, ("" if items else self.lead) + _AFTER[self.template]], self.special
+        )
+        rows = zip(ids, items, ids[len(items) :], strict=False)
+        shown = ([*before, *self.codes[i].tolist(), *title] for before, i, title in rows)
+        return [*self.bos, *self.before, *itertools.chain.from_iterable(shown), *ids[-1], *self.after]
 
     def _around(self, text: str) -> list[int]:
         """Ids of a text between those that every prompt has."""
@@ -229,6 +250,7 @@ def build_prompts(
     chat: bool = False,
     start: Sequence[int] | None = None,
     slots: SlotIds | None = None,
+    identifier: Identifier | None = None,
 ) -> Prompts:
     """Tokenise the catalogue and fix everything a prompt depends on.
 
@@ -244,6 +266,7 @@ def build_prompts(
         start: Ids in front of every prompt; None: with ``chat`` nothing, else what the tokenizer itself puts in front
             of a text, and for ``plain``, which needs a first token, its start token or terminator where that is none.
         slots: Of the model that reads the prompts, see `Prompts`.
+        identifier: What stands for an item in the place of its title; its names are tokens of the tokenizer.
 
     Raises:
         UserError: Unknown template, a tokenizer without terminator or one that cannot split special tokens, ``chat``
@@ -252,20 +275,17 @@ def build_prompts(
     _check(tokenizer, template, chat)
     lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
     sides = _chat_sides(tokenizer) if chat else ((), ())
-    single = single_start(tokenizer, template, chat)
-    own = () if chat else _in_front(tokenizer) or single
-    bos = own if start is None else tuple(start)
-    said = {} if bos == own == single else {"start": list(bos)}
+    bos, said = _started(tokenizer, template, chat, start)
     name = template.removesuffix("-reworded")
     frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), name]
     lengths = {"max_history": max_history, "max_tokens": max_tokens}
-    read = [] if slots is None else [[slots.first, slots.n_items, slots.histories is not None]]
+    read = _read_beside(slots, identifier)
     identity = [*frame, lead, *sides, bos, *lengths.values(), tokenizer_hash(tokenizer), *read]
     return Prompts(
         tokenizer=tokenizer,
         title=catalog.title,
         template=template,
-        title_tokens=_title_tokens(tokenizer, catalog.title, template, special := _special(tokenizer)),
+        title_tokens=_identifiers(tokenizer, catalog.title, template, identifier),
         bos=bos,
         before=sides[0],
         after=sides[1],
@@ -274,8 +294,9 @@ def build_prompts(
         max_tokens=max_tokens,
         hash=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
         settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat, **said},
-        special=special,
+        special=_special(tokenizer),
         slots=slots,
+        identifier=identifier,
     )
 
 
@@ -339,6 +360,30 @@ def _spelt(tokenizer: Any, token: int, special: frozenset[int]) -> list[int]:
     return characters
 
 
+def _read_beside(slots: SlotIds | None, identifier: Identifier | None) -> list[Any]:
+    """What a prompt depends on beside texts and tokenizer, for its hash."""
+    read: list[Any] = [] if slots is None else [[slots.first, slots.n_items, slots.histories is not None]]
+    return read if identifier is None else [*read, identifier.fingerprint]
+
+
+def _identifiers(
+    tokenizer: Any, titles: Sequence[str], template: str, identifier: Identifier | None
+) -> Ragged:
+    """What the model writes for each item: title, codes, or both, and the terminator."""
+    codes = _code_ids(tokenizer, identifier)
+    if identifier is not None and not identifier.titled:
+        return Ragged.from_lists([[*row, int(tokenizer.eos_token_id)] for row in codes])
+    behind = _title_tokens(tokenizer, titles, template, _special(tokenizer))
+    if identifier is None:
+        return behind
+    return Ragged.from_lists([[*row, *rest] for row, rest in zip(codes, behind, strict=True)])
+
+
+def _code_ids(tokenizer: Any, identifier: Identifier | None) -> Ragged:
+    rows = () if identifier is None else identifier.codes
+    return Ragged.from_lists([tokenizer.convert_tokens_to_ids(list(row)) for row in rows])
+
+
 def _title_tokens(tokenizer: Any, titles: Sequence[str], template: str, special: frozenset[int]) -> Ragged:
     rows = _plain_ids(tokenizer, [_TITLE[template].format(title) for title in titles], special)
     end = int(tokenizer.eos_token_id)
@@ -349,6 +394,16 @@ def _title_tokens(tokenizer: Any, titles: Sequence[str], template: str, special:
                 "use a tokenizer that can split special tokens"
             )
     return Ragged.from_lists([[*ids, end] for ids in rows])
+
+
+def _started(
+    tokenizer: Any, template: str, chat: bool, start: Sequence[int] | None
+) -> tuple[tuple[int, ...], dict[str, list[int]]]:
+    """Ids in front of every prompt, and what settings have to say of them."""
+    single = single_start(tokenizer, template, chat)
+    own = () if chat else _in_front(tokenizer) or single
+    bos = own if start is None else tuple(start)
+    return bos, {} if bos == own == single else {"start": list(bos)}
 
 
 def single_start(tokenizer: Any, template: str, chat: bool) -> tuple[int, ...]:

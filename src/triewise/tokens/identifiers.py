@@ -1,0 +1,203 @@
+"""Identifiers other than titles: a few code tokens an item, made from vectors or read from a file.
+
+Codes are written as MiniOneRec and LETTER write theirs: ``<a_12>`` is code 12 of the first level, ``<b_7>`` of the
+second. They are tokens like any other, so the tree, searches and objectives know nothing of them.
+
+Shape key: I items, G groups of equal titles, d width of vectors, K codes of a level.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from triewise.errors import UserError, first_line
+from triewise.files import write_json
+
+if TYPE_CHECKING:
+    from triewise.arrays import Float64, Int64, Ints
+    from triewise.data import Catalog
+
+IDENTIFIER = "identifier.json"  # in the folder of a recommender
+LARGEST = 256  # codes of a level, where the recipe names no numbers
+ROUNDS = 50  # of Lloyd's algorithm
+AT_ONCE = 1 << 24  # distances held at one time
+
+
+@dataclass(frozen=True)
+class Identifier:
+    """What stands for each item of a catalogue.
+
+    Attributes:
+        codes: For each item the names of its code tokens, in their order.
+        titled: Whether the title follows the codes.
+    """
+
+    codes: tuple[tuple[str, ...], ...] = field(repr=False)
+    titled: bool = False
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Every code token once: by its place in an identifier, then by number."""
+        place = {name: (at, len(name), name) for codes in self.codes for at, name in enumerate(codes)}
+        return tuple(sorted(place, key=place.__getitem__))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the codes and of whether titles follow."""
+        return hashlib.sha256(json.dumps([self.codes, self.titled]).encode()).hexdigest()
+
+    @property
+    def collisions(self) -> int:
+        """Items whose codes another item has too."""
+        return sum(n for n in Counter(self.codes).values() if n > 1)
+
+    def save(self, path: Path, item_id: Sequence[str]) -> None:
+        """Write the codes as JSON by raw item id, whole or not at all."""
+        write_json(path, dict(zip(item_id, map(list, self.codes), strict=True)))
+
+
+def read_identifier(path: Path, catalog: Catalog, titled: bool = False) -> Identifier:
+    """Codes from a file such as MiniOneRec's ``index.json`` or LETTER's ``.index.json.gz``, or from a run folder.
+
+    Raises:
+        UserError: No such file, no JSON table of lists of names such as ``<a_12>``, or an item without codes.
+    """
+    path = path / IDENTIFIER if path.is_dir() else path
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        table = json.loads(content)
+    except (OSError, EOFError, ValueError) as error:
+        raise UserError(
+            f"wanted a JSON file of codes in {path}, got: {first_line(error)}; check the path"
+        ) from None
+    if not isinstance(table, dict):
+        raise UserError(f"wanted a table of codes by item id in {path}, got {type(table).__name__}")
+    missing = [item for item in catalog.item_id if item not in table]
+    if missing:
+        raise UserError(
+            f"wanted codes for every item in {path}, got none for {missing[0]!r} ({len(missing)} of "
+            f"{catalog.n_items} items); its keys are raw item ids, see item_id in catalog.parquet"
+        )
+    codes = [table[item] for item in catalog.item_id]
+    for item, row in zip(catalog.item_id, codes, strict=True):
+        if not (
+            isinstance(row, list) and row and all(re.fullmatch(r"<[^<>\s]+>", str(name)) for name in row)
+        ):
+            raise UserError(f"wanted codes such as ['<a_12>', '<b_7>'] in {path}, got {row!r} for {item!r}")
+    return Identifier(tuple(map(tuple, codes)), titled)
+
+
+def residual_codes(
+    vectors_ID: Float64, group_I: Ints, levels: Sequence[int] | None, titled: bool, seed: int
+) -> Identifier:
+    """Codes by residual quantisation: k-means of the vectors, of what is left of them, and so on.
+
+    Items with equal titles, which nothing tells apart, get the mean of their vectors and so the same codes. A level
+    whose vectors are fewer than its codes has a code for each.
+
+    Args:
+        vectors_ID: Of the items, float (I, d).
+        group_I: Which items share a title, int (I,).
+        levels: Codes of each level; None: by the number of titles, see `default_levels`.
+        titled: Whether the title follows the codes.
+        seed: Of the first centres.
+    """
+    _, group = np.unique(group_I, return_inverse=True)
+    left = np.zeros((int(group.max()) + 1, vectors_ID.shape[1]))
+    np.add.at(left, group, vectors_ID)
+    left /= np.bincount(group)[:, None]
+    rng, codes = np.random.default_rng(seed), []
+    for n_codes in levels or default_levels(len(left)):
+        centre, code = k_means(left, n_codes, rng)
+        left = left - centre[code]
+        codes.append(code[group])
+    return Identifier(_named(np.stack(codes, axis=1)), titled)
+
+
+def told_apart(identifier: Identifier, group_I: Ints, rank_I: Ints) -> Identifier:
+    """One level more, by which equal codes of different titles are told apart; the same where there are none.
+
+    Args:
+        identifier: Codes, of which some may be equal.
+        group_I: Which items share a title, int (I,).
+        rank_I: Numbers (I,); of equal codes the title with the highest gets the first code.
+    """
+    order = sorted(range(len(rank_I)), key=lambda item: (-rank_I[item], item))
+    met: dict[tuple[str, ...], dict[int, int]] = {}
+    for item in order:
+        places = met.setdefault(identifier.codes[item], {})
+        places.setdefault(int(group_I[item]), len(places))
+    if all(len(places) == 1 for places in met.values()):
+        return identifier
+    codes = (
+        (*codes, _name(len(codes), met[codes][int(group)]))
+        for codes, group in zip(identifier.codes, group_I, strict=True)
+    )
+    return replace(identifier, codes=tuple(codes))
+
+
+def default_levels(n_titles: int) -> tuple[int, ...]:
+    """Two levels of about the root of the number of titles, in eights, or three of 256 for more than 65,536 titles.
+
+    >>> default_levels(1682), default_levels(20000), default_levels(100000)
+    ((40, 40), (136, 136), (256, 256, 256))
+    """
+    size = min(max(math.isqrt(n_titles) // 8 * 8, 8), LARGEST)
+    return (size,) * (2 if n_titles <= LARGEST**2 else 3)
+
+
+def k_means(points_ND: Float64, n_codes: int, rng: np.random.Generator) -> tuple[Float64, Int64]:
+    """Centres (K, d) and the nearest of them to each point (N,): Lloyd's algorithm from k-means++.
+
+    A centre that loses all its points takes the one that is farthest from its own.
+    """
+    n_codes = min(n_codes, len(points_ND))
+    centre_KD = points_ND[[rng.integers(len(points_ND))]]
+    near_N = ((points_ND - centre_KD) ** 2).sum(1)
+    for _ in range(1, n_codes):
+        total = near_N.sum()
+        chosen = rng.choice(len(points_ND), p=near_N / total if total > 0 else None)
+        centre_KD = np.vstack([centre_KD, points_ND[chosen]])
+        near_N = np.minimum(near_N, ((points_ND - points_ND[chosen]) ** 2).sum(1))
+    code_N = np.full(len(points_ND), -1)
+    for _ in range(ROUNDS):
+        before, (code_N, far_N) = code_N, _nearest(points_ND, centre_KD)
+        if np.array_equal(before, code_N):
+            break
+        for empty in np.flatnonzero(np.bincount(code_N, minlength=n_codes) == 0):
+            alone = int(far_N.argmax())
+            code_N[alone], far_N[alone] = empty, -1.0
+        sums_KD = np.zeros_like(centre_KD)
+        np.add.at(sums_KD, code_N, points_ND)
+        centre_KD = sums_KD / np.maximum(np.bincount(code_N, minlength=n_codes), 1)[:, None]
+    return centre_KD, code_N
+
+
+def _nearest(points_ND: Float64, centre_KD: Float64) -> tuple[Int64, Float64]:
+    """The nearest centre to each point (N,), and the squared distance."""
+    block, found = max(1, AT_ONCE // len(centre_KD)), []
+    for low in range(0, len(points_ND), block):
+        some = points_ND[low : low + block]
+        distance = (some**2).sum(1)[:, None] - 2 * some @ centre_KD.T + (centre_KD**2).sum(1)
+        found.append((distance.argmin(1), distance.min(1)))
+    return np.concatenate([code for code, _ in found]), np.concatenate([far for _, far in found])
+
+
+def _named(code_IL: Int64) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(_name(level, code) for level, code in enumerate(row)) for row in code_IL.tolist())
+
+
+def _name(level: int, code: int) -> str:
+    return f"<{chr(ord('a') + level)}_{code}>"
