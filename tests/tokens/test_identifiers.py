@@ -103,25 +103,15 @@ def test_files_are_read_back(tmp_path: Path) -> None:
     assert read_identifier(packed, catalog) == Identifier(made.codes)
 
 
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (None, "wanted a JSON file of codes in .*No such file"),
-        ("{", "wanted a JSON file of codes in .*, got: Expecting"),
-        ("[]", "wanted a table of codes by item id in .*, got list"),
-        ('{"raw-0": ["<a_1>"]}', r"got none for 'raw-1' \(8 of 9 items\)"),
-        (
-            json.dumps({f"raw-{i}": ["a"] for i in range(9)}),
-            r"wanted codes such as .*, got \['a'\] for 'raw-0'",
-        ),
-        (json.dumps({f"raw-{i}": [] for i in range(9)}), r"got \[\] for 'raw-0'"),
-    ],
-)
-def test_files_that_hold_no_codes(content: str | None, says: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "codes.json").write_text(content)
-    with pytest.raises(UserError, match=says):
-        read_identifier(tmp_path / "codes.json", worlds.catalog())
+def test_level_numbers_become_names_and_every_item_has_codes(tmp_path: Path) -> None:
+    file, catalog = tmp_path / "index.json", worlds.catalog()
+    file.write_text(json.dumps({f"raw-{i}": [i, 0] for i in range(9)}))
+    assert read_identifier(file, catalog).codes[7] == ("<a_7>", "<b_0>")
+    file.write_text('{"raw-0": ["<a_1>"]}')
+    with pytest.raises(
+        UserError, match=r"wanted codes for every item .* got none for 'raw-1' \(8 of 9 items\)"
+    ):
+        read_identifier(file, catalog)
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def identifier_of(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backb
         vectors = _vectors(recipe, dataset, rows, backbone)
         made = residual_codes(vectors, catalog.group, settings.levels, titled, recipe.seed)
     if settings.collisions == "level":
-        targets = np.bincount(rows.target, minlength=catalog.n_items)
-        made = told_apart(made, catalog.group, targets)
+        met = np.concatenate([rows.history.values, rows.target])
+        made = told_apart(made, catalog.group, np.bincount(met, minlength=catalog.n_items))
     shared = f", {made.collisions} items share theirs" if made.collisions else ""
     note(f"codes of items: {len(made.names)} tokens, at most {max(map(len, made.codes))} an item{shared}")
     return made
@@ -111,7 +111,8 @@ def _singular_vectors(rows: Split, n_items: int, width: int, seed: int) -> torch
     users = np.concatenate([np.repeat(user, rows.history.lengths), user])
     pairs = np.unique(np.stack([users, items]), axis=1)
     shape = len(number), n_items
-    matrix = torch.sparse_coo_tensor(torch.from_numpy(pairs), torch.ones(pairs.shape[1]), shape).coalesce()
+    ones = torch.ones(pairs.shape[1])
+    matrix = torch.sparse_coo_tensor(torch.from_numpy(pairs), ones, shape, check_invariants=True).coalesce()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _, values, vectors = torch.svd_lowrank(matrix, q=min(width, *shape), niter=4)

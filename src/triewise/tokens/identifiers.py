@@ -8,11 +8,9 @@ Shape key: I items, G groups of equal titles, d width of vectors, K codes of a l
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from triewise.errors import UserError, first_line
+from triewise.data import read_index
+from triewise.errors import UserError
 from triewise.files import write_json
 
 if TYPE_CHECKING:
@@ -72,31 +71,18 @@ def read_identifier(path: Path, catalog: Catalog, titled: bool = False) -> Ident
     """Codes from a file such as MiniOneRec's ``index.json`` or LETTER's ``.index.json.gz``, or from a run folder.
 
     Raises:
-        UserError: No such file, no JSON table of lists of names such as ``<a_12>``, or an item without codes.
+        UserError: No such file, no table of codes, or an item without codes.
     """
     path = path / IDENTIFIER if path.is_dir() else path
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        table = json.loads(content)
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(
-            f"wanted a JSON file of codes in {path}, got: {first_line(error)}; check the path"
-        ) from None
-    if not isinstance(table, dict):
-        raise UserError(f"wanted a table of codes by item id in {path}, got {type(table).__name__}")
+    table = read_index(path)
     missing = [item for item in catalog.item_id if item not in table]
     if missing:
         raise UserError(
             f"wanted codes for every item in {path}, got none for {missing[0]!r} ({len(missing)} of "
             f"{catalog.n_items} items); its keys are raw item ids, see item_id in catalog.parquet"
         )
-    codes = [table[item] for item in catalog.item_id]
-    for item, row in zip(catalog.item_id, codes, strict=True):
-        if not (
-            isinstance(row, list) and row and all(re.fullmatch(r"<[^<>\s]+>", str(name)) for name in row)
-        ):
-            raise UserError(f"wanted codes such as ['<a_12>', '<b_7>'] in {path}, got {row!r} for {item!r}")
-    return Identifier(tuple(map(tuple, codes)), titled)
+    rows = (enumerate(table[item]) for item in catalog.item_id)
+    return Identifier(tuple(tuple(c if "<" in c else _name(n, c) for n, c in row) for row in rows), titled)
 
 
 def residual_codes(
@@ -199,5 +185,5 @@ def _named(code_IL: Int64) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(_name(level, code) for level, code in enumerate(row)) for row in code_IL.tolist())
 
 
-def _name(level: int, code: int) -> str:
+def _name(level: int, code: int | str) -> str:
     return f"<{chr(ord('a') + level)}_{code}>"
