@@ -114,13 +114,16 @@ def describe(
     template: Annotated[
         str | None, typer.Option(help="plain, msl, d3 or d3-reworded; default plain for tiny, else msl.")
     ] = None,
+    identifier: Annotated[
+        list[Path] | None, typer.Option(help="A file of codes, or a run with codes, to compare with titles.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Users, items, density, cold targets; tokens, forced share, zero-gain share, valid tokens (AVT)."""
     from triewise.app import describe_data
     from triewise.reports import print_facts
 
-    numbers = describe_data(folder, tokenizer, template)
+    numbers = describe_data(folder, tokenizer, template, identifier or ())
     _print_json(numbers) if as_json else print_facts(numbers, _console())
 
 

@@ -86,9 +86,11 @@ def test_sources_of_codes(raw: Path, items: Path) -> None:
     assert grouped.trie.n_groups == 2
 
 
-def test_a_row_starts_as_the_mean_of_the_titles_of_its_items(raw: Path) -> None:
-    parts = assembled(recipe(raw))
-    plain = assembled(recipe(raw, identifier={"kind": "title", "levels": None}))
+def test_a_row_starts_as_the_mean_of_the_titles_of_its_items(raw: Path, tmp_path: Path) -> None:
+    worlds.backbone(tuple(open_data(recipe(raw)).catalog.title)).save(tmp_path)
+    base = {"name": str(tmp_path), "template": "plain"}
+    parts = assembled(recipe(raw, backbone=base))
+    plain = assembled(recipe(raw, backbone=base, identifier={"kind": "title", "levels": None}))
     tokenizer, rows = parts.backbone.tokenizer, head_weight(parts.backbone.model)
     torch.testing.assert_close(rows[: len(plain.backbone.tokenizer)], head_weight(plain.backbone.model))
     identifier = parts.prompts.identifier
@@ -101,6 +103,8 @@ def test_a_row_starts_as_the_mean_of_the_titles_of_its_items(raw: Path) -> None:
         ]
         wanted = rows[torch.from_numpy(np.concatenate(titles)).long()].mean(0)
         torch.testing.assert_close(rows[tokenizer.convert_tokens_to_ids(name)], wanted)
+    drawn = head_weight(assembled(recipe(raw)).backbone.model)
+    assert drawn[-1].norm() > 0.5 * drawn[:-11].norm(dim=1).mean()  # those of tiny are drawn as its others
 
 
 @pytest.mark.parametrize("kind", ["codes", "codes+title"])
@@ -187,6 +191,17 @@ def test_objectives_teachers_and_assistants(raw: Path, items: Path, tmp_path: Pa
         raw, backbone={"template": "msl"}, objective={"preference": preference, "support": "vocabulary"}
     )
     train_run(pupil, tmp_path / "preferences")
+    assert read_json(tmp_path / "preferences" / "identifier.json") == read_json(
+        tmp_path / "msl" / "identifier.json"
+    )
+    with pytest.raises(UserError, match=r"wanted the \[identifier\] of the reference .*msl, got another one"):
+        assembled(pupil.changed("identifier.kind=codes+title"))
+    coded = triewise.load(tmp_path / "msl")
+    assert coded.item_vectors().shape == (12, 16)
+    with pytest.raises(
+        UserError, match="grounding compares free texts with titles, got a model that writes codes"
+    ):
+        coded.with_settings(search="grounding").recommend([[1]])
 
 
 def test_codes_that_are_given(raw: Path, items: Path, tmp_path: Path) -> None:
@@ -238,3 +253,12 @@ def test_tokens_that_are_there_stay_as_they_are() -> None:
     again = add_tokens(made.model, made.tokenizer, ["<b_0>", "<c_0>"], [np.array([9]), np.array([9])])
     assert again[0] == ids[1]
     assert head_weight(made.model)[: len(rows)].equal(rows)
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_codes_over_a_quantised_base(raw: Path, kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny = TINY | {"width": 64, "feed_forward": 64}
+    made = recipe(raw, backbone={"quantisation": kind, "lora": LORA, "tiny": tiny})
+    train_run(made, tmp_path / "run")
+    assert 0 <= evaluate_run(tmp_path / "run").metrics["HR@10"] <= 1

@@ -27,7 +27,7 @@ from triewise.data import Catalog, Dataset, Split
 from triewise.decoding import TrieEngine, rank_catalogue
 from triewise.models import load_tokenizer
 from triewise.reports import describe, explain, forced_by_position
-from triewise.reports.description import FACTS, fact_lines, percent
+from triewise.reports.description import FACTS, compared, fact_lines, percent
 from triewise.reports.explanation import Recommendation, Token, decoding_tree, pieces, token_texts
 from triewise.tokens import Trie, build_prompts, forced_share, information_gain
 
@@ -145,6 +145,30 @@ def test_describe_by_hand(dataset: Dataset) -> None:
     }
     assert facts == pytest.approx(expected)
     assert list(facts) == list(FACTS)
+
+
+def test_identifiers_are_compared() -> None:
+    tries = {
+        "long": Trie.from_sequences([[1, 2, 3, 0], [1, 2, 4, 0], [5, 6, 7, 0], [5, 6, 7, 0]]),
+        "short": Trie.from_sequences([[1, 0], [2, 0], [3, 0], [4, 0]]),
+    }
+    half = np.log(2)
+    assert compared(tries, [1, 1, 1, 1]) == pytest.approx(
+        {
+            "long: tokens an item": 4.0,
+            "long: decisions an item": 1.5,
+            "long: nats a decision": 1.5 * half / 1.5,
+            "long: items that share it": 2,
+            "long: decisions of a ranking": 2,
+            "long: tokens of a ranking": 3,  # the root, 1 and 2
+            "short: tokens an item": 2.0,
+            "short: decisions an item": 1.0,
+            "short: nats a decision": 2 * half,
+            "short: items that share it": 0,
+            "short: decisions of a ranking": 1,
+            "short: tokens of a ranking": 1,
+        }
+    )
 
 
 def test_describe_counts_titles_that_the_tokenizer_makes_equal(dataset: Dataset) -> None:

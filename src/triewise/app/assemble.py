@@ -219,6 +219,11 @@ def _reference_backbone(recipe: Recipe, dataset: Dataset, reference: Path, how: 
                 f"wanted backbone.{key} = {getattr(theirs, key)} as in the reference {reference}, got "
                 f"{getattr(ours, key)}; give the same, or train a reference for this recipe"
             )
+    if recipe.identifier != started_from.identifier:
+        raise UserError(
+            f"wanted the [identifier] of the reference {reference}, got another one; give the same, or train a "
+            "reference for this recipe"
+        )
     lora = None if adapted or recipe.identifier.kind != "title" else ours.lora
     backbone = load_backbone(str(folder), seed=recipe.seed, lora=lora, **how)
     if adapted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from triewise.models import load_tokenizer
 from triewise.progress import note
 from triewise.recipe import Recipe, run_recipe
 from triewise.recommenders import SequentialRecommender
-from triewise.reports import describe
-from triewise.tokens import Trie, build_prompts
+from triewise.reports import compared, describe
+from triewise.tokens import Trie, build_prompts, read_identifier
 
 
 def open_data(recipe: Recipe) -> Dataset:
@@ -47,7 +48,9 @@ def open_data(recipe: Recipe) -> Dataset:
     return prepare(recipe.data.source, folder, **choices)
 
 
-def describe_data(folder: Path, tokenizer: str = "tiny", template: str | None = None) -> dict[str, Any]:
+def describe_data(
+    folder: Path, tokenizer: str = "tiny", template: str | None = None, identifiers: Sequence[Path] = ()
+) -> dict[str, Any]:
     """`triewise.reports.describe` of a prepared folder; every training row's target counts once.
 
     What the tokenizer does to titles is said on stderr, see `triewise.tokens.readback`.
@@ -56,6 +59,7 @@ def describe_data(folder: Path, tokenizer: str = "tiny", template: str | None = 
         folder: The prepared folder.
         tokenizer: As `load_backbone` takes a name.
         template: Prompt template; None: ``plain`` for ``tiny``, else ``msl``.
+        identifiers: Files of codes, or runs with codes, to compare with titles; see `triewise.reports.compared`.
     """
     dataset = load_dataset(folder)
     template = template or ("plain" if tokenizer == "tiny" else "msl")
@@ -65,7 +69,11 @@ def describe_data(folder: Path, tokenizer: str = "tiny", template: str | None = 
     counts = np.bincount(dataset.train.target, minlength=dataset.catalog.n_items)
     for line in prompts.readback.warnings():
         note(line)
-    return describe(dataset, prompts, trie, counts)
+    facts = describe(dataset, prompts, trie, counts)
+    if not identifiers:
+        return facts
+    coded = {path.name: read_identifier(path, dataset.catalog).trie for path in identifiers}
+    return facts | compared({"title": trie} | coded, counts)
 
 
 def what_was_prepared(dataset: Dataset) -> dict[str, Any]:

@@ -25,7 +25,7 @@ TITLES_AT_ONCE = 256  # that a text encoder reads
 
 
 def identifier_of(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backbone) -> Identifier | None:
-    """What ``[identifier]`` says; None: titles.
+    """What ``[identifier]`` says, or the codes of the reference that training starts from; None: titles.
 
     Args:
         recipe: What to do.
@@ -40,8 +40,9 @@ def identifier_of(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backb
     titled = settings.kind == "codes+title"
     if settings.kind == "title":
         return None
-    if settings.file is not None:
-        made = read_identifier(settings.file, catalog, titled)
+    file = recipe.objective.preference.reference or settings.file
+    if file is not None:
+        made = read_identifier(file, catalog, titled)
     else:
         vectors = _vectors(recipe, dataset, rows, backbone)
         made = residual_codes(vectors, catalog.group, settings.levels, titled, recipe.seed)
@@ -56,16 +57,19 @@ def identifier_of(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backb
 def with_codes(recipe: Recipe, dataset: Dataset, backbone: Backbone, identifier: Identifier) -> Backbone:
     """The backbone with the tokens of an identifier, and with the adapter of the recipe, which trains their rows.
 
-    A new row is the mean of those of the titles of its items, token by token.
+    A new row is the mean of those of the titles of its items, token by token. Those of ``tiny``, whose titles mean
+    nothing yet, are drawn as its others.
     """
-    titles = _title_ids(dataset, backbone)
-    items: dict[str, list[int]] = {name: [] for name in identifier.names}
-    for item, codes in enumerate(identifier.codes):
-        for name in set(codes):
-            items[name].append(item)
-    like = [titles.take(np.array(some)).values for some in items.values()]
+    like = []
+    if backbone.name != "tiny":
+        titles = _title_ids(dataset, backbone)
+        items: dict[str, list[int]] = {name: [] for name in identifier.names}
+        for item, codes in enumerate(identifier.codes):
+            for name in set(codes):
+                items[name].append(item)
+        like = [titles.take(np.array(some)).values for some in items.values()]
     if not backbone.adapted:
-        tokens = add_tokens(backbone.model, backbone.tokenizer, identifier.names, like)
+        tokens = add_tokens(backbone.model, backbone.tokenizer, identifier.names, like, recipe.seed)
         if recipe.backbone.lora.rank:
             backbone = with_adapter(backbone, recipe.backbone.lora, recipe.seed, tokens)
     return replace(backbone, origin=backbone.origin | {"identifier": recipe.identifier.kind})

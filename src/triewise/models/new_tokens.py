@@ -13,14 +13,17 @@ from triewise.models.checks import largest_id
 
 
 @torch.no_grad()
-def add_tokens(model: Any, tokenizer: Any, names: Sequence[str], like: Sequence[Ints]) -> list[int]:
+def add_tokens(
+    model: Any, tokenizer: Any, names: Sequence[str], like: Sequence[Ints] = (), seed: int = 0
+) -> list[int]:
     """Add special tokens, which text never becomes; those that the tokenizer has already stay as they are.
 
     Args:
         model: A causal LM without adapter; it gets rows where it has too few.
         tokenizer: Its tokenizer.
         names: Of the tokens.
-        like: For each, the tokens the mean of whose rows it starts as.
+        like: For each, the tokens the mean of whose rows it starts as; none: as the model's own rows were drawn.
+        seed: Of rows that are drawn.
 
     Returns:
         The ids of the tokens.
@@ -30,12 +33,12 @@ def add_tokens(model: Any, tokenizer: Any, names: Sequence[str], like: Sequence[
     known = tokenizer.get_vocab().keys() & names
     added = [AddedToken(name, special=True, normalized=False) for name in names if name not in known]
     tokenizer.add_tokens(added, special_tokens=True)
-    grow(model, tokenizer)
+    grow(model, tokenizer, seed)
     ids: list[int] = tokenizer.convert_tokens_to_ids(list(names))
     head = model.get_output_embeddings()
     parts = (model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None))
     for rows in {id(part): part for part in parts if part is not None}.values():  # tied ones once
-        for name, token, some in zip(names, ids, like, strict=True):
+        for name, token, some in zip(names, ids, like, strict=False):
             if name not in known:
                 rows[token] = (
                     rows[torch.from_numpy(some).long().to(rows.device)].float().mean(0).to(rows.dtype)
@@ -43,9 +46,10 @@ def add_tokens(model: Any, tokenizer: Any, names: Sequence[str], like: Sequence[
     return ids
 
 
-def grow(model: Any, tokenizer: Any) -> None:
-    """Rows for every id of a tokenizer, where a model has too few; what new ones hold is not said."""
+def grow(model: Any, tokenizer: Any, seed: int = 0) -> None:
+    """Rows for every id of a tokenizer, where a model has too few: drawn as its others were."""
     needed = largest_id(tokenizer) + 1
     if needed > causal_lm(model).get_input_embeddings().weight.shape[0]:
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
             causal_lm(model).resize_token_embeddings(needed, mean_resizing=False)

@@ -204,6 +204,10 @@ class GenerativeRecommender(SearchSettings, Assisted):
                 f"scope = 'step' needs search = 'beam', got {self.search!r}: other searches have no steps"
             )
         if self.search == "grounding":
+            if self.prompts.identifier is not None:
+                raise UserError(
+                    "grounding compares free texts with titles, got a model that writes codes; search otherwise"
+                )
             return self.grounded.recommend(histories, k, exclude, allow)
         check_histories(histories, self.groups)
         excluded, allowed = resolve_filters(histories, exclude, allow)

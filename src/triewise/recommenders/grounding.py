@@ -146,11 +146,16 @@ class GroundedRecommender:
         return texts
 
     def title_embeddings(self, counters: Counters | None = None) -> Tensor:
-        """float32 (G, D); made once where no weight can be trained."""
+        """float32 (G, D), of codes where there are some; made once where no weight can be trained."""
         if "titles" in self.kept:
             return self.kept["titles"]
         first = np.unique(self.groups.of_item, return_index=True)[1]
-        made = self._embed([self.prompts.title[i] for i in first], counters or Counters())
+        counters = counters or Counters()
+        if self.prompts.identifier is None:
+            made = self._embed([self.prompts.title[i] for i in first], counters)
+        else:
+            rows = [[*self.prompts.bos, *self.prompts.title_tokens[i][:-1].tolist()] for i in first]
+            made = last_states(self.backbone.model, rows, counters)
         if not any(p.requires_grad for p in self.backbone.model.parameters()):
             self.kept["titles"] = made
         return made

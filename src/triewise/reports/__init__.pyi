@@ -1,5 +1,5 @@
 from .card import CardFacts as CardFacts, addressed as addressed, model_card as model_card
-from .description import describe as describe, forced_by_position as forced_by_position
+from .description import compared as compared, describe as describe, forced_by_position as forced_by_position
 from .explanation import (
     Example as Example,
     Recommendation as Recommendation,

@@ -101,6 +101,35 @@ def describe(
     }
 
 
+def compared(tries: Mapping[str, Trie], counts: ArrayLike) -> dict[str, int | float]:
+    """What identifiers of one catalogue cost and decide, by name and fact.
+
+    Args:
+        tries: Of each identifier by its name.
+        counts: Integers (I,), how often each item is a training target; they weigh what is not over items.
+
+    Returns:
+        Tokens and decisions of an item on average; nats that a decision of a target settles; items that another item
+        cannot be told from; and of ranking all items: decisions that are scored, and tokens that run.
+    """
+    found: dict[str, int | float] = {}
+    share_I = np.asarray(counts) / max(np.sum(counts), 1)
+    for name, trie in tries.items():
+        decisions_I = _decisions(trie)
+        share_N = np.bincount(trie.leaf, share_I)
+        entropy = -float((share_N[share_N > 0] * np.log(share_N[share_N > 0])).sum())
+        facts = {
+            "tokens an item": float(trie.depth[trie.leaf].mean()),
+            "decisions an item": float(decisions_I.mean()),
+            "nats a decision": entropy / max(float(share_I @ decisions_I), 1e-12),
+            "items that share it": int((np.bincount(trie.leaf)[trie.leaf] > 1).sum()),
+            "decisions of a ranking": int(trie.branching.sum()),
+            "tokens of a ranking": int((~trie.is_leaf[trie.next_decision]).sum()),
+        }
+        found |= {f"{name}: {fact}": value for fact, value in facts.items()}
+    return found
+
+
 def forced_by_position(trie: Trie, counts: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How often the token at each position of a target title has no alternative in the trie.
 
@@ -153,11 +182,15 @@ def _written(value: Any, kind: str) -> str:
     return str(value)
 
 
-def _decisions_per_title(trie: Trie) -> float:
+def _decisions(trie: Trie) -> NDArray[np.int64]:
+    """Decisions (I,) on the way to each item."""
     node_before, offsets = trie.paths()
-    decisions_I = np.add.reduceat(trie.branching[node_before].astype(np.int64), offsets[:-1])
+    return np.add.reduceat(trie.branching[node_before].astype(np.int64), offsets[:-1])
+
+
+def _decisions_per_title(trie: Trie) -> float:
     _, one_of_group = np.unique(trie.leaf, return_index=True)
-    return float(decisions_I[one_of_group].mean())
+    return float(_decisions(trie)[one_of_group].mean())
 
 
 def _prompt_tokens(prompts: Prompts, dataset: Dataset) -> float | None:

@@ -23,6 +23,7 @@ import numpy as np
 from triewise.data import read_index
 from triewise.errors import UserError
 from triewise.files import write_json
+from triewise.tokens.trie import Trie
 
 if TYPE_CHECKING:
     from triewise.arrays import Float64, Int64, Ints
@@ -61,6 +62,12 @@ class Identifier:
     def collisions(self) -> int:
         """Items whose codes another item has too."""
         return sum(n for n in Counter(self.codes).values() if n > 1)
+
+    @property
+    def trie(self) -> Trie:
+        """The tree of the codes alone, each closed by a terminator: tokens are places in ``names``, from 1."""
+        number = {name: n + 1 for n, name in enumerate(self.names)}
+        return Trie.from_sequences([[*(number[name] for name in codes), 0] for codes in self.codes])
 
     def save(self, path: Path, item_id: Sequence[str]) -> None:
         """Write the codes as JSON by raw item id, whole or not at all."""
