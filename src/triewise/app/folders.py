@@ -157,6 +157,41 @@ def consented(recipe: Recipe, given: bool, where: Path | str) -> bool:
     return given
 
 
+def open_partner(run: Path, who: str, recipe: Recipe, dataset: Dataset) -> Recipe:
+    """The recipe of a run that a new one learns from, after its rows were compared.
+
+    Args:
+        run: Its folder.
+        who: What it is to the new one, for the error line: ``the teacher``.
+        recipe: Of the new one.
+        dataset: Of the new one.
+
+    Raises:
+        UserError: No run, trained on other rows, or on the validation rows by which the new one is chosen.
+    """
+    theirs, record = open_run(run)
+    if record["hashes"]["data"] != data_hash(dataset):
+        raise UserError(
+            f"{who} {run} was trained on other rows than those of {dataset.folder}; give both the same data, split and "
+            "data.max_history"
+        )
+    if theirs.training.rows != "train" and recipe.training.rows == "train":
+        raise UserError(
+            f"{who} {run} was trained on the validation rows; give one trained on train, or set training.rows = "
+            "'train+valid' here too"
+        )
+    return theirs
+
+
+def open_sequential(run: Path, recipe: Recipe, dataset: Dataset) -> SequentialRecommender:
+    """The sequential run whose item vectors are read, on the CPU; UserError as `open_partner`, or a language model."""
+    if open_partner(run, "the run of the item vectors", recipe, dataset).sequential is None:
+        raise UserError(
+            f"wanted a sequential run for its item vectors, got the language model {run}; give one with a [sequential]"
+        )
+    return SequentialRecommender.from_pretrained(run, device="cpu")
+
+
 ENDED = ("trained", "stopped")  # what ``run.json`` says of a run that can be used
 
 
