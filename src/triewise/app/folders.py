@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict
 
-from triewise.data import Dataset, load_dataset, prepare, settings_of
+from triewise.data import Dataset, data_hash, load_dataset, prepare, settings_of
 from triewise.errors import UserError
 from triewise.files import Shape, read_json
 from triewise.models import load_tokenizer
@@ -83,6 +85,7 @@ def what_was_prepared(dataset: Dataset) -> dict[str, Any]:
 class _Source(Shape):
     folder: str
     source: str
+    relative: str | None = None
 
 
 class _Hashes(Shape):
@@ -131,6 +134,32 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
             f"triewise train {run / 'recipe.toml'} --resume --out {run}"
         )
     return run_recipe(run), read_json(run / "run.json", EndedRun)
+
+
+def way(run: Path, folder: Path) -> str | None:
+    """How a folder is reached from a run folder; None where there is no way, as between drives of Windows."""
+    with contextlib.suppress(ValueError):
+        return Path(os.path.relpath(folder.resolve(), run.resolve())).as_posix()
+    return None
+
+
+def data_of(run: Path, record: dict[str, Any]) -> Dataset:
+    """The data of a run: found from the run folder, since both may have been moved together, else at its old place.
+
+    Raises:
+        UserError: It is in neither place, or is not what was prepared.
+    """
+    place, relative = Path(record["data"]["folder"]), record["data"].get("relative")
+    near = place if relative is None else Path(os.path.normpath(run.resolve() / relative))
+    if (near / "dataset.json").is_file():
+        dataset = load_dataset(near)
+        if near == place or data_hash(dataset) == record["hashes"]["data"]:
+            return dataset
+    if near != place and not place.is_dir():
+        raise UserError(
+            f"the data of {run} is neither in {near} nor in {place}; bring it there, or prepare it again"
+        )
+    return load_dataset(place)
 
 
 def consented(recipe: Recipe, given: bool, where: Path | str) -> bool:
