@@ -24,8 +24,19 @@ PIP_SECONDS = 300
 
 
 def cache_folder() -> Path:
-    """Folder for everything that can be fetched or computed again."""
-    return Path(os.environ.get("TRIEWISE_CACHE") or platformdirs.user_cache_dir("triewise", appauthor=False))
+    """Folder for everything that can be fetched or computed again.
+
+    Raises:
+        UserError: The system knows no home folder, and ``TRIEWISE_CACHE`` is not set.
+    """
+    try:
+        return Path(
+            os.environ.get("TRIEWISE_CACHE") or platformdirs.user_cache_dir("triewise", appauthor=False)
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"wanted a folder for the cache, the system knows no home folder ({error}); set TRIEWISE_CACHE to one"
+        ) from None
 
 
 def offline() -> bool:

@@ -314,6 +314,8 @@ def recommend(
         explain=explain,
         strict=True,
     )
+    if not answers.of_each[0].recommendations:
+        note("no title is left to recommend: all that may be returned are excluded or in the history")
     if as_json:
         _print_json(answers.of_each[0].as_json() | {"counters": answers.counters})
     else:
@@ -329,6 +331,9 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="The HTML file; default report.html in the first run's folder.")
     ] = None,
+    anonymous: Annotated[
+        bool, typer.Option("--anonymous", help="Number the users that are shown, to send the page on.")
+    ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -336,7 +341,7 @@ def report(
     from triewise.app import report_runs
 
     html = out or runs[0] / "report.html"
-    report_runs(runs, html, trust_remote_code=trust_remote_code)
+    report_runs(runs, html, trust_remote_code=trust_remote_code, anonymous=anonymous)
     _print_json({"report": str(html)}) if as_json else _say(html)
 
 

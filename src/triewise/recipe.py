@@ -143,16 +143,6 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _coded(self) -> Recipe:
-        if self.identifier.kind == "title":
-            return self
-        if self.hybrid is not None:
-            raise ValueError("[hybrid] puts item vectors behind titles; set identifier.kind = 'title'")
-        if "grounding" in (self.evaluation.search, *self.evaluation.choose):
-            raise ValueError("grounding compares free texts with titles; set identifier.kind = 'title'")
-        return self
-
-    @model_validator(mode="after")
     def _whole(self) -> Recipe:
         if self.training.supervision == "every" and self.template != "plain":
             raise ValueError("training.supervision = 'every' needs backbone.template = 'plain'")

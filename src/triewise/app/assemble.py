@@ -255,10 +255,6 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
 def _sequential(recipe: Recipe, dataset: Dataset) -> Learner:
     settings = recipe.sequential
     assert settings is not None
-    if processes.count() > 1:
-        raise UserError(
-            "a sequential model is trained in one process; start it without torchrun or accelerate"
-        )
     rows, n_items = training_rows(recipe, dataset), dataset.catalog.n_items
     windows = make_windows(rows, recipe.training.supervision)
     counts = target_counts(windows, n_items)

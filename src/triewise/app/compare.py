@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.app.folders import consented, open_run
-from triewise.data import Dataset, Split, allowed_items, first_rows, load_dataset
+from triewise.app.folders import consented, data_of, open_run
+from triewise.data import Dataset, Split, allowed_items, first_rows
 from triewise.errors import UserError
 from triewise.locks import one_writer
 from triewise.ranking import (
@@ -29,13 +30,17 @@ from triewise.ranking import (
     paired_p,
 )
 from triewise.recommenders import SETTINGS, SavedRecommender, load
-from triewise.reports import Comparison, Example, Report, Row, write_report
+from triewise.reports import Comparison, Example, Report, Row, without_folders, write_report
 from triewise.training import MAY_CHANGE, read_log
 
 if TYPE_CHECKING:
     from triewise.recipe import Recipe
 
 POPULAR, KNN = "most popular", "item-kNN"
+SHOWS_USERS = (
+    "This page shows some users with their ids and histories as they are in the data. To send it on, make it with "
+    "triewise report --anonymous, which numbers them."
+)
 MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")
 JUDGED = ("split", "exclude", "allow")  # what rows of one table have in common
 # How a row was ranked: runs that differ here are no repeats of each other.
@@ -208,8 +213,12 @@ def example(
     )
 
 
-def collect(runs: Sequence[Path], popular: bool = True, *, trust: bool = False) -> Report:
+def collect(
+    runs: Sequence[Path], popular: bool = True, *, trust: bool = False, anonymous: bool = False
+) -> Report:
     """Everything a report shows about runs on one data set; the first run is compared with the others.
+
+    Paths of this machine are cut to their last part. Users are shown with their ids, or numbered (``anonymous``).
 
     Raises:
         UserError: A run without evaluation, runs on different data, or one that asks to run code that comes with its
@@ -223,8 +232,7 @@ def collect(runs: Sequence[Path], popular: bool = True, *, trust: bool = False) 
         raise UserError(
             "wanted runs on the same data for one report, got different data hashes; make a report of each"
         )
-    record = opened[0][1]
-    dataset = load_dataset(Path(record["data"]["folder"]))
+    dataset = data_of(runs[0], record := opened[0][1])
     evaluations = [load_evaluation(run) for run in runs]
     together = repeats([r for r, _ in opened], evaluations)
     first = [group[0] for group in together]
@@ -249,34 +257,45 @@ def collect(runs: Sequence[Path], popular: bool = True, *, trust: bool = False) 
         notes += ["neighbours of the history's items, of train", "counts of train"]
     # Tokens, forced shares and decisions are those of the first run that writes titles, where there is one.
     writes = next((i for i, (r, _) in enumerate(opened) if r.sequential is None), None)
-    looks = (
-        {} if writes is None else _looks(runs[writes], opened[writes][0], evaluations[writes], dataset, trust)
-    )
+    looks = {}
+    if writes is not None:
+        how = {"trust": trust, "anonymous": anonymous}
+        looks = _looks(runs[writes], opened[writes][0], evaluations[writes], dataset, **how)
     return Report(
-        title=f"{dataset.info['source']}: {', '.join(e.name for e in named)}",
+        title=f"{without_folders(dataset.info['source'])}: {', '.join(e.name for e in named)}",
         subtitle=_protocol(evaluations, dataset),
         rows=tuple(row(e, note) for e, note in zip(named, notes, strict=True)),
         comparisons=comparisons(named),
         curves=curves,
         **looks,
-        notes=(*dataset.info["notes"], *_stopped(opened)),
+        notes=(
+            *map(without_folders, dataset.info["notes"]),
+            *_stopped(opened),
+            *([] if anonymous or not looks else [SHOWS_USERS]),
+        ),
         provenance=_provenance(record, [r.seed for r, _ in opened]),
     )
 
 
 def _looks(
-    run: Path, recipe: Recipe, evaluation: Evaluation, dataset: Dataset, trust: bool
+    run: Path, recipe: Recipe, evaluation: Evaluation, dataset: Dataset, *, trust: bool, anonymous: bool
 ) -> dict[str, Any]:
     """The parts of a report that need a model that writes titles."""
     recommender = load(run, assistant=False, trust_remote_code=consented(recipe, trust, run))
     split = _rows(dataset, evaluation)
     shown = tuple(example(recommender, evaluation, split, r) for r in example_rows(evaluation))
-    return recommender.title_figures(dataset) | {"examples": shown}
+    if anonymous:
+        shown = tuple(replace(user, user=str(n)) for n, user in enumerate(shown, 1))
+    figures = recommender.title_figures(dataset) | {"examples": shown}
+    figures["facts"] |= {"source": without_folders(dataset.info["source"])}
+    return figures
 
 
-def report_runs(runs: Sequence[Path], out: Path, *, trust_remote_code: bool = False) -> Report:
-    """Write one HTML report of several runs."""
-    report = collect(runs, trust=trust_remote_code)
+def report_runs(
+    runs: Sequence[Path], out: Path, *, trust_remote_code: bool = False, anonymous: bool = False
+) -> Report:
+    """Write one HTML report of several runs; ``anonymous`` numbers the users it shows."""
+    report = collect(runs, trust=trust_remote_code, anonymous=anonymous)
     with one_writer(out.parent) if (out.parent / "run.json").is_file() else contextlib.nullcontext():
         write_report(out, report)
     return report
@@ -339,12 +358,22 @@ def _stopped(opened: Sequence[tuple[Recipe, dict[str, Any]]]) -> list[str]:
     return found
 
 
+def _shareable(command: str) -> str:
+    """A command line whose paths are cut to their last part."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # of an older run, which quoted nothing
+        words = command.split()
+    cut = [(key, equals, without_folders(value)) for key, equals, value in (w.rpartition("=") for w in words)]
+    return shlex.join("".join(parts) for parts in cut)
+
+
 def _provenance(record: dict[str, Any], seeds: Sequence[int]) -> dict[str, str]:
     return {
         **record["versions"],
         "commit": record["commit"] or "installed package",
         "machine": record["machine"],
-        "command": record["command"],
+        "command": _shareable(record["command"]),
         "seeds": ", ".join(str(seed) for seed in sorted(set(seeds))),
         **{f"{part} hash": value[:16] for part, value in record["hashes"].items()},
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -92,6 +94,7 @@ def what_was_prepared(dataset: Dataset) -> dict[str, Any]:
 class _Source(Shape):
     folder: str
     source: str
+    relative: str | None = None
 
 
 class _Hashes(Shape):
@@ -141,6 +144,32 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
         )
     read_record(run)
     return run_recipe(run), read_json(run / "run.json", EndedRun)
+
+
+def way(run: Path, folder: Path) -> str | None:
+    """How a folder is reached from a run folder; None where there is no way, as between drives of Windows."""
+    with contextlib.suppress(ValueError):
+        return Path(os.path.relpath(folder.resolve(), run.resolve())).as_posix()
+    return None
+
+
+def data_of(run: Path, record: dict[str, Any]) -> Dataset:
+    """The data of a run: found from the run folder, since both may have been moved together, else at its old place.
+
+    Raises:
+        UserError: It is in neither place, or is not what was prepared.
+    """
+    place, relative = Path(record["data"]["folder"]), record["data"].get("relative")
+    near = place if relative is None else Path(os.path.normpath(run.resolve() / relative))
+    if (near / "dataset.json").is_file():
+        dataset = load_dataset(near)
+        if near == place or data_hash(dataset) == record["hashes"]["data"]:
+            return dataset
+    if near != place and not place.is_dir():
+        raise UserError(
+            f"the data of {run} is neither in {near} nor in {place}; bring it there, or prepare it again"
+        )
+    return load_dataset(place)
 
 
 def consented(recipe: Recipe, given: bool, where: Path | str) -> bool:
@@ -193,41 +222,6 @@ def open_sequential(run: Path, recipe: Recipe, dataset: Dataset) -> SequentialRe
 
 
 ENDED = ("trained", "stopped")  # what ``run.json`` says of a run that can be used
-
-
-def open_partner(run: Path, who: str, recipe: Recipe, dataset: Dataset) -> Recipe:
-    """The recipe of a run that a new one learns from, after its rows were compared.
-
-    Args:
-        run: Its folder.
-        who: What it is to the new one, for the error line: ``the teacher``.
-        recipe: Of the new one.
-        dataset: Of the new one.
-
-    Raises:
-        UserError: No run, trained on other rows, or on the validation rows by which the new one is chosen.
-    """
-    theirs, record = open_run(run)
-    if record["hashes"]["data"] != data_hash(dataset):
-        raise UserError(
-            f"{who} {run} was trained on other rows than those of {dataset.folder}; give both the same data, split and "
-            "data.max_history"
-        )
-    if theirs.training.rows != "train" and recipe.training.rows == "train":
-        raise UserError(
-            f"{who} {run} was trained on the validation rows; give one trained on train, or set training.rows = "
-            "'train+valid' here too"
-        )
-    return theirs
-
-
-def open_sequential(run: Path, recipe: Recipe, dataset: Dataset) -> SequentialRecommender:
-    """The sequential run whose item vectors are read, on the CPU; UserError as `open_partner`, or a language model."""
-    if open_partner(run, "the run of the item vectors", recipe, dataset).sequential is None:
-        raise UserError(
-            f"wanted a sequential run for its item vectors, got the language model {run}; give one with a [sequential]"
-        )
-    return SequentialRecommender.from_pretrained(run, device="cpu")
 
 
 PACKAGES = ("triewise", "torch", "transformers", "numpy", "polars", "tokenizers")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -25,11 +26,13 @@ from triewise.app.folders import (
     StartedRun,
     commit_of_source,
     consented,
+    data_of,
     open_data,
     open_run,
     versions,
+    way,
 )
-from triewise.data import Dataset, Split, allowed_items, data_hash, first_rows, load_dataset
+from triewise.data import Dataset, Split, allowed_items, data_hash, first_rows
 from triewise.errors import UserError
 from triewise.files import (
     atomic_folder,
@@ -119,7 +122,7 @@ def _train_run(recipe: Recipe, out: Path, going_on: dict[str, Any] | None) -> Tr
         allowed_items(recipe.evaluation.allow, dataset.catalog)
     learner = processes.first_then_others(lambda: learner_of(recipe, dataset))
     started = time.time()
-    record, recommender = _record(recipe, dataset, learner), learner.recommender
+    record, recommender = _record(recipe, out, dataset, learner), learner.recommender
     validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
     if going_on is None:
         processes.on_first(lambda: _begin(recipe, out, record))
@@ -344,7 +347,7 @@ def recommender_of(
             run code that comes with it and ``trust`` is not given.
     """
     recipe, record = open_run(run)
-    dataset = load_dataset(Path(record["data"]["folder"]))
+    dataset = data_of(run, record)
     if record["hashes"]["data"] != data_hash(dataset):
         raise UserError(
             f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
@@ -458,7 +461,7 @@ def _settled(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude={"training": MAY_CHANGE, "evaluation": True, "title": True})
 
 
-def _record(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any]:
+def _record(recipe: Recipe, out: Path, dataset: Dataset, learner: Learner) -> dict[str, Any]:
     """What ``run.json`` says before training starts."""
     import torch
 
@@ -466,13 +469,17 @@ def _record(recipe: Recipe, dataset: Dataset, learner: Learner) -> dict[str, Any
         "format": 1,
         "name": recipe.name,
         "seed": recipe.seed,
-        "command": " ".join(["triewise", *sys.argv[1:]]),
+        "command": shlex.join(["triewise", *sys.argv[1:]]),
         "versions": versions(),
         "commit": commit_of_source(),
         "processes": processes.count(),
         **({"sharding": "FSDP2"} if processes.sharded() else {}),
         "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads",
-        "data": {"folder": str(dataset.folder.resolve()), "source": dataset.info["source"]},
+        "data": {
+            "folder": str(dataset.folder.resolve()),
+            "relative": way(out, dataset.folder),
+            "source": dataset.info["source"],
+        },
         **learner.facts,
         "hashes": {"data": data_hash(dataset), **learner.facts["hashes"]},
     }

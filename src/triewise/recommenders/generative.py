@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from triewise.decoding import (
 )
 from triewise.errors import UserError, reading
 from triewise.files import Shape
-from triewise.models import Backbone, load_backbone, slots_of, upload
+from triewise.models import Backbone, load_backbone, slots_of
 from triewise.ranking import (
     Groups,
     ItemLists,
@@ -43,9 +42,9 @@ from triewise.recommenders.assistants import (
     title_log_probabilities,
 )
 from triewise.recommenders.grounding import GroundedRecommender
-from triewise.recommenders.saved import MANIFEST, TRIE, Manifest, Saved, card_facts, hash_of, saving
+from triewise.recommenders.saved import MANIFEST, TRIE, Manifest, Saved, card_facts, hash_of, push, saving
 from triewise.recommenders.search_settings import SEARCHES, SETTINGS, SearchSettings
-from triewise.reports import Recommendation, addressed, describe, explain, forced_by_position, model_card
+from triewise.reports import Recommendation, describe, explain, forced_by_position
 from triewise.tokens import (
     IDENTIFIER,
     Dropped,
@@ -391,20 +390,12 @@ class GenerativeRecommender(SearchSettings, Assisted):
         Raises:
             UserError: The hub cannot be reached, or refuses; or an assistant, whose folder is on this machine.
         """
-        if self.assistant is not None:
-            raise UserError(
-                "wanted a recommender without assistant to upload, got one whose assistant stays on this machine; "
-                "upload with_settings(assistant=None, assistant_weight=1.0)"
-            )
-        origin = self.backbone.anonymous().origin
-        facts = card_facts(self, repo_id.rpartition("/")[2], origin=origin, settings=self.search_settings)
-        card = addressed(self.card or model_card(facts), repo_id, license)
-        with tempfile.TemporaryDirectory() as scratch:
-            shared = replace(self, backbone=self.backbone.anonymous(), card=card)
-            shared.save_pretrained(Path(scratch, "recommender"))
-            return upload(
-                Path(scratch, "recommender"), repo_id, private=private, token=token, message=message
-            )
+        backbone = self.backbone.anonymous()
+        facts = card_facts(
+            self, repo_id.rpartition("/")[2], origin=backbone.origin, settings=self.search_settings
+        )
+        shared = replace(self, backbone=backbone)
+        return push(shared, facts, repo_id, private=private, token=token, license=license, message=message)
 
 
 def hashes(prompts: Prompts, trie: Trie, counts: NDArray[np.int64]) -> dict[str, str]:

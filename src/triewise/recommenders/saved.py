@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,18 @@ from pydantic import Field
 
 from triewise.data import Catalog, Dataset
 from triewise.errors import UserError, reading
-from triewise.files import Hashed, atomic_files, check_files, file_hashes, read_json, write_json, write_text
-from triewise.models import download
+from triewise.files import (
+    Hashed,
+    atomic_files,
+    check_files,
+    file_hashes,
+    read_json,
+    write_json,
+    write_text,
+)
+from triewise.models import download, upload
 from triewise.ranking import ItemLists, Items, Recommender
-from triewise.reports import CardFacts, Recommendation
+from triewise.reports import CardFacts, Recommendation, addressed, model_card
 from triewise.tokens import IDENTIFIER
 
 if TYPE_CHECKING:
@@ -99,6 +108,9 @@ class SavedRecommender(Recommender, Protocol):
 
     def title_figures(self, dataset: Dataset) -> dict[str, Any]:
         """What a `Report` says of the titles as this model reads them; empty where it reads none."""
+
+    def score(self, histories: ItemLists, candidates: ItemLists) -> Float32:
+        """(B, C) scores of given items by the model alone; shorter lists end in -inf."""
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write what `triewise.load` needs."""
@@ -198,6 +210,33 @@ def saving(recommender: SavedRecommender, folder: Path | str, manifest: Mapping[
 def check_saved(folder: Path) -> None:
     """UserError where a file of a recommender is not the one that was saved."""
     check_files(folder, read_json(folder / MANIFEST, Hashed).get("sha256"), "restore it, or train again")
+
+
+def push(
+    shared: SavedRecommender,
+    facts: CardFacts,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    license: str | None = None,
+    message: str = "Upload a recommender",
+) -> str:
+    """Upload a recommender that names no path of this machine; arguments as `GenerativeRecommender.push_to_hub`.
+
+    Raises:
+        UserError: The hub cannot be reached, or refuses; or an assistant, whose folder is on this machine.
+    """
+    if getattr(shared, "assistant", None) is not None:
+        raise UserError(
+            "wanted a recommender without assistant to upload, got one whose assistant stays on this machine; "
+            "upload with_settings(assistant=None, assistant_weight=1.0)"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "recommender")
+        shared.save_pretrained(folder)
+        write_text(folder / CARD, addressed(shared.card or model_card(facts), repo_id, license))
+        return upload(folder, repo_id, private=private, token=token, message=message)
 
 
 def local_folder(name: Path | str, revision: str | None = None) -> Path:

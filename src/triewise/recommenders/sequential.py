@@ -21,7 +21,7 @@ from triewise.arrays import Int64, Ragged, padded
 from triewise.errors import UserError, reading
 from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import SequentialModel, load_trained, resolve_device, sequential_model
-from triewise.ranking import Groups, ItemLists, Items, check_histories, rank_items
+from triewise.ranking import Groups, ItemLists, Items, check_histories, check_lists, rank_items
 from triewise.recommenders.assistants import (
     Assisted,
     Doubles,
@@ -29,7 +29,7 @@ from triewise.recommenders.assistants import (
     once_a_title,
     title_log_probabilities,
 )
-from triewise.recommenders.saved import Manifest, Saved, hash_of, saving
+from triewise.recommenders.saved import Manifest, Saved, card_facts, hash_of, push, saving
 
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
@@ -162,6 +162,22 @@ class SequentialRecommender(Assisted):
         theirs = title_log_probabilities(self.assistant, histories, self.groups)
         return self.groups.scores(self.log_probabilities(histories)).astype(np.float64), theirs
 
+    def score(self, histories: ItemLists, candidates: ItemLists) -> NDArray[np.float32]:
+        """(B, C) scores of given items after each history, by the model alone; shorter lists end in -inf.
+
+        They are those that `recommend` ranks by: an item has the score of its title.
+
+        Raises:
+            UserError: Not one list per user, unknown items.
+        """
+        check_lists(len(histories), candidates=candidates)
+        check_histories(candidates, self.groups)
+        scores = self.groups.scores(self.own_scores(histories))
+        found = np.full((len(scores), max(map(len, candidates), default=0)), -np.inf, dtype=np.float32)
+        for row, of_row, items in zip(found, scores, candidates, strict=True):
+            row[: len(items)] = of_row[self.groups.of_item[np.asarray(items, dtype=np.int64)]]
+        return found
+
     def item_vectors(self) -> NDArray[np.float32]:
         """(I, D) embeddings of the items."""
         vectors: NDArray[np.float32] = self.model.items.weight[1:-1].detach().float().cpu().numpy()
@@ -195,6 +211,10 @@ class SequentialRecommender(Assisted):
         with saving(self, folder, manifest) as place, atomic_folder(place / "model") as model:
             save_file(self.model.state_dict(), model / "model.safetensors")
             write_json(model / "config.json", self.model.config)
+
+    def push_to_hub(self, repo_id: str, **how: Any) -> str:
+        """As `GenerativeRecommender.push_to_hub`."""
+        return push(self, card_facts(self, repo_id.rpartition("/")[2]), repo_id, **how)
 
     @classmethod
     def from_pretrained(

@@ -1,4 +1,9 @@
-from .card import CardFacts as CardFacts, addressed as addressed, model_card as model_card
+from .card import (
+    CardFacts as CardFacts,
+    addressed as addressed,
+    model_card as model_card,
+    without_folders as without_folders,
+)
 from .description import compared as compared, describe as describe, forced_by_position as forced_by_position
 from .explanation import (
     Example as Example,

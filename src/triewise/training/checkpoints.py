@@ -34,6 +34,7 @@ from triewise.files import (
     write_text,
 )
 from triewise.models import save_trained
+from triewise.training import processes
 
 LOG, BEST, STATE, WEIGHTS, BEST_WEIGHTS, SHARDS = (
     "log.jsonl",
@@ -131,6 +132,18 @@ def random_state(device: torch.device) -> dict[str, Any]:
     if device.type != "cpu":
         state["device"] = torch.get_device_module(device).get_rng_state(*_which(device))
     return state
+
+
+def random_file(process: int) -> str:
+    """Name of the random state of a process in a checkpoint."""
+    return f"rng-{process}.pt" if process else "rng.pt"
+
+
+def seed_others(seed: int, step: int) -> None:
+    """Dropout of its own for each process but the first, where no checkpoint has one for it."""
+    if not processes.is_first():
+        drawn = np.random.SeedSequence([seed, processes.rank(), step])
+        torch.manual_seed(int(drawn.generate_state(1)[0]))
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:

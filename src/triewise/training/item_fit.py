@@ -17,7 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from triewise.errors import UserError, reading
-from triewise.training.checkpoints import STATE, load_state, random_state, set_random_state
+from triewise.training import processes
+from triewise.training.checkpoints import (
+    STATE,
+    load_state,
+    random_file,
+    random_state,
+    seed_others,
+    set_random_state,
+)
 from triewise.training.item_tasks import ItemLoss, Sequences, cloze_task, item_loss, shifted_task, task_loss
 from triewise.training.rates import floor_cosine
 from triewise.training.state import TrainingState, TrainResult, Validate
@@ -49,7 +57,9 @@ def fit(
     resume: bool = False,
     title: str = "",
 ) -> TrainResult:
-    """Train ``model`` in place, in one process; arguments that are not named here are as of `trainer.train`.
+    """Train ``model`` in place; of several processes each takes a part of every batch.
+
+    Arguments that are not named here are as of `trainer.train`.
 
     ``counts`` (I,) are the training targets of each item, for DROS; ``sequential`` says which loss and optimiser. What
     of ``settings`` only a language model has a use for has no meaning here. ``loss`` takes the place of
@@ -103,6 +113,7 @@ class _Steps:
         self.sums = torch.zeros(2, device=state.device)  # loss and gradient norm since the last row
         self.summed = 0
         torch.manual_seed(state.seed)
+        seed_others(state.seed, 0)
 
     def take(self, advance: Callable[..., None]) -> None:
         """All steps that are left."""
@@ -117,13 +128,14 @@ class _Steps:
             if state.validates_at(state.step):
                 state.validate()
             if state.saves:
-                files = {"optimizer.pt": self.optimizer.state_dict(), "rng.pt": random_state(state.device)}
-                state.save({"sums": self.sums.tolist(), "summed": self.summed}, files)
+                self.save()
             advance(1, detail)
 
     def one(self, index: NDArray[np.int64]) -> None:
         """One step of the optimiser; what is drawn for it depends on the seed and its number alone."""
-        rng = np.random.default_rng([self.state.seed, 1, self.state.step])
+        ours = [processes.rank()] if processes.count() > 1 else []
+        rng = np.random.default_rng([self.state.seed, 1, self.state.step, *ours])
+        index = processes.part(index[None])[0]
         if self.model.bidirectional:
             task = cloze_task(self.sequences, index, self.sequential, self.model.mask, rng)
         else:
@@ -132,12 +144,25 @@ class _Steps:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.state.step)
         loss = task_loss(self.model, task, self.loss, rng)
+        if processes.count() > 1:  # a mean over the targets of all
+            weights = [weight for (weight,) in processes.gather([float(task.weight.sum())])]
+            loss = loss * (weights[processes.rank()] / max(sum(weights), 1e-30))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        loss = loss.detach().clone()
+        processes.add_up([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
-        self.sums += torch.stack([loss.detach(), norm.detach()])
+        self.sums += torch.stack([loss, norm.detach()])
         self.summed += 1
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        random_states = processes.gather_objects(random_state(self.state.device))
+        files = {"optimizer.pt": self.optimizer.state_dict()}
+        files |= {random_file(i): numbers for i, numbers in enumerate(random_states)}
+        sums = {"sums": self.sums.tolist(), "summed": self.summed}
+        processes.on_first(lambda: self.state.save(sums, files))
 
     def log(self) -> str:
         """Write a row about the steps since the last one; what the progress line says."""
@@ -158,7 +183,10 @@ class _Steps:
             self.sums.copy_(torch.tensor(ours["sums"]))
             self.summed = int(ours["summed"])
         load_state(checkpoint / "optimizer.pt", self.optimizer.load_state_dict)
-        load_state(checkpoint / "rng.pt", functools.partial(set_random_state, device=self.state.device))
+        if (file := checkpoint / random_file(processes.rank())).is_file():
+            load_state(file, functools.partial(set_random_state, device=self.state.device))
+        else:
+            seed_others(self.state.seed, self.state.step)
 
 
 def _optimizer(model: SequentialModel, name: str, settings: TrainingSettings) -> torch.optim.Optimizer:

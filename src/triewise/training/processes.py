@@ -41,7 +41,8 @@ def start() -> None:
     """Meet the other processes, where `torchrun` or ``accelerate launch`` started several.
 
     Raises:
-        UserError: ``accelerate launch`` wants DeepSpeed, or FSDP as it is not done here.
+        UserError: ``accelerate launch`` wants DeepSpeed, or FSDP as it is not done here; what a launcher sets is no
+            number, or not all there.
     """
     global _launched_with_fsdp
     if _asked_for("DEEPSPEED"):
@@ -54,8 +55,19 @@ def start() -> None:
         # From here on it is ours: transformers would load, and accelerate wrap, in another way.
         del os.environ["ACCELERATE_USE_FSDP"]
         _launched_with_fsdp = True
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdigit():
+            raise UserError(
+                f"wanted {name} to be a number as torchrun sets it, got {os.environ[name]!r}; unset it for one process"
+            )
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent:
+        raise UserError(
+            f"wanted {absent[0]} beside WORLD_SIZE = {os.environ['WORLD_SIZE']}, as torchrun sets it; start with "
+            "torchrun, or unset WORLD_SIZE for one process"
+        )
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"

@@ -37,7 +37,15 @@ from triewise.settings import TrainingSettings
 from triewise.tokens import Dropped
 from triewise.training import processes
 from triewise.training.ahead import Ahead, all_workers_alive, default_workers
-from triewise.training.checkpoints import SHARDS, STATE, load_state, random_state, set_random_state
+from triewise.training.checkpoints import (
+    SHARDS,
+    STATE,
+    load_state,
+    random_file,
+    random_state,
+    seed_others,
+    set_random_state,
+)
 from triewise.training.meter import PARTS, Meter, measure_parts
 from triewise.training.objective import Learned, MicroBatches, Objective
 from triewise.training.packing import packing_works
@@ -280,7 +288,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             if shards is None:
                 files["optimizer.pt"] = self.optimizer.state_dict()
             random_states = processes.gather_objects(random_state(self.args.device))
-            files |= {_random_file(i): numbers for i, numbers in enumerate(random_states)}
+            files |= {random_file(i): numbers for i, numbers in enumerate(random_states)}
             processes.on_first(lambda: self.run.save(state, files, shards))
 
     def go_on(self, checkpoint: Path) -> None:
@@ -303,12 +311,11 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
                 self.run.shards.load(self.checkpoint / SHARDS, self.optimizer)
             load_state(self.checkpoint / "scheduler.pt", self.lr_scheduler.load_state_dict)
             self.state.global_step = self.first_step
-            file = self.checkpoint / _random_file(processes.rank())
+            file = self.checkpoint / random_file(processes.rank())
         if file is not None and file.is_file():
             load_state(file, functools.partial(set_random_state, device=self.args.device))
-        elif not processes.is_first():  # its own dropout, where no checkpoint has one for it
-            drawn = np.random.SeedSequence([self.run.seed, processes.rank(), self.first_step])
-            torch.manual_seed(int(drawn.generate_state(1)[0]))
+        else:
+            seed_others(self.run.seed, self.first_step)
         self.meter.since = time.monotonic()
 
 
@@ -364,10 +371,6 @@ def _leave_alone(accelerator: Any) -> None:
         model, device_placement=False, evaluation_mode=True
     )
     accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
-
-
-def _random_file(process: int) -> str:
-    return f"rng-{process}.pt" if process else "rng.pt"
 
 
 def _arguments(
