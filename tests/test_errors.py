@@ -365,7 +365,10 @@ def write_run(folder: Path, data: str = "of one") -> Path:
     """What `open_run` takes for a trained run."""
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text('name = "x"\n[data]\nsource = "ml-100k"\n', encoding="utf-8")
-    write_json(folder / "run.json", {"status": "trained", "hashes": {"data": data}})
+    facts = {"commit": None, "machine": "", "command": "", "parameters": 1, "timing": {}, "versions": {}}
+    training = {"steps": 1, "stopped": "steps", "best_step": None, "best_metric": None}
+    facts |= {"data": {"folder": "data", "source": "ml-100k"}, "training": training}
+    write_json(folder / "run.json", {"status": "trained", "hashes": {"data": data}, **facts})
     return folder
 
 

@@ -28,7 +28,7 @@ def reading(path: Path | str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        refused = isinstance(error, OSError) and error.errno is not None
+        refused = isinstance(error, OSError) and error.filename is not None
         # Faults in Rust code are no Exception; that of a device has its own remedies.
         is_fault = isinstance(error, Exception) or type(error).__name__ == "PanicException"
         if (

@@ -142,7 +142,7 @@ class AlignmentSettings(Section):
     width: int = key(128, "of codes", ge=1)
     steps: int = key(3000, "of its optimiser", ge=1)
     batch_size: int = key(32, "rows of one step", ge=1)
-    learning_rate: float = key(1e-4, "of Adam, constant", gt=0)
+    learning_rate: float = key(1e-4, "of Adam, constant", gt=0, le=1e30)
     item_weight: float = key(0.5, "of the reconstruction of item vectors", ge=0)
     text_weight: float = key(0.2, "of the reconstruction of text vectors", ge=0)
 
@@ -191,7 +191,7 @@ class TrainingSettings(Section):
         ge=0,
         le=1024,
     )
-    learning_rate: float = key(1e-4, "the peak, after the warm-up", gt=0)
+    learning_rate: float = key(1e-4, "the peak, after the warm-up", gt=0, le=1e30)
     warmup_steps: int = key(20, "steps of linear warm-up", ge=0)
     schedule: Literal["linear", "constant", "cosine", "cosine-floor"] = key(
         "linear", "linear and cosine go down to 0; cosine-floor: from and to a hundredth (LLaRA)"

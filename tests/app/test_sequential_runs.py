@@ -169,25 +169,6 @@ def test_weights_by_age_need_times(cycle: Path, tmp_path: Path, monkeypatch: pyt
         train_run(half, tmp_path / "run")
 
 
-def test_several_processes_are_refused_before_anything_is_written(
-    cycle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from triewise.app import runs
-
-    open_data = runs.open_data
-
-    def opened(recipe: Recipe) -> Any:  # the others would wait for each other: nobody is there
-        data = open_data(recipe)
-        monkeypatch.setattr(runs.processes, "count", lambda: 2)
-        return data
-
-    monkeypatch.setattr(runs, "open_data", opened)
-    monkeypatch.setattr(runs.processes, "first_then_others", lambda make: make())
-    with pytest.raises(UserError, match="trained in one process; start it without torchrun or accelerate"):
-        train_run(recipe(cycle), tmp_path / "run")
-    assert not (tmp_path / "run" / "run.json").exists()
-
-
 def test_rows_that_were_learned_from_are_no_test(run: Path, cycle: Path, tmp_path: Path) -> None:
     both = tmp_path / "both"
     train_run(recipe(cycle, training={"rows": "train+valid", "steps": 2}), both)

@@ -103,10 +103,13 @@ class _Hashes(Shape):
     data: str
 
 
-class StartedRun(Shape):
+class _Status(Shape):
+    status: str
+
+
+class StartedRun(_Status):
     """What ``run.json`` says from the first step on."""
 
-    status: str
     hashes: _Hashes
     data: _Source
     versions: dict[str, str]
@@ -136,8 +139,7 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
         raise UserError(
             f"wanted a run folder, but {run} has no run.json; give the folder that triewise train wrote"
         )
-    record = read_record(run, ())
-    if record.get("status") not in ENDED:
+    if read_json(run / "run.json", _Status)["status"] not in ENDED:
         raise UserError(
             f"the training in {run} has not ended; go on with: "
             f"triewise train {run / 'recipe.toml'} --resume --out {run}"

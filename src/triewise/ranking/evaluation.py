@@ -373,9 +373,9 @@ class _Metrics(_Shown, Hashed):
 
 def load_evaluation(run: Path) -> Evaluation:
     """What ``triewise evaluate`` wrote into a run folder; UserError where a part is missing or another one."""
-    metrics = read_json(run / METRICS, _Metrics)
     if not (run / PREDICTIONS).is_file():
         raise UserError(f"wanted {run}/predictions.parquet, which is missing; run: triewise evaluate {run}")
+    metrics = read_json(run / METRICS, _Metrics)
     check_files(run, metrics.pop("sha256", None), f"run: triewise evaluate {run}")
     with reading(run / PREDICTIONS):
         frame = pl.read_parquet(run / PREDICTIONS)
