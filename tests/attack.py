@@ -442,8 +442,8 @@ def inside(folder: str) -> Iterator[None]:
 def attack(folder: Path, seconds: float, seed: int = 0) -> Attack:
     """Build a world in an empty folder and attack it."""
     torch.set_num_threads(1)
+    made = Attack(random.Random(seed))
     with inside(str(folder)):
-        made = Attack(random.Random(seed))
         made.build()
         made.go(seconds)
     return made

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import sys
@@ -76,6 +77,7 @@ class Children:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["tests.attack_child"])
+        multiprocessing.forkserver.ensure_running()  # here, where this module can be imported
 
     def start(
         self, *words: str, kill_at: int = 0, limit: int = 0, delay: float = 0.0
