@@ -27,7 +27,8 @@ from triewise.arrays import Ragged
 from triewise.decoding import TrieEngine, sample
 from triewise.errors import UserError
 from triewise.models import freeze_unused
-from triewise.settings import FlowSettings, TrainingSettings
+from triewise.objectives import FlowSettings
+from triewise.settings import TrainingSettings
 from triewise.tokens import binary_weights, zero_gain
 from triewise.training import (
     AdaptiveTemperature,

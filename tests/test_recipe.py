@@ -33,6 +33,7 @@ def test_what_a_recipe_says_to_run_first_makes_the_folders_that_it_names(file: P
     hybrid, objective = recipe.hybrid, recipe.objective
     named = [hybrid and hybrid.items, objective.soft_targets, objective.preference.reference]
     named.append(recipe.identifier.items)
+    named.append(objective.flow and objective.flow.scores)
     folders = [folder.absolute().relative_to(Path.cwd()) for folder in named if folder is not None]
     assert {folder.as_posix() for folder in folders} == made
 

@@ -27,8 +27,8 @@ from triewise.arrays import Ragged
 from triewise.decoding.draws import Draws
 from triewise.decoding.growth import Edges
 from triewise.errors import UserError
+from triewise.objectives import FlowSettings
 from triewise.recipe import parse_recipe
-from triewise.settings import FlowSettings
 from triewise.tokens import Trie
 from triewise.training import Examples, Flow, Objective, history_prior, make_windows, processes
 from triewise.training.flow import balance, flow_parts
