@@ -295,12 +295,7 @@ def _evaluate_run(
     )
     beams = settings.beams if recommender.used.get("search") == "beam" else None
     evaluation = judge(recommender, depth=recommender.depth(settings.k), watch=beams)
-    if settings.pruned and beams is None:
-        evaluation.metrics.update(_of_beams(recommender, settings, judge))
-    if settings.against_exact:
-        searching = recommender.with_settings(search="exact")
-        exact = judge(searching, depth=searching.depth(settings.k))
-        evaluation.metrics["against_exact"] = _against(evaluation, exact)
+    _search_otherwise(recommender, settings, judge, evaluation)
     _say_dropped(recommender, evaluation.metrics)
     known = {"data": dataset.info, "run": record, "metrics": evaluation.metrics}
     ranked = recipe.model_copy(update={"evaluation": settings})
@@ -311,13 +306,22 @@ def _evaluate_run(
     return evaluation
 
 
-def _of_beams(
-    recommender: SavedRecommender, settings: EvaluationSettings, judge: Callable[..., Evaluation]
-) -> dict[str, Any]:
-    """What beams find where the rows were ranked otherwise, and how often they drop the true title."""
-    searching, name = recommender.with_settings(search="beam"), f"pruned@{settings.beams}"
-    found = judge(searching, depth=searching.depth(settings.k), watch=settings.beams).metrics
-    return {name: found[name], "beam": {shown: found[shown] for shown in (*SHOWN, "counters")}}
+def _search_otherwise(
+    recommender: SavedRecommender,
+    settings: EvaluationSettings,
+    judge: Callable[..., Evaluation],
+    evaluation: Evaluation,
+) -> None:
+    """Into the metrics: what beams find and how often they drop the true title, and what the exact search finds."""
+    metrics, name = evaluation.metrics, f"pruned@{settings.beams}"
+    if settings.pruned and name not in metrics:
+        searching = recommender.with_settings(search="beam")
+        found = judge(searching, depth=searching.depth(settings.k), watch=settings.beams).metrics
+        metrics |= {name: found[name], "beam": {shown: found[shown] for shown in (*SHOWN, "counters")}}
+    if settings.against_exact:
+        searching = recommender.with_settings(search="exact")
+        exact = judge(searching, depth=searching.depth(settings.k))
+        metrics["against_exact"] = _against(evaluation, exact)
 
 
 def _say_dropped(recommender: SavedRecommender, metrics: dict[str, Any]) -> None:
