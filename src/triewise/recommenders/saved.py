@@ -25,7 +25,7 @@ from triewise.files import Hashed, atomic_files, check_files, file_hashes, read_
 from triewise.models import download
 from triewise.ranking import ItemLists, Items, Recommender
 from triewise.reports import CardFacts, Recommendation
-from triewise.tokens import IDENTIFIER
+from triewise.tokens import IDENTIFIER as IDENTIFIER
 
 if TYPE_CHECKING:
     from triewise.arrays import Float32, Int64
