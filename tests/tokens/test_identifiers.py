@@ -37,8 +37,7 @@ def clouds(n_items: int = 60, n_clouds: int = 4, width: int = 5, seed: int = 0) 
 
 
 def trie_of(identifier: Identifier) -> Trie:
-    number = {name: n + 1 for n, name in enumerate(identifier.names)}
-    return Trie.from_sequences([[*(number[name] for name in codes), 0] for codes in identifier.codes])
+    return Trie.from_sequences(identifier.sequences)
 
 
 def test_k_means_finds_clouds_and_gives_the_nearest_centre() -> None:

@@ -74,8 +74,8 @@ def describe_data(
     facts = describe(dataset, prompts, trie, counts)
     if not identifiers:
         return facts
-    coded = {path.name: read_identifier(path, dataset.catalog).trie for path in identifiers}
-    return facts | compared({"title": trie} | coded, counts)
+    coded = {path.name: read_identifier(path, dataset.catalog).sequences for path in identifiers}
+    return facts | compared({"title": trie} | {n: Trie.from_sequences(s) for n, s in coded.items()}, counts)
 
 
 def what_was_prepared(dataset: Dataset) -> dict[str, Any]:

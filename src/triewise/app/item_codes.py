@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from triewise.app.folders import open_sequential
-from triewise.arrays import Ragged
 from triewise.models import add_tokens, title_encoder, with_adapter
 from triewise.progress import note
 from triewise.tokens import build_prompts, read_identifier, residual_codes, told_apart
 
 if TYPE_CHECKING:
-    from triewise.arrays import Float64, Int32
+    from triewise.arrays import Float64, Int32, Ragged
     from triewise.data import Dataset, Split
     from triewise.models import Backbone
     from triewise.recipe import Recipe
@@ -62,12 +61,12 @@ def with_codes(recipe: Recipe, dataset: Dataset, backbone: Backbone, identifier:
     """
     like = []
     if backbone.name != "tiny":
-        titles = _title_ids(dataset, backbone)
+        titles = _without_end(build_prompts(backbone.tokenizer, dataset.catalog).title_tokens)
         items: dict[str, list[int]] = {name: [] for name in identifier.names}
         for item, codes in enumerate(identifier.codes):
             for name in set(codes):
                 items[name].append(item)
-        like = [titles.take(np.array(some)).values for some in items.values()]
+        like = [np.concatenate([titles[item] for item in some]) for some in items.values()]
     if not backbone.adapted:
         tokens = add_tokens(backbone.model, backbone.tokenizer, identifier.names, like, recipe.seed)
         if recipe.backbone.lora.rank:
@@ -83,9 +82,9 @@ def _vectors(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backbone) 
     elif settings.vectors == "svd":
         found = _singular_vectors(rows, catalog.n_items, settings.width, recipe.seed)
     else:
-        titles = _title_ids(dataset, backbone)
+        titles = build_prompts(backbone.tokenizer, catalog).title_tokens
         if settings.vectors == "backbone":
-            found = _means(backbone.model.get_input_embeddings().weight.detach().cpu(), titles)
+            found = _means(backbone.model.get_input_embeddings().weight.detach().cpu(), _without_end(titles))
         else:
             encoder = title_encoder(settings.vectors, catalog.title, titles, recipe.seed).eval()
             with torch.no_grad():
@@ -95,15 +94,15 @@ def _vectors(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backbone) 
     return vectors
 
 
-def _title_ids(dataset: Dataset, backbone: Backbone) -> Ragged:
-    """The tokens of each title (I rows), without the terminator where there are others."""
-    ended = build_prompts(backbone.tokenizer, dataset.catalog).title_tokens
-    return Ragged.windows(ended.values, ended.offsets[:-1], np.maximum(ended.lengths - 1, 1))
+def _without_end(titles: Ragged) -> list[Int32]:
+    """The tokens of each title, without the terminator where there are others."""
+    return [row[: max(len(row) - 1, 1)] for row in titles]
 
 
-def _means(table: torch.Tensor, titles: Ragged) -> torch.Tensor:
+def _means(table: torch.Tensor, titles: list[Int32]) -> torch.Tensor:
     """Mean row (I, D), float32, of a table (V, D) over the tokens of each title."""
-    ids, offsets = torch.from_numpy(titles.values).long(), torch.from_numpy(titles.offsets[:-1])
+    ids = torch.from_numpy(np.concatenate(titles)).long()
+    offsets = torch.from_numpy(np.cumsum([0, *map(len, titles[:-1])]))
     return torch.nn.functional.embedding_bag(ids, table.float(), offsets, mode="mean")
 
 

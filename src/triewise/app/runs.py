@@ -50,6 +50,7 @@ from triewise.ranking import SHOWN, Evaluation, Items, evaluate
 from triewise.recipe import Recipe, dump_recipe, run_recipe
 from triewise.recommenders import (
     CARD,
+    IDENTIFIER,
     MANIFEST,
     SavedRecommender,
     card_facts,
@@ -59,7 +60,6 @@ from triewise.recommenders import (
     load,
 )
 from triewise.reports import model_card
-from triewise.tokens import IDENTIFIER
 from triewise.training import BEST, BY_ITSELF, LOG, MAY_CHANGE, TrainResult, link, processes, resume_point
 
 if TYPE_CHECKING:

@@ -14,11 +14,10 @@ from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models.adapters import ADAPTER_CONFIG, add_lora, load_lora
 from triewise.models.anatomy import resolve_device, resolve_dtype
-from triewise.models.checks import check_model, check_vocabulary
+from triewise.models.checks import check_model, check_vocabulary, grow
 from triewise.models.hub import download
 from triewise.models.item_slots import load_slots
 from triewise.models.loading import BASE, BASE_FACTS, Backbone, How, from_pretrained, quantised, tokenizer_of
-from triewise.models.new_tokens import grow
 from triewise.models.smollm2 import SMOLLM2, converted_smollm2, explain_stand_in, smollm2
 from triewise.models.tiny import build_tiny, train_tokenizer
 from triewise.settings import LoraSettings, TinyModel

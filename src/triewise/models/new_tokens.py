@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triewise.arrays import Ints
-from triewise.models.anatomy import causal_lm
-from triewise.models.checks import largest_id
+from triewise.models.checks import grow
+
+if TYPE_CHECKING:
+    from triewise.arrays import Ints
 
 
 @torch.no_grad()
@@ -44,12 +45,3 @@ def add_tokens(
                     rows[torch.from_numpy(some).long().to(rows.device)].float().mean(0).to(rows.dtype)
                 )
     return ids
-
-
-def grow(model: Any, tokenizer: Any, seed: int = 0) -> None:
-    """Rows for every id of a tokenizer, where a model has too few: drawn as its others were."""
-    needed = largest_id(tokenizer) + 1
-    if needed > causal_lm(model).get_input_embeddings().weight.shape[0]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            causal_lm(model).resize_token_embeddings(needed, mean_resizing=False)

@@ -4,6 +4,7 @@ from .grounding import GroundedRecommender as GroundedRecommender
 from .loader import load as load
 from .saved import (
     CARD as CARD,
+    IDENTIFIER as IDENTIFIER,
     MANIFEST as MANIFEST,
     SavedRecommender as SavedRecommender,
     card_facts as card_facts,

@@ -34,7 +34,7 @@ from triewise.files import (
 from triewise.models import download, upload
 from triewise.ranking import ItemLists, Items, Recommender
 from triewise.reports import CardFacts, Recommendation, addressed, model_card
-from triewise.tokens import IDENTIFIER
+from triewise.tokens import IDENTIFIER as IDENTIFIER
 
 if TYPE_CHECKING:
     from triewise.arrays import Float32, Int64

@@ -23,7 +23,6 @@ import numpy as np
 from triewise.data import read_index
 from triewise.errors import UserError
 from triewise.files import write_json
-from triewise.tokens.trie import Trie
 
 if TYPE_CHECKING:
     from triewise.arrays import Float64, Int64, Ints
@@ -64,10 +63,10 @@ class Identifier:
         return sum(n for n in Counter(self.codes).values() if n > 1)
 
     @property
-    def trie(self) -> Trie:
-        """The tree of the codes alone, each closed by a terminator: tokens are places in ``names``, from 1."""
+    def sequences(self) -> list[list[int]]:
+        """The codes of each item as places in ``names``, from 1, closed by 0: what a tree is built of."""
         number = {name: n + 1 for n, name in enumerate(self.names)}
-        return Trie.from_sequences([[*(number[name] for name in codes), 0] for codes in self.codes])
+        return [[*(number[name] for name in codes), 0] for codes in self.codes]
 
     def save(self, path: Path, item_id: Sequence[str]) -> None:
         """Write the codes as JSON by raw item id, whole or not at all."""
