@@ -20,7 +20,6 @@ from triewise.app.folders import open_partner, open_run
 from triewise.app.guided import guide_of
 from triewise.app.hybrid import align, remember, taught, with_slots
 from triewise.app.item_codes import identifier_of, with_codes
-from triewise.data import Dataset, Split
 from triewise.errors import UserError
 from triewise.models import (
     BASE_FACTS,
@@ -81,6 +80,7 @@ from triewise.training import (
 
 if TYPE_CHECKING:
     from triewise.arrays import Int64
+    from triewise.data import Dataset, Split
     from triewise.recipe import Recipe
     from triewise.tokens import Identifier
 

@@ -54,10 +54,10 @@ from triewise.models import (
     slots_of,
     take_turns,
 )
-from triewise.tokens import Trie
 
 if TYPE_CHECKING:
     from triewise.arrays import Int64
+    from triewise.tokens import Trie
 
 Support = Literal["trie", "vocabulary"]
 AT_ONCE = 16

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from triewise.models.encoders import PAD, SequentialModel
-from triewise.settings import EncoderSettings
+
+if TYPE_CHECKING:
+    from triewise.settings import EncoderSettings
 
 STEP = 1e-6  # similarities that differ less are equal, so that who shares a batch decides nothing
 
