@@ -224,14 +224,7 @@ def collect(
         UserError: A run without evaluation, runs on different data, or one that asks to run code that comes with its
             language model, which ``trust`` does not grant.
     """
-    opened = [open_run(run) for run in runs]
-    for run in runs:
-        if not (run / "metrics.json").is_file():
-            raise UserError(f"{run} has no metrics.json; run: triewise evaluate {run}")
-    if len({record["hashes"]["data"] for _, record in opened}) > 1:
-        raise UserError(
-            "wanted runs on the same data for one report, got different data hashes; make a report of each"
-        )
+    opened = _opened(runs)
     dataset = data_of(runs[0], record := opened[0][1])
     evaluations = [load_evaluation(run) for run in runs]
     together = repeats([r for r, _ in opened], evaluations)
@@ -275,6 +268,19 @@ def collect(
         ),
         provenance=_provenance(record, [r.seed for r, _ in opened]),
     )
+
+
+def _opened(runs: Sequence[Path]) -> list[tuple[Recipe, dict[str, Any]]]:
+    """Recipe and ``run.json`` of each run; UserError as `collect`."""
+    opened = [open_run(run) for run in runs]
+    for run in runs:
+        if not (run / "metrics.json").is_file():
+            raise UserError(f"{run} has no metrics.json; run: triewise evaluate {run}")
+    if len({record["hashes"]["data"] for _, record in opened}) > 1:
+        raise UserError(
+            "wanted runs on the same data for one report, got different data hashes; make a report of each"
+        )
+    return opened
 
 
 def _looks(
