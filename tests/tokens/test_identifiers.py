@@ -96,7 +96,6 @@ def test_files_are_read_back(tmp_path: Path) -> None:
     made = residual_codes(vectors, catalog.group, (2, 2), True, 0)
     made.save(tmp_path / "identifier.json", catalog.item_id)
     assert read_identifier(tmp_path / "identifier.json", catalog, True) == made
-    assert read_identifier(tmp_path, catalog, True) == made
     packed = tmp_path / "x.index.json.gz"
     packed.write_bytes(gzip.compress((tmp_path / "identifier.json").read_bytes()))
     assert read_identifier(packed, catalog) == Identifier(made.codes)

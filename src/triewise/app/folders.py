@@ -20,9 +20,9 @@ from triewise.files import Shape, read_json, read_record
 from triewise.models import load_tokenizer
 from triewise.progress import note
 from triewise.recipe import Recipe, run_recipe
-from triewise.recommenders import SequentialRecommender
+from triewise.recommenders import IDENTIFIER, SequentialRecommender
 from triewise.reports import compared, describe
-from triewise.tokens import Trie, build_prompts, read_identifier
+from triewise.tokens import Identifier, Trie, build_prompts, read_identifier
 
 
 def open_data(recipe: Recipe) -> Dataset:
@@ -74,8 +74,13 @@ def describe_data(
     facts = describe(dataset, prompts, trie, counts)
     if not identifiers:
         return facts
-    coded = {path.name: read_identifier(path, dataset.catalog).sequences for path in identifiers}
+    coded = {path.name: read_codes(path, dataset).sequences for path in identifiers}
     return facts | compared({"title": trie} | {n: Trie.from_sequences(s) for n, s in coded.items()}, counts)
+
+
+def read_codes(place: Path, dataset: Dataset, titled: bool = False) -> Identifier:
+    """The codes in a file, or of a run; see `triewise.tokens.read_identifier`."""
+    return read_identifier(place / IDENTIFIER if place.is_dir() else place, dataset.catalog, titled)
 
 
 def what_was_prepared(dataset: Dataset) -> dict[str, Any]:

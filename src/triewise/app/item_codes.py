@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from triewise.app.folders import open_sequential
+from triewise.app.folders import open_sequential, read_codes
 from triewise.models import add_tokens, title_encoder, with_adapter
 from triewise.progress import note
-from triewise.tokens import build_prompts, read_identifier, residual_codes, told_apart
+from triewise.tokens import build_prompts, residual_codes, told_apart
 
 if TYPE_CHECKING:
     from triewise.arrays import Float64, Int32, Ragged
@@ -41,7 +41,7 @@ def identifier_of(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backb
         return None
     file = recipe.objective.preference.reference or settings.file
     if file is not None:
-        made = read_identifier(file, catalog, titled)
+        made = read_codes(file, dataset, titled)
     else:
         vectors = _vectors(recipe, dataset, rows, backbone)
         made = residual_codes(vectors, catalog.group, settings.levels, titled, recipe.seed)

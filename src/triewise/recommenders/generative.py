@@ -42,11 +42,20 @@ from triewise.recommenders.assistants import (
     title_log_probabilities,
 )
 from triewise.recommenders.grounding import GroundedRecommender
-from triewise.recommenders.saved import MANIFEST, TRIE, Manifest, Saved, card_facts, hash_of, push, saving
+from triewise.recommenders.saved import (
+    IDENTIFIER,
+    MANIFEST,
+    TRIE,
+    Manifest,
+    Saved,
+    card_facts,
+    hash_of,
+    push,
+    saving,
+)
 from triewise.recommenders.search_settings import SEARCHES, SETTINGS, SearchSettings
 from triewise.reports import Recommendation, describe, explain, forced_by_position
 from triewise.tokens import (
-    IDENTIFIER,
     Dropped,
     Prompts,
     Trie,

@@ -34,7 +34,6 @@ from triewise.files import (
 from triewise.models import download, upload
 from triewise.ranking import ItemLists, Items, Recommender
 from triewise.reports import CardFacts, Recommendation, addressed, model_card
-from triewise.tokens import IDENTIFIER as IDENTIFIER
 
 if TYPE_CHECKING:
     from triewise.arrays import Float32, Int64
@@ -45,6 +44,7 @@ FORMAT = 1
 MANIFEST = "recommender.json"  # written last: where it is, the rest is whole
 CATALOG = "catalog.parquet"
 TRIE = "trie.npz"
+IDENTIFIER = "identifier.json"  # codes, where the model writes some
 CARD = "README.md"
 PARTS = {"generative": (CATALOG, TRIE, "model"), "sequential": (CATALOG, "model")}
 

@@ -15,7 +15,6 @@ from .decisiveness import (
     zero_gain_share as zero_gain_share,
 )
 from .identifiers import (
-    IDENTIFIER as IDENTIFIER,
     Identifier as Identifier,
     read_identifier as read_identifier,
     residual_codes as residual_codes,

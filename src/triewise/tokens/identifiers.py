@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from triewise.arrays import Float64, Int64, Ints
     from triewise.data import Catalog
 
-IDENTIFIER = "identifier.json"  # in the folder of a recommender
 LARGEST = 256  # codes of a level, where the recipe names no numbers
 ROUNDS = 50  # of Lloyd's algorithm
 AT_ONCE = 1 << 24  # distances held at one time
@@ -74,12 +73,11 @@ class Identifier:
 
 
 def read_identifier(path: Path, catalog: Catalog, titled: bool = False) -> Identifier:
-    """Codes from a file such as MiniOneRec's ``index.json`` or LETTER's ``.index.json.gz``, or from a run folder.
+    """Codes from a file such as MiniOneRec's ``index.json`` or LETTER's ``.index.json.gz``.
 
     Raises:
         UserError: No such file, no table of codes, or an item without codes.
     """
-    path = path / IDENTIFIER if path.is_dir() else path
     table = read_index(path)
     missing = [item for item in catalog.item_id if item not in table]
     if missing:
