@@ -56,19 +56,16 @@ def identifier_of(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backb
 def with_codes(recipe: Recipe, dataset: Dataset, backbone: Backbone, identifier: Identifier) -> Backbone:
     """The backbone with the tokens of an identifier, and with the adapter of the recipe, which trains their rows.
 
-    A new row is the mean of those of the titles of its items, token by token. Those of ``tiny``, whose titles mean
-    nothing yet, are drawn as its others.
+    A new row is the mean of those of the titles of its items, token by token.
     """
-    like = []
-    if backbone.name != "tiny":
-        titles = _without_end(build_prompts(backbone.tokenizer, dataset.catalog).title_tokens)
-        items: dict[str, list[int]] = {name: [] for name in identifier.names}
-        for item, codes in enumerate(identifier.codes):
-            for name in set(codes):
-                items[name].append(item)
-        like = [np.concatenate([titles[item] for item in some]) for some in items.values()]
+    titles = _without_end(build_prompts(backbone.tokenizer, dataset.catalog).title_tokens)
+    items: dict[str, list[int]] = {name: [] for name in identifier.names}
+    for item, codes in enumerate(identifier.codes):
+        for name in set(codes):
+            items[name].append(item)
+    like = [np.concatenate([titles[item] for item in some]) for some in items.values()]
     if not backbone.adapted:
-        tokens = add_tokens(backbone.model, backbone.tokenizer, identifier.names, like, recipe.seed)
+        tokens = add_tokens(backbone.model, backbone.tokenizer, identifier.names, like)
         if recipe.backbone.lora.rank:
             backbone = with_adapter(backbone, recipe.backbone.lora, recipe.seed, tokens)
     return replace(backbone, origin=backbone.origin | {"identifier": recipe.identifier.kind})

@@ -113,12 +113,12 @@ def largest_id(tokenizer: Any) -> int:
         return len(tokenizer) - 1
 
 
-def grow(model: Any, tokenizer: Any, seed: int = 0) -> None:
+def grow(model: Any, tokenizer: Any) -> None:
     """Rows for every id of a tokenizer, where a model has too few: drawn as its others were."""
     needed = largest_id(tokenizer) + 1
     if needed > causal_lm(model).get_input_embeddings().weight.shape[0]:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(0)
             causal_lm(model).resize_token_embeddings(needed, mean_resizing=False)
 
 
