@@ -145,7 +145,10 @@ def _train_run(recipe: Recipe, out: Path, going_on: dict[str, Any] | None) -> Tr
             limit = recommender.dropped.limit
             note(f"{recipe.name}: {n_dropped} titles dropped from prompts longer than {limit} tokens")
         training["titles_dropped_from_prompts"] = n_dropped
-    if not processes.is_first() or (going_on and _is_saved(out, going_on, result.steps_done)):
+    if not processes.is_first():
+        return result
+    if going_on and _is_saved(out, going_on, result.steps_done):
+        _write_record(out, going_on)  # the log has other times where steps were taken again
         return result
     if result.stopped != "interrupted":
         recommender.save_pretrained(out)
