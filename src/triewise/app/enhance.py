@@ -18,7 +18,6 @@ from triewise.errors import UserError
 from triewise.files import sha256_file
 from triewise.models import PAD, Bank, InContext, load_tokenizer, title_encoder
 from triewise.progress import note
-from triewise.settings import ExampleSettings
 from triewise.training import TEACHER, ItemLoss, Teacher, distilled, item_loss
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from triewise.data import Split
     from triewise.models import SequentialModel
     from triewise.recipe import Recipe
-    from triewise.settings import DistilSettings, SequentialSettings
+    from triewise.settings import DistilSettings, ExampleSettings, SequentialSettings
     from triewise.training import Task
 
 AT_ONCE = 256  # texts or rows
@@ -65,7 +64,7 @@ def enhancement_of(recipe: Recipe, dataset: Dataset, split: Split, rows: Int64) 
     settings, sequential = recipe.enhance, recipe.sequential
     if settings is None or sequential is None:
         return Enhancement()
-    if isinstance(settings, ExampleSettings):
+    if settings.kind == "llm-cf":
         return _with_examples(settings, sequential, recipe, dataset, split)
     teacher = _teacher(settings, dataset)
     items, distances = teacher.items[rows, : settings.top], teacher.distances[rows, : settings.top]

@@ -12,7 +12,6 @@ from triewise.app.folders import open_data
 from triewise.app.writers import writer_of
 from triewise.errors import UserError
 from triewise.progress import progress
-from triewise.settings import ExampleSettings
 
 if TYPE_CHECKING:
     from triewise.recipe import Recipe
@@ -34,7 +33,7 @@ def reason(recipe: Recipe, out: Path | str) -> dict[str, Any]:
         UserError: No such recipe, or the model or service cannot be had.
     """
     out, settings = Path(out), recipe.enhance
-    if not isinstance(settings, ExampleSettings):
+    if settings is None or settings.kind != "llm-cf":
         raise UserError(
             f"wanted a recipe with [enhance] kind = 'llm-cf', got {recipe.name}; chains of thought are for such a one"
         )
