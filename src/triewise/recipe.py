@@ -314,15 +314,15 @@ def _first_problem(error: ValidationError) -> str:
     if problem["type"].startswith("union_tag"):
         context, key = problem["ctx"], f"{key}.kind"
         if "tag" in context:
-            return f"{key}: Input should be one of {context['expected_tags']}, got {context['tag']!r}"
+            return f"{key}: Input should be one of {context['expected_tags']}, got {_shown(context['tag'])}"
         problem["type"] = "missing"
     if problem["type"] != "extra_forbidden":
         key = max((name for name in known if f"{key}.".startswith(f"{name}.")), key=len, default=key)
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.3)
-        return f"unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+        return f"unknown key {_shown(key)}" + (f"; did you mean {near[0]!r}?" if near else "")
     if problem["type"] == "missing":
-        return f"the key {key!r} is missing"
+        return f"the key {_shown(key)} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key or 'recipe'}: {message}" + (
         "" if ", got " in message or not key else f", got {_shown(problem['input'])}"

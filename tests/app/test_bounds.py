@@ -17,7 +17,7 @@ import torch
 
 import triewise
 from tests import worlds
-from tests.app.test_damaged import RECIPE, SHAPES, run
+from tests.app.test_damaged import RECIPE, SHAPES, forget_hashes, run
 from triewise.app import evaluate_run, report_runs, train_run
 from triewise.app.bounds import check_sizes
 from triewise.app.compare import _shareable
@@ -67,6 +67,7 @@ def make_evil(folder: Path, marker: Path) -> None:
         "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"},
     }
     write_json(folder / "model" / "config.json", config)
+    forget_hashes(folder)
     (folder / "model" / "evil.py").write_text(EVIL.format(marker=str(marker)), encoding="utf-8")
     recipe = folder / "recipe.toml"
     text = recipe.read_text(encoding="utf-8")

@@ -261,11 +261,7 @@ def collect(
         comparisons=comparisons(named),
         curves=curves,
         **looks,
-        notes=(
-            *map(without_folders, dataset.info["notes"]),
-            *_stopped(opened),
-            *([] if anonymous or not looks else [SHOWS_USERS]),
-        ),
+        notes=_notes(dataset, opened, shows_users=bool(looks) and not anonymous),
         provenance=_provenance(record, [r.seed for r, _ in opened]),
     )
 
@@ -348,6 +344,14 @@ def _row_note(recipe: Recipe, record: dict[str, Any], metrics: dict[str, Any]) -
     if metrics["support"] == "vocabulary":
         note += ", vocabulary support"
     return note
+
+
+def _notes(
+    dataset: Dataset, opened: Sequence[tuple[Recipe, dict[str, Any]]], *, shows_users: bool
+) -> tuple[str, ...]:
+    """Sentences on data and method, and what a reader has to know before the page is sent on."""
+    of_data = map(without_folders, dataset.info["notes"])
+    return (*of_data, *_stopped(opened), *([SHOWS_USERS] if shows_users else []))
 
 
 def _stopped(opened: Sequence[tuple[Recipe, dict[str, Any]]]) -> list[str]:

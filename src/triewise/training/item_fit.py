@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from triewise.errors import UserError, reading
+from triewise.errors import UserError
 from triewise.training import processes
 from triewise.training.checkpoints import (
-    STATE,
     load_state,
     random_file,
     random_state,
@@ -178,10 +177,12 @@ class _Steps:
 
     def go_on(self, checkpoint: Path) -> None:
         """Continue from a checkpoint."""
-        ours = self.state.resume(checkpoint)
-        with reading(checkpoint / STATE):
-            self.sums.copy_(torch.tensor(ours["sums"]))
-            self.summed = int(ours["summed"])
+
+        def take(state: dict[str, Any]) -> None:
+            self.sums.copy_(torch.tensor(state["sums"]))
+            self.summed = int(state["summed"])
+
+        self.state.resume(checkpoint, take)
         load_state(checkpoint / "optimizer.pt", self.optimizer.load_state_dict)
         if (file := checkpoint / random_file(processes.rank())).is_file():
             load_state(file, functools.partial(set_random_state, device=self.state.device))

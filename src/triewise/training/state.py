@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triewise.errors import UserError
+from triewise.errors import UserError, reading
 from triewise.files import TEMPORARY, Hashed, Shape, atomic_folder, file_hashes, remove, write_json, writes
 from triewise.models import load_trained, save_trained
 from triewise.progress import progress
@@ -350,8 +350,8 @@ class TrainingState:
         for _, old in checkpoints(self.out)[: -self.settings.keep_checkpoints]:
             remove(old)
 
-    def resume(self, checkpoint: Path) -> dict[str, Any]:
-        """Continue from a checkpoint: weights, log and what is counted here; returns its ``state``.
+    def resume(self, checkpoint: Path, take: Callable[[dict[str, Any]], None]) -> None:
+        """Continue from a checkpoint: weights, log and what is counted here; ``take`` is given its ``state``.
 
         Raises:
             UserError: The checkpoint is of another run, or its weights are spread and those here not, or reversed.
@@ -380,4 +380,5 @@ class TrainingState:
             self.shards.load(checkpoint / SHARDS)
         self.history = processes.on_first(lambda: restore_folder(self.out, checkpoint, self.best, self.step))
         processes.on_first(self._rotate)  # a kill may have come before it
-        return state
+        with reading(checkpoint / STATE):
+            take(state)

@@ -31,7 +31,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from triewise.errors import reading
 from triewise.models import check_model, compute_again, rope_switch, shortest_window, slots_of
 from triewise.settings import TrainingSettings
 from triewise.tokens import Dropped
@@ -39,7 +38,6 @@ from triewise.training import processes
 from triewise.training.ahead import Ahead, all_workers_alive, default_workers
 from triewise.training.checkpoints import (
     SHARDS,
-    STATE,
     load_state,
     random_file,
     random_state,
@@ -293,13 +291,15 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
 
     def go_on(self, checkpoint: Path) -> None:
         """Continue from a checkpoint: all but what `restore` sets once the optimiser exists."""
-        state, t = self.run.resume(checkpoint), self.learned.objective.temperature
+        self.run.resume(checkpoint, self._take)
         self.checkpoint, self.first_step = checkpoint, self.run.step
-        with reading(checkpoint / STATE):
-            if isinstance(t, AdaptiveTemperature):
-                t.load_state_dict(state["temperature"])
-            if processes.is_first():  # its sums are those of all processes
-                self.meter.load_state_dict(state["meter"])
+
+    def _take(self, state: dict[str, Any]) -> None:
+        t = self.learned.objective.temperature
+        if isinstance(t, AdaptiveTemperature):
+            t.load_state_dict(state["temperature"])
+        if processes.is_first():  # its sums are those of all processes
+            self.meter.load_state_dict(state["meter"])
 
     def restore(self) -> None:
         """The part of a resume that needs the optimiser; the last thing before the first step."""
