@@ -20,6 +20,7 @@ from tests.worlds import catalog, split, write_msl_folder
 from triewise.app import enhance as enhancing, evaluate_run, reason, reasoning, train_run
 from triewise.app.chains import CHAINS, best_chain, keep_chains, kept_chains, quality, questions_of
 from triewise.app.enhance import examples_of_rows, text_vectors
+from triewise.app.folders import open_data
 from triewise.cli import main
 from triewise.data import load_dataset
 from triewise.errors import UserError
@@ -254,7 +255,7 @@ def test_the_reconstruction_of_chains_is_learned(small: Recipe, tmp_path: Path) 
 
 # ---------------------------------------------------------------- what is asked, and what is kept
 def test_what_is_asked_is_half_about_items_that_were_not_bought(small: Recipe) -> None:
-    dataset = load_dataset(small.data.folder or Path())
+    dataset = open_data(small)
     settings = ExampleSettings(kind="llm-cf", share=0.2)
     asked = questions_of(settings, dataset, dataset.train)
     assert len(asked.row) == 40 and asked.label.sum() == 20 and (np.diff(asked.row) > 0).all()
