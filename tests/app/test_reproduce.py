@@ -56,6 +56,16 @@ def test_every_recipe_has_a_row_and_all_are_tuned_alike() -> None:
     assert len(titles) == len(rows)
 
 
+def test_bear_differs_from_its_control_in_nothing_but_bear() -> None:
+    """Else what the divisor does would be taken for what BEAR does."""
+    for bear, control in (("bear-described", "msl"), ("bear-coded", "msl-decisions")):
+        ours, plain = (
+            load_recipe(f"ledger/{name}").model_dump(exclude={"name", "title"}) for name in (bear, control)
+        )
+        ours["objective"]["bear"] = plain["objective"]["bear"]
+        assert ours == plain
+
+
 def test_two_rows_and_what_is_finished_is_not_run_again(
     world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,7 +190,11 @@ def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
     ("ask", "line"),
     [
         ({"table": "msl-table-9"}, "wanted a table among ledger, got 'msl-table-9'"),
-        ({"rows": ["msl", "ipo"]}, "wanted rows among msl, lml, .*, got 'ipo'"),
+        ({"rows": ["msl", "ipo"]}, "wanted rows among msl, .*, got 'ipo'"),
+        (
+            {"changes": ["training.learning_rate=0.02"], "rows": ["msl", "pos"]},
+            "got 'training.learning_rate=0.02', which msl chooses; leave msl out",
+        ),
         ({"trials": 9}, "wanted 1 to 3 trials and at least one seed, got 9 and 3"),
     ],
 )

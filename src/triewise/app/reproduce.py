@@ -110,7 +110,8 @@ def reproduce_table(
         changes: Further ``key=value`` changes of every recipe.
 
     Raises:
-        UserError: No such table or row, or more trials than a row has values. What goes wrong in a row is its text.
+        UserError: No such table or row, a change of a key that a row tunes (only that row
+            would ignore it), or more trials than a row has values. What goes wrong in a row is its text.
     """
     if table not in TABLES:
         raise UserError(f"wanted a table among {', '.join(TABLES)}, got {table!r}")
@@ -118,12 +119,7 @@ def reproduce_table(
         (resources.files("triewise.app") / f"{table}.toml").read_text(encoding="utf-8")
     )
     known: dict[str, dict[str, Any]] = definition["rows"]
-    unknown = [name for name in rows if name not in known]
-    if unknown:
-        raise UserError(f"wanted rows among {', '.join(known)}, got {unknown[0]!r}")
-    most = min(len(each["values"]) for each in known.values())
-    if not 1 <= (trials or most) <= most or seeds < 1:
-        raise UserError(f"wanted 1 to {most} trials and at least one seed, got {trials} and {seeds}")
+    most = _check(known, rows, seeds, trials, changes)
     published = data.startswith(("msl:", "d3:"))
     common = [
         f"data.source={data}",
@@ -142,6 +138,26 @@ def reproduce_table(
             found.append(TableRow(name, title, failed=" ".join(str(error).split()) or type(error).__name__))
         made = _written(table, tuple(found), definition["against"], out, data)
     return made
+
+
+def _check(
+    known: Mapping[str, Any], rows: Sequence[str], seeds: int, trials: int | None, changes: Sequence[str]
+) -> int:
+    """How many values each row has; UserError where the wish cannot be met, or would not be fair."""
+    unknown = [name for name in rows if name not in known]
+    if unknown:
+        raise UserError(f"wanted rows among {', '.join(known)}, got {unknown[0]!r}")
+    tuned = {known[name]["key"]: name for name in rows or known}
+    fixed = next((change for change in changes if change.partition("=")[0].strip() in tuned), None)
+    if fixed is not None:
+        name = tuned[fixed.partition("=")[0].strip()]
+        raise UserError(
+            f"wanted changes of what no row tunes, got {fixed!r}, which {name} chooses; leave {name} out"
+        )
+    most = min(len(each["values"]) for each in known.values())
+    if not 1 <= (trials or most) <= most or seeds < 1:
+        raise UserError(f"wanted 1 to {most} trials and at least one seed, got {trials} and {seeds}")
+    return most
 
 
 def _row(
