@@ -69,7 +69,6 @@ def test_what_a_folder_is(recipe: Recipe, run: Path, tmp_path: Path, monkeypatch
     vectors = next((tmp_path / "teacher").glob("*.npy"))
     flip(vectors)
     assert "is not the file that was written" in "".join(verify(tmp_path / "teacher").parts.values())
-    monkeypatch.setenv("TRIEWISE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache" / "ml-100k").mkdir(parents=True)
     write_json(tmp_path / "cache" / "models" / "smollm2-135m-q4" / "origin.json", {"files": {}}, sealed=True)
     seen = verify(tmp_path / "cache")

@@ -145,23 +145,27 @@ def _train_run(recipe: Recipe, out: Path, going_on: dict[str, Any] | None) -> Tr
             limit = recommender.dropped.limit
             note(f"{recipe.name}: {n_dropped} titles dropped from prompts longer than {limit} tokens")
         training["titles_dropped_from_prompts"] = n_dropped
-    if not processes.is_first():
-        return result
-    if going_on and _is_saved(out, going_on, result.steps_done):
+    timing = {"seconds": round(result.seconds, 1), "wall_seconds": round(time.time() - started, 1)}
+    if processes.is_first() and going_on and _is_saved(out, going_on, result.steps_done):
         _write_record(out, going_on)  # the log has other times where steps were taken again
-        return result
-    if result.stopped != "interrupted":
+    elif processes.is_first():
+        _finish(out, recommender, record | {"training": training, "timing": timing})
+    return result
+
+
+def _finish(out: Path, recommender: SavedRecommender, record: dict[str, Any]) -> None:
+    """Write what a training gave, unless it was interrupted, and how it ended."""
+    stopped = record["training"]["stopped"]
+    status = "trained" if stopped in BY_ITSELF else "stopped"
+    if stopped == "interrupted":
+        status = "interrupted"
+    else:
         recommender.save_pretrained(out)
     for name in ("metrics.json", CARD):  # they speak of other weights
         (out / name).unlink(missing_ok=True)
-    status = "trained" if result.stopped in BY_ITSELF else "stopped"
-    if result.stopped == "interrupted":
-        status = "interrupted"
-    timing = {"seconds": round(result.seconds, 1), "wall_seconds": round(time.time() - started, 1)}
-    _write_record(out, record | {"status": status, "training": training, "timing": timing})
+    _write_record(out, record | {"status": status})
     if status != "interrupted":
         remove(out / BEFORE)
-    return result
 
 
 def _begin(recipe: Recipe, out: Path, record: dict[str, Any]) -> None:

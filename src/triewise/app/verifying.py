@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from triewise.app.runs import BEFORE
-from triewise.cache import cache_folder
 from triewise.data import RELEASES, data_hash, is_whole, load_dataset
 from triewise.errors import UserError
-from triewise.files import read_json, read_record
-from triewise.models import CONVERTED, check_converted
+from triewise.files import check_files, read_json, read_record
 from triewise.ranking import METRICS, load_evaluation
 from triewise.recipe import run_recipe
 from triewise.recommenders import MANIFEST, check_saved
@@ -55,8 +53,9 @@ def verify(folder: Path | str) -> Verified:
         return _verified("a teacher", [("rankings and item vectors", lambda: Teacher.load(folder))])
     if (folder / MANIFEST).is_file():
         return _verified("a recommender", [("recommender", lambda: check_saved(folder))])
-    if folder.is_dir() and folder.resolve() == cache_folder().resolve():
-        return _verified("the cache", _parts_of_cache(folder))
+    cached = list(_parts_of_cache(folder))
+    if cached:
+        return _verified("the cache", cached)
     raise UserError(
         f"wanted prepared data, a run, a recommender, a teacher or the cache, but {folder} is none of them; check the "
         "path"
@@ -124,8 +123,14 @@ def _parts_of_cache(folder: Path) -> Iterator[Check]:
     for name in RELEASES:
         if (folder / name).is_dir():
             yield name, partial(_check_release, folder, name)
-    if (folder / CONVERTED).is_dir():
-        yield CONVERTED.name, lambda: check_converted(folder / CONVERTED)
+    for origin in sorted(folder.glob("models/*/origin.json")):
+        yield origin.parent.name, partial(_check_converted, origin)
+
+
+def _check_converted(origin: Path) -> None:
+    check_files(
+        origin.parent, read_json(origin).get("files"), f"remove {origin.parent} to have it made again"
+    )
 
 
 def _check_release(folder: Path, name: str) -> None:

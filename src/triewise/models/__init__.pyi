@@ -58,7 +58,6 @@ from .probe import (
     place_limit as place_limit,
     refusal as refusal,
 )
-from .smollm2 import CONVERTED as CONVERTED, check_converted as check_converted
 from .text_encoders import TitleEncoder as TitleEncoder, title_encoder as title_encoder
 from .weights import load_trained as load_trained, save_trained as save_trained
 

