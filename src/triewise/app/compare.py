@@ -241,9 +241,7 @@ def collect(
         several = tuple(evaluations[i] for i in group)
         named.append(Repeats(name, several) if len(group) > 1 else several[0])
         for i in group:
-            curves[name if i == group[0] else f"{name}, seed {opened[i][0].seed}"] = read_log(
-                runs[i], opened[i][1].get("log")
-            )
+            curves[name if i == group[0] else f"{name}, seed {opened[i][0].seed}"] = read_log(runs[i])
     notes = [_row_note(opened[i][0], opened[i][1], evaluations[i].metrics) for i in first]
     if popular:
         named += baselines(dataset, evaluations[0])

@@ -89,7 +89,7 @@ def _parts_of_run(run: Path) -> Iterator[Check]:
     yield "run.json", lambda: read_json(run / "run.json")
     yield "recipe", lambda: (read_record(run, ("recipe.toml",)), run_recipe(run))
     if (run / "log.jsonl").is_file():
-        yield "log", lambda: read_log(run, read_record(run, ()).get("log"))
+        yield "log", lambda: read_log(run)
     yield "data", lambda: _check_data(run)
     if (run / MANIFEST).is_file() or _run(run).startswith(("a run, trained", "a run, stopped")):
         yield "files of run.json", lambda: read_record(run)

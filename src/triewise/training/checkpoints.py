@@ -11,7 +11,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from triewise.files import (
     file_hashes,
     read_json,
     read_json_lines,
+    read_record,
     remove,
     write_json,
     write_text,
@@ -79,12 +80,13 @@ class _Row(Shape):
     valid: dict[str, float] = Field({})
 
 
-def read_log(run: Path, known: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The rows of a run's ``log.jsonl``; with ``log`` of its ``run.json`` those it tells of, compared with its hash."""
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The rows of a run's ``log.jsonl``; of an ended run those its ``run.json`` tells of, compared with their hash."""
     log = run / LOG
     if not log.is_file():
         raise UserError(f"wanted {log}, which is missing; restore it or train again")
     rows = read_json_lines(log, _Row)
+    known = read_record(run, ()).get("log") if (run / "run.json").is_file() else None
     if known is None:
         return rows
     content = log.read_bytes()[: known["bytes"]]
