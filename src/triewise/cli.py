@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
+import inspect
 import os
 import re
 import sys
@@ -84,7 +86,73 @@ def demo(
     )
 
 
+# Further keys of [data], which `triewise.settings` describes; each is an option of `prepare`.
+DATA_OPTIONS: dict[str, tuple[Any, str]] = {
+    "user_column": (str, "Column of the user; names of columns matter where no known name is there."),
+    "item_column": (str, "Column of the item; of several names, with commas, the first that is there."),
+    "time_column": (str, "Column of the time."),
+    "title_column": (str, "Column of the title."),
+    "rating_column": (str, "Column of the rating, for --min-rating."),
+    "event_column": (str, "Column of the kind of event, for --events."),
+    "interactions_file": (
+        str,
+        "Name of the file or folder with the interactions, where several may be meant.",
+    ),
+    "catalogue_file": (str, "Name of the file or folder with the titles."),
+    "ties": (
+        str,
+        "Events of one time: by item (default), by place in the file (also without times), or random.",
+    ),
+    "bad_rows": (str, "Rows that cannot be read: error (default) or drop."),
+    "untitled": (str, "Interactions of items without title: error (default) or drop, before the k-core."),
+    "second_titles": (str, "Of several titles of an item: error (default), first, last or most-frequent."),
+    "keep_unused": (bool, "Keep items without interactions in the catalogue."),
+    "min_rating": (float, "Leave out interactions with a lower rating."),
+    "events": (str, "Kinds of event that count, with commas."),
+    "min_user": (int, "As --k-core, for users alone."),
+    "min_item": (int, "As --k-core, for items alone."),
+    "min_history": (int, "Leave out rows with a shorter history."),
+    "since": (str, "Leave out interactions before this date."),
+    "until": (str, "Leave out interactions from this date on."),
+    "valid_from": (str, "--split dates: first date of the validation rows."),
+    "test_from": (str, "--split dates: first date of the test rows."),
+}
+
+
+def _with_data_options(command: Any) -> Any:
+    """The command with an option for each of `DATA_OPTIONS`; those that are given arrive in ``choices``."""
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        choices = {name: given.pop(name) for name in DATA_OPTIONS}
+        choices = {name: value for name, value in choices.items() if value not in (None, False)}
+        if "events" in choices:
+            choices["events"] = tuple(name.strip() for name in choices["events"].split(","))
+        command(**given, choices=choices)
+
+    own = inspect.signature(command, eval_str=True)
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if kind is bool else None,
+            annotation=Annotated[
+                bool if kind is bool else kind | None,
+                typer.Option(
+                    f"--{name.replace('_', '-')}", help=text, rich_help_panel="What is read, and what counts"
+                ),
+            ],
+        )
+        for name, (kind, text) in DATA_OPTIONS.items()
+    ]
+    parameters = [parameter for parameter in own.parameters.values() if parameter.name != "choices"] + added
+    called.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
+
+
 @app.command()
+@_with_data_options
 def prepare(
     source: Annotated[
         str,
@@ -93,20 +161,28 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The prepared folder.")],
     max_history: Annotated[int, typer.Option(min=1, help="Titles of a history that are kept in a row.")] = 20,
     split: Annotated[
-        str, typer.Option(help="leave-one-out, time-windows or time-growing; msl: and d3: are split already.")
+        str,
+        typer.Option(
+            help="leave-one-out, time-windows, time-growing or dates; msl: and d3: are split already."
+        ),
     ] = "leave-one-out",
     k_core: Annotated[
         int, typer.Option(min=0, help="Leave out users and items with fewer interactions; 0: none.")
     ] = 0,
-    clean: Annotated[str, typer.Option(help="Titles: none, or html+space (entities, white space).")] = "none",
+    clean: Annotated[
+        str, typer.Option(help="Titles: none, all, or steps of mojibake+html+tags+control+nfc+space.")
+    ] = "none",
     as_json: Json = False,
+    *,
+    choices: dict[str, Any],
 ) -> None:
     """Bring raw interactions or a published split into one format."""
     from triewise.app import what_was_prepared
     from triewise.data import prepare as prepare_data
     from triewise.reports import print_facts
 
-    made = prepare_data(source, out, max_history=max_history, clean=clean, k_core=k_core, split=split)
+    settings = {"max_history": max_history, "clean": clean, "k_core": k_core, "split": split, **choices}
+    made = prepare_data(source, out, **settings)
     _print_json(made.info) if as_json else print_facts(what_was_prepared(made), _console())
 
 

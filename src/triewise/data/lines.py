@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import io
 import json
 import warnings
 from collections.abc import Iterator
@@ -18,8 +17,10 @@ from typing import Any
 
 import polars as pl
 
-from triewise.data.tables import Table, entries, opened, reading, shown
+from triewise.data.tables import Table, entries, shown
+from triewise.data.textfiles import opened, reading
 from triewise.errors import UserError
+from triewise.files import scan
 from triewise.progress import progress
 
 _ENDS = (".json", ".jsonl", ".ndjson")
@@ -46,7 +47,7 @@ def record_table(path: Path, *keys: str) -> Table:
     frames = [pl.DataFrame(schema=schema)]
     for piece in _pieces(path):
         try:
-            frame = pl.read_ndjson(io.BytesIO(piece), schema=schema)
+            frame = scan(piece, "json", schema=schema).collect()
         except pl.exceptions.PolarsError:  # literals, NaN, or a broken line
             with _unwarned():
                 frame = _one_by_one(piece, schema, path, n_lines)
