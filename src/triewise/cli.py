@@ -127,7 +127,7 @@ def _with_data_options(command: Any) -> Any:
         choices = {name: given.pop(name) for name in DATA_OPTIONS}
         choices = {name: value for name, value in choices.items() if value not in (None, False)}
         if "events" in choices:
-            choices["events"] = tuple(name.strip() for name in choices["events"].split(","))
+            choices["events"] = tuple(filter(None, map(str.strip, choices["events"].split(","))))
         command(**given, choices=choices)
 
     own = inspect.signature(command, eval_str=True)

@@ -169,12 +169,13 @@ def read_dates(text: pl.Expr, form: str) -> pl.Expr:
 
 
 def seconds_of(text: str) -> int:
-    """Unix seconds of a date or a number that a user gives.
+    """Unix seconds of a date, a month, a year or a number that a user gives.
 
     Raises:
         UserError: If it is neither.
     """
-    value = pl.Series([text.strip()])
+    months = {4: "-01-01", 7: "-01"}.get(len(text.strip()), "")  # 2020 and 2020-06
+    value = pl.Series([text.strip() + months])
     number = value.cast(pl.Float64, strict=False)
     forms = (value.to_frame("x").select(read_dates(pl.col("x"), form)).item() for form in DATES)
     if number[0] is not None:
