@@ -270,7 +270,7 @@ def test_a_history_is_found_whatever_its_normal_form_and_outer_space(name: str, 
         none = np.full((1, 1), -1)
         return SimpleNamespace(items=none, scores=none, certified=[True], tied=None, counters={})
 
-    groups = SimpleNamespace(of_item=data.catalog.group)
+    groups = SimpleNamespace(of_item=data.catalog.group, n_groups=8)
     recommender: Any = SimpleNamespace(catalog=data.catalog, groups=groups, recommend=recommend)
     assert answer(recommender, [[name]], 1).of_each[0].unknown == ()
     assert len(seen[0]) == 1

@@ -15,6 +15,7 @@ import triewise
 from triewise import cli
 from triewise.data import Dataset, load_dataset, prepare
 from triewise.errors import UserError
+from triewise.options import DATA_OPTIONS
 
 TITLES = {f"i{number}": f"Title {number}" for number in range(8)}
 EVENTS = [
@@ -308,4 +309,4 @@ def test_the_command_takes_every_option(tmp_path: Path, monkeypatch: pytest.Monk
         "min_user": 2,
     }
     assert stored.items() >= wanted.items()
-    assert set(cli.DATA_OPTIONS) <= set(triewise.Recipe.model_fields["data"].annotation.model_fields)
+    assert set(DATA_OPTIONS) <= set(triewise.Recipe.model_fields["data"].annotation.model_fields)

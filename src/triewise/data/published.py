@@ -22,11 +22,11 @@ from triewise.data.tables import (
     integers,
     names,
     read_rows,
+    read_text,
     refuse,
     seconds,
     shown,
 )
-from triewise.data.textfiles import read_text
 from triewise.errors import UserError
 
 _CODED = r"((?:<[^<>\s]+>)+)\t(.*)"  # code tokens, a TAB and the title

@@ -19,11 +19,13 @@ from triewise.data.interactions import PLAIN as PLAIN, Events, ordered_ids
 from triewise.data.movielens_files import CITATION, film_titles, movies_dat, u_item
 from triewise.data.picking import catalogue_among, interactions_among
 from triewise.data.tables import (
+    PACKED,
     PART,
     ROW,
     SEPARATOR_NAMES,
     Outline,
     Table,
+    bare_name,
     counted,
     entries,
     find_file,
@@ -32,10 +34,10 @@ from triewise.data.tables import (
     names,
     open_table,
     outline,
+    read_bytes,
     read_rows,
     shown,
 )
-from triewise.data.textfiles import PACKED, bare_name, read_bytes
 from triewise.data.times import Times, seconds_of
 from triewise.errors import UserError
 from triewise.progress import note

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from triewise.data.columns import ROLES, folded
 from triewise.data.textfiles import (
-    bare_name,
+    PACKED as PACKED,
+    bare_name as bare_name,
     csv_rows,
     first_records,
     head_of,
@@ -28,10 +29,10 @@ from triewise.data.textfiles import (
     json_cell,
     json_problem,
     json_records,
-    opened,
-    read_bytes,
-    read_text,
-    reading,
+    opened as opened,
+    read_bytes as read_bytes,
+    read_text as read_text,
+    reading as reading,
     refuse_broken_json,
     refuse_long,
     shown as shown,
