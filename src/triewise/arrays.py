@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from triewise.errors import UserError
 
+Int8 = NDArray[np.int8]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 Float32 = NDArray[np.float32]

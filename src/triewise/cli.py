@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from triewise.errors import UserError
+from triewise.options import with_data_options
 from triewise.plain import clean, json_line
 from triewise.progress import is_first_process, note
 
@@ -85,6 +86,7 @@ def demo(
 
 
 @app.command()
+@with_data_options
 def prepare(
     source: Annotated[
         str,
@@ -93,20 +95,28 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The prepared folder.")],
     max_history: Annotated[int, typer.Option(min=1, help="Titles of a history that are kept in a row.")] = 20,
     split: Annotated[
-        str, typer.Option(help="leave-one-out, time-windows or time-growing; msl: and d3: are split already.")
+        str,
+        typer.Option(
+            help="leave-one-out, time-windows, time-growing or dates; msl: and d3: are split already."
+        ),
     ] = "leave-one-out",
     k_core: Annotated[
         int, typer.Option(min=0, help="Leave out users and items with fewer interactions; 0: none.")
     ] = 0,
-    clean: Annotated[str, typer.Option(help="Titles: none, or html+space (entities, white space).")] = "none",
+    clean: Annotated[
+        str, typer.Option(help="Titles: none, all, or steps of mojibake+html+tags+control+nfc+space.")
+    ] = "none",
     as_json: Json = False,
+    *,
+    choices: dict[str, Any],
 ) -> None:
     """Bring raw interactions or a published split into one format."""
     from triewise.app import what_was_prepared
     from triewise.data import prepare as prepare_data
     from triewise.reports import print_facts
 
-    made = prepare_data(source, out, max_history=max_history, clean=clean, k_core=k_core, split=split)
+    settings = {"max_history": max_history, "clean": clean, "k_core": k_core, "split": split, **choices}
+    made = prepare_data(source, out, **settings)
     _print_json(made.info) if as_json else print_facts(what_was_prepared(made), _console())
 
 

@@ -10,19 +10,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from triewise.errors import UserError, reading
 from triewise.progress import note
+
+if TYPE_CHECKING:
+    import polars as pl
 
 TEMPORARY = ".tmp-"
 _SEAL = "seal"  # the key of a sealed JSON file with the SHA-256 of all others
@@ -360,3 +365,34 @@ def read_record(run: Path, names: Iterable[str] | None = None) -> dict[str, Any]
 @functools.cache
 def _say_unchecked(folder: str) -> None:
     note(f"{folder} was written before files were hashed: whether they are still the same is not checked")
+
+
+def decoded(content: bytes) -> str:
+    """Text by the one rule for every file: UTF-8, UTF-16 by its mark or its zero bytes, else cp1252, else latin-1."""
+    zeros = content[:1000].count(0)
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        wide = ["utf-16"]
+    else:  # an ASCII letter has its zero second (LE) or first (BE)
+        wide = [f"utf-16-{'le' if content[1:2] == bytes(1) else 'be'}"] * (
+            4 * zeros > len(content[:1000]) > 0
+        )
+    for encoding in (*wide, "utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return content.decode(encoding)
+    return content.decode("latin-1")
+
+
+def scan(
+    source: Path | bytes | list[Path],
+    form: Literal["parquet", "csv", "lines", "json"] = "parquet",
+    **options: Any,
+) -> pl.LazyFrame:
+    """Rows of a file, or of several: the one place that hands a path to polars, as a path and never as a pattern."""
+    import polars as pl
+
+    given = io.BytesIO(source) if isinstance(source, bytes) else source
+    if form == "json":  # has no switch for patterns
+        return pl.scan_ndjson(glob.escape(str(given)) if isinstance(given, Path) else given, **options)
+    read: Any = {"parquet": pl.scan_parquet, "csv": pl.scan_csv, "lines": pl.scan_lines}[form]
+    rows: pl.LazyFrame = read(given, glob=False, **options)
+    return rows

@@ -36,13 +36,47 @@ class DataSettings(Section):
     source: str = Field(description="ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR")
     folder: Path | None = key(None, "prepared folder; default data/NAME, made when absent")
     max_history: int = key(20, "titles of a history that a prompt may hold (papers: 10)", ge=1)
-    split: Literal["leave-one-out", "time-windows", "time-growing"] = key(
-        "leave-one-out", "time-windows: BIGRec and MSL; time-growing: D3 and IGD; msl: and d3: have theirs"
+    split: Literal["leave-one-out", "time-windows", "time-growing", "dates"] = key(
+        "leave-one-out",
+        "time-windows: BIGRec and MSL; time-growing: D3 and IGD; dates: at valid_from and test_from; msl: and d3: have "
+        "theirs",
     )
     k_core: int = key(0, "users and items with fewer interactions are left out (papers: 5)", ge=0)
-    clean: Literal["none", "html+space"] = key(
-        "none", "html+space: entities and spaces of titles are repaired"
+    clean: str = key(
+        "none",
+        "how titles are repaired, by steps with a plus between: mojibake, html, tags, control, nfc, space; or all",
     )
+    user_column: str | None = key(None, "column of the user, where no known name says it")
+    item_column: str | None = key(
+        None, "column of the item; with commas several, the first that is there counts"
+    )
+    time_column: str | None = key(None, "column of the time")
+    title_column: str | None = key(None, "column of the title")
+    rating_column: str | None = key(None, "column of the rating, for min_rating")
+    event_column: str | None = key(None, "column of the kind of event, for events")
+    interactions_file: str | None = key(None, "name of the file or folder that holds the interactions")
+    catalogue_file: str | None = key(None, "name of the file or folder that holds the titles")
+    ties: Literal["item", "file", "random"] = key(
+        "item",
+        "order of a user's events of one time: by item id, as in the file (also without times), or drawn",
+    )
+    bad_rows: Literal["error", "drop"] = key(
+        "error", "rows with a cell too many, without user or item, or with a time that is none"
+    )
+    untitled: Literal["error", "drop"] = key("error", "interactions of items that have no title")
+    second_titles: Literal["error", "first", "last", "most-frequent"] = key(
+        "error", "which of several titles an item keeps"
+    )
+    keep_unused: bool = key(False, "items without interactions stay in the catalogue and can be recommended")
+    min_rating: float | None = key(None, "interactions with a lower rating, or none, are left out")
+    events: tuple[str, ...] = key((), "kinds of event that count; default all")
+    min_user: int = key(0, "k_core of users where it differs from that of items", ge=0)
+    min_item: int = key(0, "k_core of items where it differs from that of users", ge=0)
+    min_history: int = key(1, "rows with a shorter history are left out", ge=1)
+    since: str | None = key(None, "interactions before this date or Unix time are left out")
+    until: str | None = key(None, "interactions from this date or Unix time on are left out")
+    valid_from: str | None = key(None, "split = dates: the first date or Unix time of validation targets")
+    test_from: str | None = key(None, "split = dates: the first date or Unix time of test targets")
 
 
 class TinyModel(Section):

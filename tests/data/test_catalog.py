@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from triewise.data import Catalog
-from triewise.data.catalog import clean_titles
+from triewise.data.titles import clean_titles
 from triewise.errors import UserError
 
 CATALOG = Catalog.from_titles(["1", "2", "7", "9"], ["Heat", "Alien", "Heat", ""])
@@ -57,9 +57,9 @@ def test_titles_are_left_as_they_are_unless_asked() -> None:
     odd = (" a&amp;b\n", "None", "")
     assert clean_titles(odd) == odd
     with pytest.raises(
-        UserError, match=r"wanted clean to be 'none' or 'html\+space', got 'all'; choose one of them"
+        UserError, match=r"wanted clean to be 'none', 'all' or steps of mojibake, .*, got 'html\+x'; choose"
     ):
-        clean_titles(odd, "all")
+        clean_titles(odd, "html+x")
 
 
 @pytest.mark.parametrize(

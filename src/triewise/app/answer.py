@@ -117,6 +117,9 @@ def answer(
     """
     catalog, of_item = recommender.catalog, recommender.groups.of_item
     item = _items_by_name(catalog, by)
+    if by == "title":
+        histories = [list(map(catalog.spelled, names)) for names in histories]
+        exclude = list(map(catalog.spelled, exclude))
     if strict:
         _check(catalog, by, [name for names in histories for name in names])
     _check(catalog, by, exclude)

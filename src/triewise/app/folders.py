@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict
 
-from triewise.data import Dataset, data_hash, load_dataset, prepare, settings_of
+from triewise.data import Dataset, changed_raw_files, data_hash, load_dataset, prepare, settings_of
 from triewise.errors import UserError
 from triewise.files import Shape, read_json, read_record
 from triewise.models import load_tokenizer
@@ -29,7 +29,7 @@ def open_data(recipe: Recipe) -> Dataset:
     """The prepared folder of a recipe; prepared first where it is absent."""
     name = recipe.data.source.replace(":", "-").replace("/", "-").strip("-.")
     folder = recipe.data.folder or Path("data", name)
-    choices = recipe.data.model_dump(include={"max_history", "clean", "k_core", "split"})
+    choices = recipe.data.model_dump(exclude={"source", "folder"})
     if (folder / "dataset.json").is_file():
         dataset = load_dataset(folder)
         wanted = {"source": recipe.data.source} | settings_of(recipe.data.source, **choices)
@@ -39,11 +39,20 @@ def open_data(recipe: Recipe) -> Dataset:
                 f"{folder} was prepared from {found['source']} with histories of {found['max_history']}, the recipe "
                 f"wants {wanted['source']} and {wanted['max_history']}; give another data.folder or prepare it again"
             )
-        other = [name for name in wanted if found[name] != wanted[name]]
+        keys = [*wanted, *(name for name in found if name not in wanted)]
+        default = {name: info.default for name, info in type(recipe.data).model_fields.items()}
+        other = [name for name in keys if found.get(name, default[name]) != wanted.get(name, default[name])]
         if other:
+            had, asked = (values.get(other[0], default[other[0]]) for values in (found, wanted))
             raise UserError(
-                f"{folder} was prepared with {other[0]} = {found[other[0]]!r}, the recipe wants {wanted[other[0]]!r}; "
+                f"{folder} was prepared with {other[0]} = {had!r}, the recipe wants {asked!r}; "
                 "give another data.folder or prepare it again"
+            )
+        changed = changed_raw_files(dataset)
+        if changed:
+            raise UserError(
+                f"{folder} was prepared from another {changed[0]} than {recipe.data.source} has now; prepare it again, "
+                "or give another data.folder"
             )
         return dataset
     note(f"preparing {recipe.data.source} in {folder}")

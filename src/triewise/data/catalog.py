@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import html
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,8 +19,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from triewise.errors import UserError
-
-CLEAN = ("none", "html+space")
+from triewise.files import decoded
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,10 +75,11 @@ class Catalog:
         Raises:
             UserError: If there is no such title; names the nearest ones.
         """
-        if title in self._item_of:
-            return self._item_of[title]
-        folded = [known for known in self._item_of if known.casefold() == title.casefold()]
-        near = folded or difflib.get_close_matches(title, self._item_of, n=3, cutoff=0.5)
+        if self.spelled(title) in self._item_of:
+            return self._item_of[self.spelled(title)]
+        near = [
+            name for form, name in self._by_form.items() if form.casefold() == _form(title).casefold()
+        ] or difflib.get_close_matches(title, self._item_of, n=3, cutoff=0.5)
         there = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
         raise UserError(
             f"wanted a title of the catalogue ({self.n_titles} titles), got {title!r}{there}; "
@@ -110,33 +110,21 @@ class Catalog:
             raise ValueError("wanted an id and a title for each item")
         return cls.from_titles(frame["item_id"].to_list(), frame["title"].to_list())
 
+    def spelled(self, title: str) -> str:
+        """The title as the catalogue has it, where its normal form and its outer space alone differ; else as it is."""
+        return title if title in self._item_of else self._by_form.get(_form(title), title)
+
+    @cached_property
+    def _by_form(self) -> dict[str, str]:
+        return {_form(title): title for title in reversed(self._item_of)}
+
     @cached_property
     def _item_of(self) -> dict[str, int]:
         return {self.title[item]: item for item in np.unique(self.group).tolist()}
 
 
-def clean_titles(titles: Sequence[str], clean: str = "none") -> tuple[str, ...]:
-    r"""Titles after cleaning.
-
-    Args:
-        titles: As they are in the source.
-        clean: ``"none"`` leaves each as it is; ``"html+space"`` replaces HTML entities by their characters, runs
-            of white space by one space, and strips. What was escaped twice is unescaped once: ``&amp;amp;``
-            becomes ``&amp;``, since the second may be meant.
-
-    Raises:
-        UserError: If ``clean`` is not one of :data:`CLEAN`.
-
-    >>> clean_titles(["Ink &amp;  well\n", "AT&amp;amp;T"], "html+space")
-    ('Ink & well', 'AT&amp;T')
-    """
-    if clean not in CLEAN:
-        raise UserError(
-            f"wanted clean to be {' or '.join(map(repr, CLEAN))}, got {clean!r}; choose one of them"
-        )
-    if clean == "none":
-        return tuple(titles)
-    return tuple(" ".join(html.unescape(title).split()) for title in titles)
+def _form(title: str) -> str:
+    return unicodedata.normalize("NFC", title).strip()
 
 
 def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
@@ -145,14 +133,12 @@ def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
     A line is an id as it stands, else without the blanks around it.
 
     Raises:
-        UserError: No such file, not UTF-8, no id, or an id that is not in the catalogue.
+        UserError: No such file, no id, or an id that is not in the catalogue.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # ids may hold other line breaks
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"wanted a UTF-8 file of item ids in {path}, got: {error}; one raw id a line"
-        ) from None
+        lines = decoded(path.read_bytes()).split("\n")  # ids may hold other line breaks
+    except OSError as error:
+        raise UserError(f"wanted a file of item ids in {path}, got: {error}; one raw id a line") from None
     index = {raw: item for item, raw in enumerate(catalog.item_id)}
     ids = [
         line if line in index else line.strip() for line in lines if line.strip()

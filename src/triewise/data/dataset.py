@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +20,15 @@ from numpy.typing import NDArray
 from polars.io.plugins import register_io_source
 
 from triewise.data.catalog import Catalog
-from triewise.data.findings import Rows, count_findings
-from triewise.data.sources import Prepared, read_source, settings_of
-from triewise.data.splits import NAMES, Split
+from triewise.data.splits import NAMES, LazySplit, Split
 from triewise.errors import UserError
-from triewise.files import atomic_folder, read_json, sha256_file, write_json
-from triewise.locks import one_writer
-from triewise.progress import note, progress
+from triewise.files import atomic_folder, read_json, scan, sha256_file, write_json
+from triewise.progress import progress
 
 DATA_FORMAT = 1
 FILES = ("catalog.parquet", *(f"{name}.parquet" for name in NAMES))
 _KEYS = ("source", "settings", "noun", "verb", "counts", "repairs", "notes", "sha256")
-_MANY_ROWS = 1 << 20  # from here on it takes long enough to say what is being done
+MANY_ROWS = 1 << 20  # from here on it takes long enough to say what is being done
 _ROWS_IN_GROUP = 1 << 18  # fixed, so that the bytes of a file do not depend on the number of threads
 _ROWS_TOGETHER = (1 << 20, 1 << 18)  # spelled out at a time, without and with all a user had before
 
@@ -69,7 +66,7 @@ class Dataset:
                 raise AttributeError(f"a Dataset has no attribute {name!r}")
             # Checked again: the folder may have been prepared anew since it was opened.
             _check_table(self.folder, f"{name}.parquet", self.info["sha256"])
-            split = Split.from_frame(pl.read_parquet(self.folder / f"{name}.parquet"))
+            split = Split.from_frame(scan(self.folder / f"{name}.parquet").collect())
             return vars(self).setdefault(name, split)
 
     @property
@@ -93,75 +90,6 @@ class Dataset:
         counts = self.info.get("counts", {})
         rows = "/".join(str(counts.get(f"{name}_rows", "?")) for name in NAMES)
         return f"Dataset({self.folder}, {self.catalog.n_items} items, {rows} rows)"
-
-
-def prepare(
-    source: str,
-    out: Path,
-    *,
-    max_history: int = 20,
-    clean: str = "none",
-    k_core: int = 0,
-    split: str = "leave-one-out",
-) -> Dataset:
-    """Read a source and write a prepared folder.
-
-    Args:
-        source: ``ml-100k``, ``ml-1m``, ``movielens:DIR``, ``recbole:DIR``, ``csv:DIR``, ``msl:DIR`` or ``d3:DIR``.
-        out: Folder to write; may be absent, empty or an older prepared folder, which is replaced as a whole.
-        max_history: Histories are cut to the last so many items; with ``"time-windows"`` also the length of a
-            window.
-        clean: How titles are cleaned; see :func:`triewise.data.catalog.clean_titles`.
-        k_core: Users and items with fewer interactions are left out, again and again until none is left; 0 or 1
-            keeps all. Not for published splits.
-        split: ``"leave-one-out"``, ``"time-windows"`` or ``"time-growing"``; see
-            :func:`triewise.data.splits.lazy_splits`. Published splits stay as they are.
-
-    Returns:
-        The data set in ``out``.
-
-    Raises:
-        UserError: Unknown source, bad setting, broken raw files, ``out`` holds something else.
-    """
-    out = Path(out)
-    settings = settings_of(source, max_history=max_history, clean=clean, k_core=k_core, split=split)
-    _check_place(out)
-    with one_writer(out, beside=True):
-        return _prepare(source, out, settings)
-
-
-def _prepare(source: str, out: Path, settings: dict[str, Any]) -> Dataset:
-    read = read_source(source, settings)
-    empty = [name for name in NAMES if not read.splits[name].n_rows]
-    if empty:
-        raise UserError(
-            f"wanted rows for train, valid and test from {source}, found none for {empty[0]}; use more data"
-        )
-    info = {"format": DATA_FORMAT, "source": source, "settings": settings, **_described(read)}
-    try:
-        info = _write(out, read.catalog, read.splits, info)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise UserError(f"cannot write {out}: {error}; choose another folder") from None
-    return Dataset.in_folder(out, read.catalog, info)
-
-
-def _described(read: Prepared) -> dict[str, Any]:
-    """What ``dataset.json`` says of the data."""
-    rows = {f"{name}_rows": read.splits[name].n_rows for name in NAMES}
-    if sum(rows.values()) >= _MANY_ROWS:
-        note(f"looking for leaks, cold targets and repeats in {sum(rows.values()):,} rows")
-    findings = count_findings(read.splits, read.catalog, read.interactions)
-    sizes = {"users": read.users, "items": read.catalog.n_items, "titles": read.catalog.n_titles}
-    return {
-        "noun": read.words[0],
-        "verb": read.words[1],
-        "counts": {**sizes, "interactions": read.n_interactions, **rows},
-        "repairs": read.repairs,
-        "lint": [asdict(finding) for finding in findings],
-        "notes": list(read.notes),
-        "citation": read.citation,
-        "raw_sha256": read.raw_sha256,
-    }
 
 
 def data_hash(dataset: Dataset) -> str:
@@ -193,8 +121,21 @@ def load_dataset(folder: Path) -> Dataset:
         raise UserError(f"wanted {absent[0]!r} in {folder / 'dataset.json'}, it is missing; prepare it again")
     for name in FILES:
         _check_table(folder, name, info["sha256"])
-    catalog = Catalog.from_frame(pl.read_parquet(folder / FILES[0]))
+    catalog = Catalog.from_frame(scan(folder / FILES[0]).collect())
     return Dataset.in_folder(folder, catalog, info)
+
+
+def changed_raw_files(dataset: Dataset) -> list[str]:
+    """Names of the raw files that are no longer those the folder was prepared from; none where theirs is not there."""
+    folder = Path(dataset.info["source"].partition(":")[2])
+    hashes: dict[str, str] = dataset.info.get("raw_sha256", {})
+    if ":" not in dataset.info["source"] or not folder.is_dir():
+        return []
+    return [
+        name
+        for name, digest in hashes.items()
+        if not (folder / name).is_file() or sha256_file(folder / name) != digest
+    ]
 
 
 def _check_table(folder: Path, name: str, hashes: Any) -> None:
@@ -206,7 +147,7 @@ def _check_table(folder: Path, name: str, hashes: Any) -> None:
         )
 
 
-def _check_place(out: Path) -> None:
+def check_place(out: Path) -> None:
     """Refuse to replace a folder that holds anything but a prepared data set."""
     if out.exists() and not out.is_dir():
         raise UserError(f"wanted a folder to write, {out} is a file; choose another --out")
@@ -218,7 +159,9 @@ def _check_place(out: Path) -> None:
         )
 
 
-def _write(out: Path, catalog: Catalog, splits: Mapping[str, Rows], info: dict[str, Any]) -> dict[str, Any]:
+def write_dataset(
+    out: Path, catalog: Catalog, splits: Mapping[str, Split | LazySplit], info: dict[str, Any]
+) -> dict[str, Any]:
     """Write all five files; gives back what ``dataset.json`` says."""
     targets = np.bincount(splits["train"].target, minlength=catalog.n_items).astype(np.int32)
     with atomic_folder(out) as folder:
@@ -226,7 +169,7 @@ def _write(out: Path, catalog: Catalog, splits: Mapping[str, Rows], info: dict[s
         table.rechunk().write_parquet(folder / FILES[0], compression="zstd", row_group_size=_ROWS_IN_GROUP)
         n_rows = sum(rows.n_rows for rows in splits.values())
         quiet = contextlib.nullcontext(lambda _: None)
-        with progress("writing", n_rows, "rows") if n_rows >= _MANY_ROWS else quiet as advance:
+        with progress("writing", n_rows, "rows") if n_rows >= MANY_ROWS else quiet as advance:
             for name in NAMES:
                 _write_rows(folder / f"{name}.parquet", splits[name], advance)
         info = info | {"sha256": {name: sha256_file(folder / name) for name in FILES}}
@@ -234,7 +177,7 @@ def _write(out: Path, catalog: Catalog, splits: Mapping[str, Rows], info: dict[s
     return info
 
 
-def _write_rows(path: Path, rows: Rows, advance: Callable[[int], None]) -> None:
+def _write_rows(path: Path, rows: Split | LazySplit, advance: Callable[[int], None]) -> None:
     """Write a split a part at a time; parts are made when the writer asks for them."""
     schema = rows.frame(0, 0).schema
     together = _ROWS_TOGETHER["seen" in schema]

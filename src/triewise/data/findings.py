@@ -6,7 +6,7 @@ time, so that splits that are larger than the memory can be judged. Shape suffix
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from triewise.data.interactions import ID_FORMS, id_folded
 from triewise.data.splits import LazySplit, Split
+from triewise.data.times import FIRST
+from triewise.data.titles import LONG_TITLE, has_control, has_markup, is_mis_decoded, look
 
 if TYPE_CHECKING:
-    from triewise.arrays import Bool
+    from triewise.arrays import Bool, Int32, Int64
     from triewise.data.catalog import Catalog
     from triewise.data.interactions import Interactions
 
 Rows = Split | LazySplit
 _PART = 1 << 18  # rows looked at together
 _COMPARED = ("user_id", "history", "target", "timestamp")
+_DAY = 86_400  # seconds
 _LONGEST_TITLE = 60  # letters of a title in an example
 
 
@@ -57,8 +61,19 @@ def count_findings(
       Rows without a user are left out.
     * ``test_histories_of_one_item``: test rows that show one item only.
     * ``empty_titles``: items whose title is empty or white space.
-    * ``repeated_interactions``, where the interactions are known: those with an item that the user had before;
-      both papers keep them.
+    * ``look_alike_titles``: items whose title differs from another one in normal form, case, white space, entities or
+      invisible characters only. ``markup_in_titles``, ``control_characters_in_titles``, ``mis_decoded_titles``,
+      ``very_long_titles``: items; the example names the step of ``clean`` that repairs it.
+    * ``titles_shared_by_items``: items whose title another item has too; both get the same place in a ranking.
+
+    Where the interactions are known also:
+
+    * ``repeated_interactions``: those with an item that the user had before; both papers keep them.
+    * ``ties``: those whose time another interaction of the user has; what decides their order is ``ties`` of the
+      settings. ``ties_test_targets``: test rows whose target is one of them.
+    * ``times_before_1995``, ``times_in_the_future``: interactions.
+    * ``look_alike_users``, ``look_alike_items``: raw ids that differ from another one in outer space, ``.0``, leading
+      zeros or case only.
 
     Args:
         splits: ``train``, ``valid`` and ``test``.
@@ -69,10 +84,16 @@ def count_findings(
     findings = [_cold(name, splits, say) for name in ("valid", "test")]
     findings += [_in_history(name, splits[name], say) for name in splits]
     findings += [_after_test(splits, say), _duplicates(splits, say), _short(splits["test"], say)]
+    findings += _titles(catalog)
     empty = np.array([not title.strip() for title in catalog.title], dtype=bool)
     findings.append(_found("empty_titles", empty, lambda item: f"item {catalog.item_id[item]} has no title"))
     if interactions is not None:
         findings.append(_repeated(interactions, say))
+        findings += _ties(interactions, splits["test"], say) + _times(interactions, say)
+        for name, ids in (("users", interactions.user_id), ("items", interactions.item_id)):
+            findings.append(
+                _alike(f"look_alike_{name}", ids, id_folded, f"{name} {{}} and {{}} differ in {{}} only")
+            )
     return findings
 
 
@@ -181,6 +202,114 @@ def _repeated(interactions: Interactions, say: _Sayer) -> Finding:
         return f"user {interactions.user_id[user]} has {say.title(item)} {times} times"
 
     return _found("repeated_interactions", again, sentence)
+
+
+def _titles(catalog: Catalog) -> list[Finding]:
+    """Findings about the text of titles; each distinct title is looked at once."""
+    distinct = list(dict.fromkeys(catalog.title))
+    looks: dict[str, list[str]] = {}
+    for title in distinct:
+        if title.strip():
+            looks.setdefault(look(title), []).append(title)
+    alike = {title for titles in looks.values() if len(titles) > 1 for title in titles}
+
+    def of_title(name: str, odd: Callable[[str], bool], sentence: str) -> Finding:
+        hits = {title for title in distinct if odd(title)}
+        mask = np.array([title in hits for title in catalog.title], dtype=bool)
+        return _found(
+            name,
+            mask,
+            lambda item: sentence.format(
+                _quoted(catalog.title[item]), catalog.item_id[item], len(catalog.title[item])
+            ),
+        )
+
+    def twin(item: int) -> str:
+        one = catalog.title[item]
+        other = next(title for title in looks[look(one)] if title != one)
+        return (
+            f"{_quoted(one, ascii)} and {_quoted(other, ascii)} look alike; clean = 'html+control+nfc+space' makes one "
+            "title of those that differ in more than case"
+        )
+
+    shared = np.bincount(catalog.group, minlength=catalog.n_items)[catalog.group] > 1
+    shared &= np.array([bool(title.strip()) for title in catalog.title], dtype=bool)
+
+    def sharers(_: int) -> str:
+        most = int(np.bincount(catalog.group[shared]).argmax())
+        n = int((catalog.group == most).sum())
+        return f"{n:,} of {catalog.n_items:,} items share the title {_quoted(catalog.title[most])}"
+
+    step = "{} (item {}); clean = '%s' repairs it"
+    return [
+        _found("look_alike_titles", np.array([title in alike for title in catalog.title], dtype=bool), twin),
+        of_title("markup_in_titles", has_markup, step % "html+tags"),
+        of_title("control_characters_in_titles", has_control, step % "control"),
+        of_title("mis_decoded_titles", is_mis_decoded, step % "mojibake"),
+        of_title(
+            "very_long_titles", lambda title: len(title) > LONG_TITLE, "{} (item {}) has {:,} characters"
+        ),
+        _found("titles_shared_by_items", shared, sharers),
+    ]
+
+
+def _quoted(title: str, form: Callable[[str], str] = repr) -> str:
+    """A title for an example, with escapes for what cannot be seen."""
+    return form(title if len(title) <= _LONGEST_TITLE else title[: _LONGEST_TITLE - 3] + "...")
+
+
+def _ties(interactions: Interactions, test: Rows, say: _Sayer) -> list[Finding]:
+    """Interactions that share user and time with a neighbour; without any time none is known to."""
+    rows = interactions.in_order()
+    keys: list[Int32 | Int64] = [
+        rows.user,
+        rows.timestamp,
+        *([] if rows.nanosecond is None else [rows.nanosecond]),
+    ]
+    again = np.logical_and.reduce([key[1:] == key[:-1] for key in keys]) & (rows.timestamp[1:] >= 0)
+    tied = np.zeros(len(rows.user), dtype=bool)
+    tied[1:] = again
+    tied[:-1] |= again
+
+    def sentence(row: int) -> str:
+        same = np.flatnonzero((rows.user == rows.user[row]) & (rows.timestamp == rows.timestamp[row]))
+        items = ", ".join(say.title(int(item)) for item in rows.item[same[:3]])
+        who = f"user {rows.user_id[rows.user[row]]}"
+        return f"{who} has {len(same)} of one time ({items}); data.ties chooses their order"
+
+    of_test = np.zeros(test.n_rows, dtype=bool)
+    if isinstance(test, LazySplit):
+        of_test = tied[test.place]
+    return [
+        _found("ties", tied, sentence),
+        _found(
+            "ties_test_targets", of_test, lambda row: say.row("test", test, row, " by the order of one time")
+        ),
+    ]
+
+
+def _times(interactions: Interactions, say: _Sayer) -> list[Finding]:
+    time = interactions.timestamp
+
+    def sentence(row: int) -> str:
+        return f"user {interactions.user_id[interactions.user[row]]} at {say.day(int(time[row]))}"
+
+    late = time > datetime.now(UTC).timestamp() + _DAY
+    early = (time >= 0) & (time < FIRST)
+    return [_found("times_before_1995", early, sentence), _found("times_in_the_future", late, sentence)]
+
+
+def _alike(name: str, ids: Sequence[str], fold: Callable[[str], str], sentence: str) -> Finding:
+    """Raw ids that are one when they are folded."""
+    folded = pl.Series([fold(raw) for raw in ids], dtype=pl.String)
+    hit = folded.is_duplicated().to_numpy()
+
+    def pair(first: int) -> str:
+        one, other = (ids[place] for place in np.flatnonzero((folded == folded[first]).to_numpy())[:2])
+        how = next(what for what, form in ID_FORMS.items() if form(one) == form(other))
+        return sentence.format(repr(one), repr(other), how)
+
+    return _found(name, hit, pair)
 
 
 def _parts(rows: Rows) -> Iterator[tuple[int, Split]]:

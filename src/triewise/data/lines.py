@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import io
 import json
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import polars as pl
 
 from triewise.data.tables import Table, entries, opened, reading, shown
 from triewise.errors import UserError
+from triewise.files import scan
 from triewise.progress import progress
 
 _ENDS = (".json", ".jsonl", ".ndjson")
@@ -46,7 +46,7 @@ def record_table(path: Path, *keys: str) -> Table:
     frames = [pl.DataFrame(schema=schema)]
     for piece in _pieces(path):
         try:
-            frame = pl.read_ndjson(io.BytesIO(piece), schema=schema)
+            frame = scan(piece, "json", schema=schema).collect()
         except pl.exceptions.PolarsError:  # literals, NaN, or a broken line
             with _unwarned():
                 frame = _one_by_one(piece, schema, path, n_lines)

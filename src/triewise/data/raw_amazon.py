@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 
 from triewise.data.lines import keys_of, record_files, record_table
-from triewise.data.readers import Raw, read_events, read_titles
+from triewise.data.readers import PLAIN, Raw, read_events, read_titles
 from triewise.data.tables import Table, counted, entries, names, open_table
 from triewise.errors import UserError
+
+if TYPE_CHECKING:
+    from triewise.settings import DataSettings
 
 
 class _Keys(NamedTuple):
@@ -47,7 +50,7 @@ class _File:
         return "title" in self.keys and bool(self.keys & {"asin", "parent_asin"}) and not self.is_reviews
 
 
-def amazon_folder(folder: Path, rows_alone: bool = False) -> Raw:
+def amazon_folder(folder: Path, rows_alone: bool = False, *, choices: DataSettings = PLAIN) -> Raw:
     """Reviews with metadata; every review is an interaction of its user with its item, whatever the rating.
 
     The item of 2023 is ``parent_asin``, and of several reviews of a user and an item the first counts, as in the
@@ -56,6 +59,7 @@ def amazon_folder(folder: Path, rows_alone: bool = False) -> Raw:
     Args:
         folder: Where the files lie.
         rows_alone: Leave it to a pipeline which title of an item counts.
+        choices: As in `read_events` and `read_titles`.
 
     Raises:
         UserError: No or several files that could be the one or the other, files of different releases, broken lines.
@@ -86,9 +90,9 @@ def amazon_folder(folder: Path, rows_alone: bool = False) -> Raw:
     repairs: dict[str, int] = {}
     titles = record_table(metadata.path, keys.item, "title")
     reviewed = open_table(source.path) if source.is_table else _reviews(source.path, keys, repairs)
-    events = read_events(reviewed, keys.user, keys.item, keys.time, repairs)
+    events = read_events(reviewed, keys.user, keys.item, keys.time, repairs, choices)
     rows = titles.collect(titles.ids(keys.item).alias("item"), pl.col("title"))
-    title = {} if rows_alone else read_titles(titles, keys.item, "title", repairs)
+    title = {} if rows_alone else read_titles(titles, keys.item, "title", repairs, choices)
     return Raw(events, title, (source.path, metadata.path), repairs, tuple(notes), rows)
 
 

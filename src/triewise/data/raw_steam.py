@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
 from triewise.data.lines import keys_of, record_files, record_table
 from triewise.data.pipelines import STEAM_WORDS, short, unescaped
-from triewise.data.readers import Raw, read_events
+from triewise.data.readers import PLAIN, Raw, read_events
 from triewise.data.tables import counted, entries, names
 from triewise.errors import UserError
 
+if TYPE_CHECKING:
+    from triewise.settings import DataSettings
 
-def steam_folder(folder: Path, user: str | None = None) -> Raw:
+
+def steam_folder(folder: Path, user: str | None = None, *, choices: DataSettings = PLAIN) -> Raw:
     """Reviews are interactions, the title of a game is its ``app_name``, and of rows with one id the last counts.
 
     As IGD's script does, reviews without user, product or a date such as 2014-06-24 are left out, and so are those of
@@ -26,6 +30,7 @@ def steam_folder(folder: Path, user: str | None = None) -> Raw:
 
     Args:
         folder: Where the two files lie.
+        choices: As in `read_events`.
         user: Key of the user; default ``user_id``, which many reviews lack. All have ``username``.
 
     Raises:
@@ -58,7 +63,7 @@ def steam_folder(folder: Path, user: str | None = None) -> Raw:
             f"wanted reviews with {user}, product_id, date and a game that {games.name} names in {reviews}, found none "
             f"({repairs}); check the files, or name another key of the user"
         )
-    events = read_events(replace(table, rows=rows.lazy()), user, "product_id", "date", repairs)
+    events = read_events(replace(table, rows=rows.lazy()), user, "product_id", "date", repairs, choices)
     return Raw(events, title, (reviews, games), repairs)
 
 

@@ -6,44 +6,49 @@ duplicates, k-core and splits are the same for all of them and come later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
-from triewise.data.interactions import Events, ordered_ids
+from triewise.data.columns import chosen, columns_of, part_of, parts_of, the_column
+from triewise.data.interactions import PLAIN as PLAIN, Events, ordered_ids
 from triewise.data.movielens_files import CITATION, film_titles, movies_dat, u_item
+from triewise.data.picking import catalogue_among, interactions_among
 from triewise.data.tables import (
+    PACKED,
+    PART,
     ROW,
+    SEPARATOR_NAMES,
+    Outline,
     Table,
+    bare_name,
     counted,
     entries,
     find_file,
+    joined,
+    load,
     names,
     open_table,
+    outline,
     read_bytes,
     read_rows,
-    refuse,
     shown,
 )
+from triewise.data.times import Times, seconds_of
 from triewise.errors import UserError
 from triewise.progress import note
 
 if TYPE_CHECKING:
-    from triewise.arrays import Int64
+    from triewise.arrays import Bool, Int64
+    from triewise.settings import DataSettings
 
-# Names of columns, in small letters: those of csv:DIR, and of the files it is mostly made from.
-USER = ("user", "user_id", "userid", "reviewerid")
-ITEM = ("item", "item_id", "itemid", "movieid", "asin")
-TIME = ("timestamp", "time", "ts", "unixreviewtime")
-TITLE = ("title", "item_title", "movie_title", "item_name", "name")
 _RATING = ("user", "item", "rating", "timestamp")
-_TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+_ENDS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
 _LARGE = 1 << 26  # bytes; reading more than this takes long enough to say so
-_MILLISECONDS = 1e11  # larger times are not seconds, which would be after the year 5000
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +72,7 @@ class Raw:
     title_rows: pl.DataFrame | None = field(default=None, repr=False)
 
 
-def movielens_folder(folder: Path) -> Raw:
+def movielens_folder(folder: Path, choices: DataSettings = PLAIN) -> Raw:
     """An unpacked MovieLens release, recognised by its files; every rating is an interaction.
 
     ``u.data`` and ``u.item`` (100K), ``ratings.dat`` and ``movies.dat`` (1M, 10M), or ``ratings.csv`` and
@@ -77,13 +82,13 @@ def movielens_folder(folder: Path) -> Raw:
         UserError: None of the pairs is there, or a file is broken.
     """
     note(CITATION)
-    there = {path.name.removesuffix(".gz") for path in entries(folder)}
+    there = {bare_name(path) for path in entries(folder)}
     if "u.data" in there:
-        return _films(folder, ("u.data", "u.item"), u_item, "\t", _RATING)
+        return _films(folder, ("u.data", "u.item"), u_item, "\t", _RATING, choices)
     if "ratings.dat" in there:
         # The double colon is read as a colon with an empty column behind it.
         double = [name for column in _RATING for name in (column, "")][:-1]
-        return _films(folder, ("ratings.dat", "movies.dat"), movies_dat, ":", double)
+        return _films(folder, ("ratings.dat", "movies.dat"), movies_dat, ":", double, choices)
     if "ratings.csv" not in there:
         raise UserError(
             f"wanted u.data and u.item, ratings.dat and movies.dat, or ratings.csv and movies.csv in {folder}, "
@@ -92,8 +97,10 @@ def movielens_folder(folder: Path) -> Raw:
     ratings, movies = find_file(folder, "ratings.csv"), find_file(folder, "movies.csv")
     repairs: dict[str, int] = {}
     films = read_rows(movies, ["movieId", "title"], repairs)
-    title = _film_titles(lambda: film_titles(films.select("movieId", "title").iter_rows()), movies, repairs)
-    events = read_events(open_table(ratings), "userId", "movieId", "timestamp", repairs)
+    pairs = films.select("movieId", "title").iter_rows()
+    title = _film_titles(lambda: film_titles(pairs), movies, repairs, choices)
+    table = open_table(ratings)
+    events = read_events(table, "userId", "movieId", "timestamp", repairs, choices, rating="rating")
     return Raw(events, title, (ratings, movies), repairs)
 
 
@@ -103,16 +110,20 @@ def _films(
     read: Callable[[bytes], pl.DataFrame],
     sep: str,
     header: Sequence[str],
+    choices: DataSettings,
 ) -> Raw:
     """A release without headers; ``pair`` names its ratings and its films."""
     ratings, films = (find_file(folder, name) for name in pair)
     repairs: dict[str, int] = {}
-    title = _film_titles(lambda: read(read_bytes(films)), films, repairs)
+    title = _film_titles(lambda: read(read_bytes(films)), films, repairs, choices)
     table = open_table(ratings, separator=sep, quote=None, header=header)
-    return Raw(read_events(table, "user", "item", "timestamp", repairs), title, (ratings, films), repairs)
+    events = read_events(table, "user", "item", "timestamp", repairs, choices, rating="rating")
+    return Raw(events, title, (ratings, films), repairs)
 
 
-def _film_titles(read: Callable[[], pl.DataFrame], path: Path, repairs: dict[str, int]) -> dict[str, str]:
+def _film_titles(
+    read: Callable[[], pl.DataFrame], path: Path, repairs: dict[str, int], choices: DataSettings
+) -> dict[str, str]:
     try:
         films = read()
     except (ValueError, IndexError, TypeError) as error:
@@ -121,128 +132,295 @@ def _film_titles(read: Callable[[], pl.DataFrame], path: Path, repairs: dict[str
         raise UserError(
             f"wanted a number and a title in each row of {path}, got: {error}; download it again"
         ) from None
-    return _one_title_each(zip(films["item"].cast(pl.String), films["title"], strict=True), path, repairs)
+    said = films.lazy().select(pl.col("item").cast(pl.String), "title").with_row_index(ROW, offset=1)
+    return _one_title_each(_counted_titles(said).collect(), path, repairs, choices.second_titles)
 
 
-def recbole(folder: Path) -> Raw:
-    """RecBole's atomic files ``NAME.inter`` and ``NAME.item``: tabs, and a header of ``name:type``.
+def recbole(folder: Path, choices: DataSettings = PLAIN) -> Raw:
+    """RecBole's atomic files ``NAME.inter`` and ``NAME.item``: a header of ``name:type``, and tabs or what it has.
 
     The interactions need ``user_id``, ``item_id`` and a time; the items ``item_id`` and a title, found by its
-    name (:data:`TITLE`). Ratings are not used.
+    name. Files ``NAME.train.inter``, ``NAME.valid.inter`` and ``NAME.test.inter`` are the splits.
 
     Raises:
         UserError: Missing or ambiguous file or column, or a broken row.
     """
-    inters = [path for path in entries(folder) if path.name.removesuffix(".gz").endswith(".inter")]
+    inters = [path for path in _visible(folder) if bare_name(path).endswith(".inter")]
+    name = _stem(inters[0]) if inters else ""
     if len(inters) != 1:
-        raise UserError(
-            f"wanted one file NAME.inter in {folder}, found {names(inters)}; keep one data set in a folder"
-        )
-    inter = inters[0]
-    item = find_file(folder, inter.name.removesuffix(".gz").removesuffix(".inter") + ".item")
-    return _tables(_atomic(inter), _atomic(item))
+        parts = [part_of(path) for path in inters]
+        name = name.rpartition(".")[0]
+        if None in parts or len(set(parts)) < len(parts) or not inters:
+            raise UserError(
+                f"wanted one file NAME.inter in {folder}, or NAME.train.inter, NAME.valid.inter and NAME.test.inter, "
+                f"found {names(inters)}; keep one data set in a folder"
+            )
+    events = joined(folder, [_atomic(path, choices) for path in inters], parts_of(inters))
+    return _tables(events, _atomic(find_file(folder, f"{name}.item"), choices), choices)
 
 
-def _atomic(path: Path) -> Table:
+def _stem(path: Path) -> str:
+    return path.name[: len(bare_name(path))].rpartition(".")[0]
+
+
+def _atomic(path: Path, choices: DataSettings) -> Table:
     """A table without the types in its header."""
-    table = open_table(path, separator="\t", quote=None)
+    made = outline(path, "\t,;| ")
+    if len(made.first) != len(made.columns):
+        raise UserError(
+            f"wanted {len(made.columns)} cells in each row of {path}, whose header has "
+            f"{SEPARATOR_NAMES[made.separator]} between them, got {len(made.first)}; save the file with tabs"
+        )
+    table = load(made, None, drop=_drop(choices))
     bare = {column: column.partition(":")[0] for column in table.columns}
     if len(set(bare.values())) < len(bare):
         raise UserError(f"wanted each column once in {path}, found {', '.join(bare)}; rename one of the two")
     columns = {bare[column]: kind for column, kind in table.columns.items()}
-    return Table(path, table.kind, table.rows.rename(bare), columns)
+    return replace(table, rows=table.rows.rename(bare), columns=columns)
 
 
-def csv_folder(folder: Path) -> Raw:
-    """Two tables found by their columns: interactions (user, item, timestamp) and a catalogue (item, title).
+def csv_folder(folder: Path, choices: DataSettings = PLAIN) -> Raw:
+    """Tables found by their columns: interactions (user, item, time) and a catalogue (item, title).
 
-    Files may be CSV or TSV, plain or gzip, or Parquet; names of files do not matter, further columns neither.
-    Names of columns: :data:`USER`, :data:`ITEM`, :data:`TIME`, :data:`TITLE`, in any case.
+    Files may be text with separators, JSON (lines) or Parquet, packed or not; folders of Parquet files are one table.
+    Names of files do not matter, further columns neither, and files that have none of the columns are left aside.
+    Several tables of interactions with the same columns are one; named train, valid and test they are the splits.
+    Where no table is a catalogue, that of the interactions may hold the title. Names of columns:
+    `triewise.data.columns`, or as the settings say.
 
     Raises:
         UserError: Missing or ambiguous table or column, or a broken row.
     """
-    tables = [
-        open_table(path, separator="\t" if path.name.removesuffix(".gz").endswith(".tsv") else ",")
-        for path in entries(folder)
-        if path.is_file() and path.name.endswith(_TABLES)
+    found, failures = _outlines(folder)
+    users = [made for made in found if chosen(made.columns, "user", choices.user_column)]
+    events = interactions_among(folder, found, users, failures, choices)
+    titles = catalogue_among(folder, [made for made in found if made not in users], events, failures, choices)
+    drop = _drop(choices)
+    paths = [made.path for made in events]
+    table = joined(folder, [load(made, drop=drop) for made in events], parts_of(paths))
+    raw = _tables(table, table if titles in events else load(titles, drop=drop), choices, drop)
+    aside = [
+        made.path
+        for made in users
+        if made not in events and chosen(made.columns, "item", choices.item_column)
     ]
-    events = _one_table(folder, [t for t in tables if t.named(USER)], "user, item and timestamp")
-    titles = _one_table(folder, [t for t in tables if not t.named(USER) and t.named(TITLE)], "item and title")
-    return _tables(events, titles)
+    notes = [f"interactions are read from {names(paths)}, not from {names(aside)}"] * bool(aside)
+    if table.parts:
+        how = "as its splits" if parts_of(paths)[0] is not None else "as one table"
+        notes.append(f"interactions are read from {names(paths)} {how}")
+    return replace(raw, notes=(*notes, *raw.notes))
 
 
-def _tables(events: Table, titles: Table) -> Raw:
-    """Two tables whose columns are found by their names."""
-    repairs: dict[str, int] = {}
-    title = read_titles(titles, titles.one(ITEM, "item"), titles.one(TITLE, "title"), repairs)
-    columns = events.one(USER, "user"), events.one(ITEM, "item"), events.one(TIME, "time")
-    return Raw(read_events(events, *columns, repairs), title, (events.path, titles.path), repairs)
+def _drop(choices: DataSettings) -> dict[str, int] | None:
+    return {} if choices.bad_rows == "drop" else None
 
 
-def _one_table(folder: Path, tables: list[Table], columns: str) -> Table:
-    if len(tables) == 1:
-        return tables[0]
-    there = names([table.path for table in tables] or entries(folder))
-    raise UserError(
-        f"wanted one table (.csv, .csv.gz, .tsv, .tsv.gz or .parquet) with the columns {columns} in {folder}, "
-        f"found {there}; keep one of each in a folder"
+def _visible(folder: Path) -> list[Path]:
+    return [path for path in entries(folder) if not path.name.startswith((".", "_", "~"))]
+
+
+def _outlines(folder: Path) -> tuple[list[Outline], list[UserError]]:
+    """Outlines of all that may be a table, and what was wrong with those that cannot be read."""
+    found, failures = [], []
+    for path in _visible(folder):
+        name = bare_name(path)
+        if path.is_dir():
+            if not any(bare_name(shard).endswith((".parquet", ".pq")) for shard in path.rglob("*")):
+                continue
+        elif not name.endswith(_ENDS) and not (path.name.lower().endswith(PACKED) and "." not in name):
+            continue
+        try:
+            found.append(outline(path))
+        except UserError as error:
+            failures.append(error)
+    return found, failures
+
+
+def _tables(events: Table, titles: Table, choices: DataSettings, drop: dict[str, int] | None = None) -> Raw:
+    """Tables whose columns are found by their names."""
+    repairs: dict[str, int] = dict(drop or {})
+    item_of_title, text = (
+        the_column(list(titles.columns), role, wish, titles.path)
+        for role, wish in (("item", choices.item_column), ("title", choices.title_column))
     )
+    title = read_titles(titles, item_of_title, text, repairs, choices, of_events=titles is events)
+    columns = columns_of(list(events.columns), events.path, choices)
+    notes = [*events.notes, *(() if titles is events else titles.notes)]
+    if columns.time is None:
+        notes.append("there are no times: the events of a user are in the order of the file")
+    if columns.rating and choices.min_rating is None:
+        notes.append(
+            f"the column {columns.rating} is not used: every row counts, whatever its value; --min-rating leaves out "
+            "low ones"
+        )
+    user, item, time, rating, event = columns
+    found = read_events(events, user, item, time, repairs, choices, rating=rating, event=event)
+    if columns.event and not choices.events:
+        kinds = events.frame(
+            events.rows.group_by(columns.event).len().sort("len", columns.event, descending=True)
+        )
+        said = ", ".join(f"{kind} ({n:,})" for kind, n in kinds.head(5).iter_rows())
+        notes.append(
+            f"the column {columns.event} is not used: every row counts; --events chooses among {said}"
+        )
+    files = [part.path for part in events.parts or (events,)] + [titles.path] * (titles is not events)
+    return Raw(found, title, tuple(file for path in files for file in _files(path)), repairs, tuple(notes))
 
 
-def read_events(table: Table, user: str, item: str, time: str, repairs: dict[str, int]) -> Events:
-    """Three columns of a table as numbers, in the order of the file.
+def _files(path: Path) -> list[Path]:
+    """The file, or those in the folder."""
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def read_events(
+    table: Table,
+    user: str,
+    item: str,
+    time: str | None,
+    repairs: dict[str, int],
+    choices: DataSettings = PLAIN,
+    *,
+    rating: str | None = None,
+    event: str | None = None,
+) -> Events:
+    """Columns of a table as numbers, in the order of the file.
 
     Args:
         table: The table.
         user: Column of raw user ids.
         item: Column of raw item ids.
-        time: Column of Unix seconds or milliseconds, or of dates; see :meth:`triewise.data.tables.Table.seconds`.
-        repairs: Counts ``blank_rows`` (left out), ``milliseconds`` (divided by 1000) and
-            ``fractions_of_a_second`` (cut off).
+        time: Column of times, see :mod:`triewise.data.times`; None where there is none, and all times are -1.
+        repairs: Counts ``blank_rows``, ``bad_rows`` and unwanted rows, which are left out, times in other units than
+            seconds, and ``fractions_of_a_second`` (cut off once rows are in order).
+        choices: ``bad_rows``, ``min_rating``, ``events``, ``since`` and ``until`` are taken from there.
+        rating: Column of ratings, for ``min_rating``.
+        event: Column of kinds of events, for ``events``.
 
     Raises:
         UserError: Unreadable file, an empty or a strange cell; names the row.
     """
-    if table.path.stat().st_size > _LARGE:
+    if sum(path.stat().st_size for path in _files(table.path)) > _LARGE:
         note(f"reading {table.path.name}")
-    table.check(user, item, time)
+    table.check(user, item, *filter(None, [time]))
     cells = {"user": table.ids(user), "item": table.ids(item)}
     ids = [ordered_ids(table.collect(cell.unique())[:, 0].drop_nulls().to_list()) for cell in cells.values()]
-    coded = (
+    wanted = [
         cell.cast(pl.Enum(known)).to_physical().cast(pl.Int32).alias(name)
         for (name, cell), known in zip(cells.items(), ids, strict=True)
+    ]
+    wanted += [pl.col(PART)] * (PART in table.rows.collect_schema().names())
+    if rating is not None and choices.min_rating is not None:
+        wanted.append((table.numbers(rating) >= choices.min_rating).fill_null(False).alias("rating"))
+    if event is not None and choices.events:
+        wanted.append(_is_wanted_kind(table, event, choices.events).alias("event"))
+    read = None
+    if time is not None:
+        expression, read = table.times(time)
+        wanted.append(expression.alias("time"))
+    rows = table.collect(*wanted)
+    times = None if read is None else read(rows["time"])
+    good = _good_rows(table, {"user": user, "item": item}, time, rows, times, repairs, choices)
+    second = np.full(len(rows), -1, dtype=np.int64) if times is None else times.second
+    events = Events(
+        rows["user"].fill_null(0).to_numpy(),
+        rows["item"].fill_null(0).to_numpy(),
+        second,
+        tuple(ids[0]),
+        tuple(ids[1]),
+        nanosecond=None if times is None else times.nanosecond,
+        part=rows[PART].to_numpy() if PART in rows.columns else None,
     )
-    rows = table.collect(*coded, table.seconds(time).alias("time")).with_row_index(ROW, offset=1)
-    blank = rows["user"].is_null() & rows["item"].is_null() & rows["time"].is_null()
+    good = _wanted_rows(table, good, rows, second, repairs, choices)
+    return events if good.all() else events.take(good)
+
+
+def _wanted_rows(
+    table: Table,
+    good: Bool,
+    rows: pl.DataFrame,
+    second: Int64,
+    repairs: dict[str, int],
+    choices: DataSettings,
+) -> Bool:
+    """Which of the good rows (R,) have the rating, the event and the time that are wanted."""
+    for column, name in (("rating", "rows_below_min_rating"), ("event", "rows_of_other_events")):
+        if column in rows.columns:
+            counted(repairs, name, (good & ~rows[column].to_numpy()).sum())
+            good = good & rows[column].to_numpy()
+    for wish, late in ((choices.since, False), (choices.until, True)):
+        if wish is not None:
+            outside = good & ((second >= seconds_of(wish)) == late)
+            counted(repairs, "rows_outside_the_time_range", outside.sum())
+            good = good & ~outside
+    if not good.any():
+        raise UserError(
+            f"wanted interactions in {table.path}, nothing is left of its rows; see which of bad_rows, min_rating, "
+            "events, since and until leaves them out"
+        )
+    return good
+
+
+def _is_wanted_kind(table: Table, column: str, wanted: Sequence[str]) -> pl.Expr:
+    kind = pl.col(column).cast(pl.String).str.strip_chars()
+    known = table.collect(kind.unique()).to_series().drop_nulls().to_list()
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UserError(
+            f"wanted events of column {column} in {table.path}, got {unknown[0]!r}; there are "
+            f"{', '.join(sorted(known)[:10])}"
+        )
+    return kind.is_in(wanted).fill_null(False)
+
+
+def _good_rows(
+    table: Table,
+    ids: Mapping[str, str],
+    time: str | None,
+    rows: pl.DataFrame,
+    times: Times | None,
+    repairs: dict[str, int],
+    choices: DataSettings,
+) -> Bool:
+    """Which rows (R,) are neither blank nor bad; bad ones are an error unless they are to be left out."""
+    no_id = {name: rows[name].is_null().to_numpy() for name in ids}
+    no_time = np.zeros(len(rows), dtype=bool) if times is None else times.bad
+    blank = no_id["user"] & no_id["item"]
+    if times is not None and blank.any():
+        blank &= rows["time"].is_null().to_numpy()
     counted(repairs, "blank_rows", blank.sum())
-    rows = rows.filter(~blank) if blank.any() else rows  # a table may be large
-    for name, column in (("user", user), ("item", item)):
-        refuse(rows, rows[name].is_null(), column, table.path)
-    seconds = _whole_seconds(table, time, rows, repairs)
-    return Events(rows["user"].to_numpy(), rows["item"].to_numpy(), seconds, tuple(ids[0]), tuple(ids[1]))
+    bad = ~blank & (no_id["user"] | no_id["item"] | no_time)
+    if choices.bad_rows == "drop":
+        counted(repairs, "bad_rows", bad.sum())
+    elif bad.any():
+        hint = ", or leave such rows out with --bad-rows drop"
+        for name, column in ids.items():
+            hit = ~blank & no_id[name]
+            if hit.any():
+                table.refuse(column, int(hit.argmax()) + 1, hint=hint)
+        what = "Unix seconds or an ISO date such as 2020-12-31T23:59:59Z"
+        table.refuse(str(time), int((~blank & no_time).argmax()) + 1, what, hint)
+    if times is not None:
+        for name, count in times.units.items():
+            counted(repairs, name, count)
+        counted(repairs, "fractions_of_a_second", times.fractions)
+    good: Bool = ~(blank | bad)
+    return good
 
 
-def _whole_seconds(table: Table, column: str, rows: pl.DataFrame, repairs: dict[str, int]) -> Int64:
-    """Whole Unix seconds, int64 (R,), from numbers that may be milliseconds or have fractions."""
-    time = rows["time"].fill_null(np.nan).to_numpy(writable=True)
-    large = time > _MILLISECONDS
-    fractions = ~large & np.isfinite(time) & (time != np.floor(time))
-    time[large] /= 1000
-    bad = ~((time >= 0) & (time <= _MILLISECONDS))
-    if bad.any():
-        row = int(rows[ROW][int(bad.argmax())])
-        table.refuse(column, row, "Unix seconds or an ISO date such as 2020-12-31T23:59:59Z")
-    counted(repairs, "milliseconds", large.sum())
-    counted(repairs, "fractions_of_a_second", fractions.sum())
-    return time.astype(np.int64)
-
-
-def read_titles(table: Table, item: str, title: str, repairs: dict[str, int]) -> dict[str, str]:
+def read_titles(
+    table: Table,
+    item: str,
+    title: str,
+    repairs: dict[str, int],
+    choices: DataSettings = PLAIN,
+    *,
+    of_events: bool = False,
+) -> dict[str, str]:
     """Title of each raw item id.
 
     Rows whose title is empty are left out and counted (``catalogue_rows_without_title``): whether that matters
-    shows when it is known which items occur. So are rows that say the same again (``catalogue_rows_repeated``).
+    shows when it is known which items occur. So are rows that say the same again (``catalogue_rows_repeated``),
+    unless the rows are interactions, and second titles where one of them is chosen (``items_with_second_titles``).
 
     Raises:
         UserError: Unreadable file, a title without item, two different titles for an item; names the row.
@@ -252,27 +430,55 @@ def read_titles(table: Table, item: str, title: str, repairs: dict[str, int]) ->
         raise UserError(
             f"wanted text in column {title} of {table.path}, got {table.columns[title]}; store titles as text"
         )
-    rows = table.collect(table.ids(item).alias("item"), pl.col(title).cast(pl.String).alias("title"))
-    rows = rows.with_row_index(ROW, offset=1)
+    said = table.rows.select(table.ids(item).alias("item"), pl.col(title).cast(pl.String).alias("title"))
+    rows = table.frame(_counted_titles(said.with_row_index(ROW, offset=1)))
     untitled = rows["title"].is_null() | (rows["title"].str.strip_chars() == "")
     blank = untitled & rows["item"].is_null()
-    counted(repairs, "blank_rows", blank.sum())
-    counted(repairs, "catalogue_rows_without_title", (untitled & ~blank).sum())
+    if not of_events:
+        counted(repairs, "blank_rows", rows.filter(blank)["rows"].sum())
+        counted(repairs, "catalogue_rows_without_title", rows.filter(untitled & ~blank)["rows"].sum())
     rows = rows.filter(~untitled)
-    refuse(rows, rows["item"].is_null(), item, table.path)
-    return _one_title_each(zip(rows["item"], rows["title"], strict=True), table.path, repairs)
+    without = rows["item"].is_null()
+    if without.any() and choices.bad_rows == "drop":
+        counted(repairs, "catalogue_rows_without_item", rows.filter(without)["rows"].sum())
+        rows = rows.filter(~without)
+    elif without.any():
+        table.refuse(item, int(rows.filter(without)[ROW][0]))
+    return _one_title_each(rows, table.path, {} if of_events else repairs, choices.second_titles, repairs)
 
 
-def _one_title_each(pairs: Iterable[tuple[str, str]], path: Path, repairs: dict[str, int]) -> dict[str, str]:
+def _counted_titles(said: pl.LazyFrame) -> pl.LazyFrame:
+    """Each pair of item and title once: its first and last row, and in how many it stands; by first row."""
+    pairs = said.group_by("item", "title").agg(
+        pl.col(ROW).min(), pl.col(ROW).max().alias("last"), pl.len().alias("rows")
+    )
+    return pairs.sort(ROW)
+
+
+def _one_title_each(
+    rows: pl.DataFrame,
+    path: Path,
+    repairs: dict[str, int],
+    choice: str = "error",
+    chosen_repairs: dict[str, int] | None = None,
+) -> dict[str, str]:
+    """Title of each item of what `_counted_titles` gives."""
+    n_rows, n_pairs = int(rows["rows"].sum()), len(rows)
+    order = {"last": "last", "most-frequent": "rows"}.get(choice)
+    if order is not None:
+        rows = rows.sort(order, ROW, descending=[True, False])
     title_of: dict[str, str] = {}
-    n_rows = 0
-    for n_rows, (item, title) in enumerate(pairs, start=1):  # noqa: B007
+    several = set()
+    for item, title in rows.select("item", "title").iter_rows():
         if title_of.setdefault(item, title) != title:
-            raise UserError(
-                f"{path}: wanted one title for each item, got {shown(title_of[item])} and {shown(title)} for "
-                f"{item!r}; drop one of the two rows"
-            )
-    counted(repairs, "catalogue_rows_repeated", n_rows - len(title_of))
+            several.add(item)
+            if choice == "error":
+                raise UserError(
+                    f"{path}: wanted one title for each item, got {shown(title_of[item])} and {shown(title)} for "
+                    f"{item!r}; drop one of the two rows, or choose with --second-titles"
+                )
+    counted(repairs, "catalogue_rows_repeated", n_rows - n_pairs)
+    counted(repairs if chosen_repairs is None else chosen_repairs, "items_with_second_titles", len(several))
     if not title_of:
         raise UserError(f"wanted titles in {path}, found none; copy or download it again")
     return title_of

@@ -1,17 +1,21 @@
-"""A source and settings to titles and rows: which reader, which split, which words for prompts."""
+"""A source and settings to a prepared folder: which reader, which split, which words for prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
+from pydantic import ValidationError
 
-from triewise.data.catalog import Catalog, clean_titles
+from triewise.data.catalog import Catalog
 from triewise.data.coded import coded_rows, coded_sequences, has_sequences
+from triewise.data.dataset import DATA_FORMAT, MANY_ROWS, Dataset, check_place, write_dataset
 from triewise.data.fetch import RELEASES, fetch
+from triewise.data.findings import count_findings
 from triewise.data.interactions import Interactions
 from triewise.data.movielens_files import CITATION, INTERACTIONS, TITLES
 from triewise.data.published import Published, read_d3, read_msl
@@ -20,21 +24,28 @@ from triewise.data.raw_steam import steam_folder
 from triewise.data.readers import Raw, csv_folder, movielens_folder, read_events, recbole
 from triewise.data.splits import NAMES, WAYS, LazySplit, Split, lazy_splits
 from triewise.data.tables import counted, open_table
+from triewise.data.times import seconds_of
+from triewise.data.titles import clean_titles, steps_of
 from triewise.errors import UserError
 from triewise.files import sha256_file
+from triewise.locks import one_writer
+from triewise.progress import note
+from triewise.settings import DataSettings
 
 SOURCES = (
     "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR, amazon:DIR, steam:DIR, codes:DIR or csv:DIR"
 )
 _PUBLISHED: dict[str, Callable[[Path], Published]] = {"msl": read_msl, "d3": read_d3, "codes": coded_rows}
-_RAW: dict[str, Callable[[Path], Raw]] = {
+_RAW: dict[str, Callable[[Path, DataSettings], Raw]] = {
     "movielens": movielens_folder,
     "recbole": recbole,
     "csv": csv_folder,
-    "amazon": amazon_folder,
-    "steam": steam_folder,
-    "codes": coded_sequences,
+    "amazon": lambda folder, choices: amazon_folder(folder, choices=choices),
+    "steam": lambda folder, choices: steam_folder(folder, choices=choices),
+    "codes": lambda folder, _: coded_sequences(folder),
 }
+_ALWAYS = ("split", "max_history", "clean", "k_core")
+_TIES = {"file": "of the file", "random": "that a fixed seed draws"}
 
 # What the items are and what users did with them, by a word in the name of the folder or of a file: the words
 # of the papers ("musics" is D3's).
@@ -85,38 +96,86 @@ class Prepared:
     raw_sha256: dict[str, str]
 
 
-def settings_of(source: str, *, max_history: int, clean: str, k_core: int, split: str) -> dict[str, Any]:
-    """The settings as ``dataset.json`` holds them, checked before anything is read; arguments as in `prepare`.
+def choices_of(source: str, **given: Any) -> DataSettings:
+    """The section ``[data]`` of a source, checked before anything is read; its keys are those of `DataSettings`.
 
     Raises:
         UserError: Unknown source, a setting out of range, or one that a published split cannot follow.
     """
+    choices = {name: info.default for name, info in DataSettings.model_fields.items()} | given
+    max_history, k_core, split = (choices[name] for name in ("max_history", "k_core", "split"))
     if max_history < 1:
         raise UserError(f"wanted max_history of at least 1, got {max_history}; choose for example 20")
     if k_core < 0:
         raise UserError(f"wanted k_core of at least 0, got {k_core}; choose for example 5, or 0 for none")
     if split not in WAYS:
         raise UserError(f"wanted split to be one of {', '.join(WAYS)}, got {split!r}; choose one of them")
-    clean_titles((), clean)
+    steps_of(choices["clean"])
     kind, place = _parsed(source)
-    if _is_published(kind, Path(place)):
-        if split != WAYS[0] or k_core:
-            raise UserError(
-                f"wanted no split and no k_core for {kind}:, which its authors have split, got split {split} and "
-                f"k_core {k_core}; leave them out"
-            )
-        split = "published"
-    return {"split": split, "max_history": max_history, "clean": clean, "k_core": k_core if k_core > 1 else 0}
+    published = _is_published(kind, Path(place))
+    if published and (split != WAYS[0] or k_core):
+        raise UserError(
+            f"wanted no split and no k_core for {kind}:, which its authors have split, got split {split} and "
+            f"k_core {k_core}; leave them out"
+        )
+    try:
+        made = DataSettings(source=source, **given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"data.{key}: {first['msg']}, got {first['input']!r}; see triewise prepare --help"
+        ) from None
+    if (split == "dates") != (made.valid_from is not None and made.test_from is not None):
+        raise UserError(
+            "split = 'dates' and both valid_from and test_from go together, got "
+            f"split {split}, valid_from {made.valid_from} and test_from {made.test_from}; give all or none"
+        )
+    if split == "dates" and seconds_of(str(made.valid_from)) >= seconds_of(str(made.test_from)):
+        raise UserError(
+            f"wanted valid_from before test_from, got {made.valid_from} and {made.test_from}; correct them"
+        )
+    others = _others(made)
+    if published and others:
+        name, value = next(iter(others.items()))
+        raise UserError(
+            f"wanted no {name} for {kind}:, whose rows its authors have chosen, got {value!r}; leave it out"
+        )
+    return made
 
 
-def read_source(source: str, settings: Mapping[str, Any]) -> Prepared:
-    """Read a source and make titles and rows of it, with the settings that :func:`settings_of` gave.
+def _others(choices: DataSettings) -> dict[str, Any]:
+    """The settings that are not at their defaults, but for the first four."""
+    values = choices.model_dump(mode="json", exclude_defaults=True)
+    return {name: value for name, value in values.items() if name not in ("source", "folder", *_ALWAYS)}
+
+
+def settings_of(source: str, **given: Any) -> dict[str, Any]:
+    """The settings as ``dataset.json`` holds them; four always, others where they are not at their defaults.
+
+    Raises:
+        UserError: As :func:`choices_of`.
+    """
+    choices = choices_of(source, **given)
+    kind, place = _parsed(source)
+    published = _is_published(kind, Path(place))
+    return {
+        "split": "published" if published else choices.split,
+        "max_history": choices.max_history,
+        "clean": choices.clean,
+        "k_core": choices.k_core if choices.k_core > 1 else 0,
+        **_others(choices),
+    }
+
+
+def read_source(choices: DataSettings) -> Prepared:
+    """Read a source and make titles and rows of it, with settings from :func:`choices_of`.
 
     Raises:
         UserError: Broken files, an empty k-core, an item without a title.
     """
-    kind, place = _parsed(source)
-    return (_published if _is_published(kind, Path(place)) else _raw)(kind, Path(place), settings)
+    kind, place = _parsed(choices.source)
+    return (_published if _is_published(kind, Path(place)) else _raw)(kind, Path(place), choices)
 
 
 def _is_published(kind: str, folder: Path) -> bool:
@@ -136,7 +195,7 @@ def _parsed(source: str) -> tuple[str, str]:
     return kind, place
 
 
-def movielens(name: str) -> Raw:
+def movielens(name: str, choices: DataSettings | None = None) -> Raw:
     """The ratings of ``"ml-100k"`` or ``"ml-1m"``, from the cache or fetched; every rating counts.
 
     Raises:
@@ -146,25 +205,41 @@ def movielens(name: str) -> Raw:
     table = open_table(folder / INTERACTIONS, separator="\t", quote=None)
     lines = (folder / TITLES).read_text(encoding="utf-8").split("\n")[1:-1]
     title = dict(line.split("\t") for line in lines)
-    return Raw(read_events(table, "user", "item", "timestamp", {}), title, (), {})
+    repairs: dict[str, int] = {}
+    choices = choices or DataSettings(source=name)
+    events = read_events(table, "user", "item", "timestamp", repairs, choices, rating="rating")
+    return Raw(events, title, (), repairs)
 
 
-def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
-    raw = movielens(kind) if kind in RELEASES else _RAW[kind](folder)
-    interactions = Interactions.from_events(raw.events, raw.title, settings["k_core"])
+def _raw(kind: str, folder: Path, choices: DataSettings) -> Prepared:
+    raw = movielens(kind, choices) if kind in RELEASES else _RAW[kind](folder, choices)
+    interactions = Interactions.from_events(raw.events, raw.title, choices.k_core, choices)
     repairs = raw.repairs | interactions.repairs
-    title = _cleaned(interactions.title, settings["clean"], repairs)
+    title = _cleaned(interactions.title, choices.clean, repairs)
     emptied = [item for item, text in zip(interactions.item_id, title, strict=True) if not text]
     if emptied:
         raise UserError(
-            f"wanted a title for each item, clean = {settings['clean']!r} leaves nothing of {len(emptied)}, "
+            f"wanted a title for each item, clean = {choices.clean!r} leaves nothing of {len(emptied)}, "
             f"first {emptied[0]!r}; repair them"
         )
-    leaves_one_out = settings["split"] == WAYS[0]
+    leaves_one_out = choices.split == WAYS[0]
+    if not leaves_one_out and interactions.timestamp.max() < 0:
+        raise UserError(
+            f"wanted times for split {choices.split}, {choices.source} has none; choose leave-one-out"
+        )
     short = (np.bincount(interactions.user) < (3 if leaves_one_out else 2)).sum()
     counted(repairs, "users_without_test_row" if leaves_one_out else "users_without_row", short)
     films = kind in RELEASES or kind == "movielens"
-    parts = lazy_splits(interactions, settings["split"], settings["max_history"])
+    parts = lazy_splits(interactions, choices.split, choices.max_history, choices)
+    if choices.min_history > 1:
+        every = lazy_splits(
+            interactions, choices.split, choices.max_history, choices.model_copy(update={"min_history": 1})
+        )
+        n_short = sum(part.n_rows for part in every) - sum(part.n_rows for part in parts)
+        counted(repairs, "rows_with_short_history", n_short)
+    notes = ("every rating is an interaction, whatever its value",) * (films and choices.min_rating is None)
+    if choices.ties != "item":
+        notes += (f"events of a user at one time are in the order {_TIES[choices.ties]}",)
     return Prepared(
         catalog=Catalog.from_titles(interactions.item_id, title),
         splits=dict(zip(NAMES, parts, strict=True)),
@@ -173,18 +248,16 @@ def _raw(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
         n_interactions=len(interactions.item),
         words=_FILMS if films else _words(_OTHER_WORDS, folder, raw.files),
         repairs=repairs,
-        notes=("every rating is an interaction, whatever its value",) * films
-        + raw.notes
-        + interactions.notes,
+        notes=notes + raw.notes + interactions.notes,
         citation=CITATION if films else None,
         raw_sha256=dict(RELEASES[kind].sha256) if kind in RELEASES else _hashes(folder, raw.files),
     )
 
 
-def _published(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared:
+def _published(kind: str, folder: Path, choices: DataSettings) -> Prepared:
     published = _PUBLISHED[kind](folder)
-    title = _cleaned(published.titles.title, settings["clean"], published.repairs)
-    rows, longest = published.splits, settings["max_history"]
+    title = _cleaned(published.titles.title, choices.clean, published.repairs)
+    rows, longest = published.splits, choices.max_history
     return Prepared(
         catalog=Catalog.from_titles([str(item) for item in published.titles.item_id], title),
         splits={name: replace(rows[name], history=rows[name].history.last(longest)) for name in NAMES},
@@ -201,7 +274,12 @@ def _published(kind: str, folder: Path, settings: Mapping[str, Any]) -> Prepared
 
 def _cleaned(titles: tuple[str, ...], clean: str, repairs: dict[str, int]) -> tuple[str, ...]:
     """Cleaned titles; counts how many changed, and how many fewer different ones there are."""
-    cleaned = clean_titles(titles, clean)
+    cleaned = titles
+    for step in steps_of(clean):
+        before, cleaned = cleaned, clean_titles(cleaned, step)
+        if step not in ("html", "space"):
+            changed = sum(new != old for new, old in zip(cleaned, before, strict=True))
+            counted(repairs, f"titles_cleaned_of_{step}", changed)
     counted(repairs, "titles_cleaned", sum(new != old for new, old in zip(cleaned, titles, strict=True)))
     counted(repairs, "titles_merged", len(set(titles)) - len(set(cleaned)))
     return cleaned
@@ -215,3 +293,75 @@ def _words(words: Mapping[str, tuple[str, str]], folder: Path, files: tuple[Path
 
 def _hashes(folder: Path, files: tuple[Path, ...]) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+
+
+def prepare(
+    source: str,
+    out: Path,
+    *,
+    max_history: int = 20,
+    clean: str = "none",
+    k_core: int = 0,
+    split: str = "leave-one-out",
+    **choices: object,
+) -> Dataset:
+    """Read a source and write a prepared folder.
+
+    Args:
+        source: ``ml-100k``, ``ml-1m``, ``movielens:DIR``, ``recbole:DIR``, ``csv:DIR``, ``msl:DIR`` or ``d3:DIR``.
+        out: Folder to write; may be absent, empty or an older prepared folder, which is replaced as a whole.
+        max_history: Histories are cut to the last so many items; with ``"time-windows"`` also the length of a
+            window.
+        clean: How titles are cleaned; see :func:`triewise.data.titles.clean_titles`.
+        k_core: Users and items with fewer interactions are left out, again and again until none is left; 0 or 1
+            keeps all. Not for published splits.
+        split: ``"leave-one-out"``, ``"time-windows"`` or ``"time-growing"``; see
+            :func:`triewise.data.splits.lazy_splits`. Published splits stay as they are.
+        **choices: Further keys of :class:`triewise.settings.DataSettings`, such as ``user_column`` or ``ties``.
+
+    Returns:
+        The data set in ``out``.
+
+    Raises:
+        UserError: Unknown source, bad setting, broken raw files, ``out`` holds something else.
+    """
+    out = Path(out)
+    given = {"max_history": max_history, "clean": clean, "k_core": k_core, "split": split, **choices}
+    wanted, settings = choices_of(source, **given), settings_of(source, **given)
+    check_place(out)
+    with one_writer(out, beside=True):
+        return _prepare(wanted, out, settings)
+
+
+def _prepare(choices: DataSettings, out: Path, settings: dict[str, Any]) -> Dataset:
+    source, read = choices.source, read_source(choices)
+    empty = [name for name in NAMES if not read.splits[name].n_rows]
+    if empty:
+        raise UserError(
+            f"wanted rows for train, valid and test from {source}, found none for {empty[0]}; use more data"
+        )
+    info = {"format": DATA_FORMAT, "source": source, "settings": settings, **_described(read)}
+    try:
+        info = write_dataset(out, read.catalog, read.splits, info)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise UserError(f"cannot write {out}: {error}; choose another folder") from None
+    return Dataset.in_folder(out, read.catalog, info)
+
+
+def _described(read: Prepared) -> dict[str, Any]:
+    """What ``dataset.json`` says of the data."""
+    rows = {f"{name}_rows": read.splits[name].n_rows for name in NAMES}
+    if sum(rows.values()) >= MANY_ROWS:
+        note(f"looking for leaks, cold targets and repeats in {sum(rows.values()):,} rows")
+    findings = count_findings(read.splits, read.catalog, read.interactions)
+    sizes = {"users": read.users, "items": read.catalog.n_items, "titles": read.catalog.n_titles}
+    return {
+        "noun": read.words[0],
+        "verb": read.words[1],
+        "counts": {**sizes, "interactions": read.n_interactions, **rows},
+        "repairs": read.repairs,
+        "lint": [asdict(finding) for finding in findings],
+        "notes": list(read.notes),
+        "citation": read.citation,
+        "raw_sha256": read.raw_sha256,
+    }

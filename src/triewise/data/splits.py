@@ -14,12 +14,14 @@ import polars as pl
 from numpy.typing import NDArray
 
 from triewise.arrays import Int32, Int64, Ragged
+from triewise.data.times import seconds_of
 
 if TYPE_CHECKING:
     from triewise.data.interactions import Interactions
+    from triewise.settings import DataSettings
 
 NAMES = ("train", "valid", "test")
-WAYS = ("leave-one-out", "time-windows", "time-growing")
+WAYS = ("leave-one-out", "time-windows", "time-growing", "dates")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +160,9 @@ class LazySplit:
         return _frame(pl.Series(self.user_id, dtype=pl.String).gather(user), self.part(start, stop))
 
 
-def lazy_splits(interactions: Interactions, way: str, max_history: int = 20) -> tuple[LazySplit, ...]:
+def lazy_splits(
+    interactions: Interactions, way: str, max_history: int = 20, choices: DataSettings | None = None
+) -> tuple[LazySplit, ...]:
     """Train, validation and test rows, by the places of their targets.
 
     * ``leave-one-out``: a user's last item is for the test, the one before it for validation, the items from the
@@ -172,11 +176,16 @@ def lazy_splits(interactions: Interactions, way: str, max_history: int = 20) -> 
       it would grow with the square of what a user did.
     * ``time-growing``: the same, but every item of a user from the second on is the target of a row, and its history
       the last H items before it: n - 1 rows for n interactions.
+    * ``dates``: the same rows; targets before ``valid_from`` are for training, from ``test_from`` on for the test.
+
+    Where the source itself says of interactions that they are train, valid or test, each that has a history is the
+    target of a row there, unless another way than leave-one-out is asked for.
 
     Args:
         interactions: Who met what when; walked in (timestamp, raw item id) order.
         way: One of :data:`WAYS`.
         max_history: H; a history is the last so many items before the target (papers: 10).
+        choices: ``min_history``, ``valid_from`` and ``test_from`` are taken from there.
 
     Source: windows are the data of BIGRec and MSL (arXiv:2504.04178), growing histories those of D3 and IGD. *Differs
     from the authors' code*: items of a user with equal times are ordered by raw id, not by their place in the file.
@@ -185,16 +194,23 @@ def lazy_splits(interactions: Interactions, way: str, max_history: int = 20) -> 
     first, user = interactions.first, interactions.user
     count = np.diff(first, append=len(user))
     position = np.arange(len(user)) - first[user]
-    if way == "leave-one-out":
+    least = 1 if choices is None else choices.min_history
+    if way == "leave-one-out" and interactions.part is not None:
+        parts = _own_parts(interactions, np.flatnonzero(position >= least))
+    elif way == "leave-one-out":
         left = count[user] - 1 - position  # how many of the user's items come after this one
         judged = count[user] >= 3
         train = (position >= 1) & (~judged | (left >= 2))
-        parts = [np.flatnonzero(rows) for rows in (train, judged & (left == 1), judged & (left == 0))]
+        long = position >= least
+        parts = [np.flatnonzero(rows & long) for rows in (train, judged & (left == 1), judged & (left == 0))]
     else:
         shortest = np.minimum(count - 1, max_history) if way == "time-windows" else np.ones_like(count)
-        place = np.flatnonzero(position >= np.maximum(shortest, 1)[user])
-        place = place[np.argsort(interactions.timestamp[place], kind="stable")]
-        parts = np.split(place, [8 * len(place) // 10, 9 * len(place) // 10])
+        place = _by_time(interactions, np.flatnonzero(position >= np.maximum(shortest, least)[user]))
+        borders = [8 * len(place) // 10, 9 * len(place) // 10]
+        if way == "dates" and choices is not None:
+            days = [seconds_of(str(choices.valid_from)), seconds_of(str(choices.test_from))]
+            borders = np.searchsorted(interactions.timestamp[place], days).tolist()
+        parts = np.split(place, borders)
     user_id = np.array(interactions.user_id, dtype=object)
     if len(user) <= 2**31:
         parts = [part.astype(np.int32) for part in parts]  # half the memory
@@ -202,6 +218,24 @@ def lazy_splits(interactions: Interactions, way: str, max_history: int = 20) -> 
         LazySplit(interactions, part, max_history, way == WAYS[0] and name != "train", first, user_id)
         for name, part in zip(NAMES, parts, strict=True)
     )
+
+
+def _by_time(interactions: Interactions, place: Int64) -> Int64:
+    """Places by time over all users; those of the same time keep their order."""
+    if interactions.nanosecond is None:
+        return place[np.argsort(interactions.timestamp[place], kind="stable")]
+    return place[np.lexsort((interactions.nanosecond[place], interactions.timestamp[place]))]
+
+
+def _own_parts(interactions: Interactions, place: Int64) -> list[Int64]:
+    """Places by the split that the source names; without validation rows the last ninth of training is taken."""
+    part = np.asarray(interactions.part)[place]
+    train, valid, test = (place[part == number] for number in range(3))
+    if not len(valid):
+        by_time = _by_time(interactions, train)
+        n_train = len(train) - round(len(train) / 9)
+        train, valid = np.sort(by_time[:n_train]), np.sort(by_time[n_train:])
+    return [train, valid, test]
 
 
 def first_rows(split: Split, n: int | None) -> Split:

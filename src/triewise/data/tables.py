@@ -7,27 +7,48 @@ time, so that a file may be larger than the memory.
 
 from __future__ import annotations
 
-import codecs
-import contextlib
-import gzip
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, SupportsInt
+from typing import Literal, SupportsInt
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from triewise.data.columns import ROLES, folded
+from triewise.data.textfiles import (
+    PACKED as PACKED,
+    bare_name as bare_name,
+    csv_rows,
+    first_records,
+    head_of,
+    is_packed,
+    json_cell,
+    json_problem,
+    json_records,
+    opened as opened,
+    read_bytes as read_bytes,
+    read_text as read_text,
+    reading as reading,
+    refuse_broken_json,
+    refuse_long,
+    shown as shown,
+    survey,
+)
+from triewise.data.times import DATES, Times, from_dates, from_numbers, read_dates
 from triewise.errors import UserError
+from triewise.files import decoded, scan
 
 ROW = "row number"  # column with the number of a data row: the first row after the header is 1
+PART = "part of the split"  # column with the number of the split that a file holds
 _INTEGER = r"^\s*-?[0-9]+(?:\.0*)?\s*$"
 _NUMBER = r"^[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?$"
-# A time without a zone is UTC.
-_DATES = ("%+", "%Y-%m-%d", *(f"%Y-%m-%d{t}%H:%M:%S%.f{zone}" for zone in ("", "%#z") for t in " T"))
-_CHUNK = 1 << 24  # bytes
+_JSON = (".jsonl", ".ndjson", ".json")
+_SEPARATORS = ",\t;|"
+SEPARATOR_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars", " ": "spaces"}
 
 
 def entries(folder: Path) -> list[Path]:
@@ -44,45 +65,12 @@ def names(paths: Sequence[Path]) -> str:
 
 
 def find_file(folder: Path, name: str) -> Path:
-    """The file ``name`` or ``name.gz`` in ``folder``."""
+    """The file ``name``, packed or not, in ``folder``; the case of letters does not matter."""
     there = entries(folder)
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.is_file():
+    for path in (folder / name, *there):
+        if path.is_file() and not path.name.startswith(".") and bare_name(path) == name.lower():
             return path
     raise UserError(f"wanted the file {name} in {folder}, found {names(there)}; add it")
-
-
-def read_bytes(path: Path) -> bytes:
-    """All bytes of a file, plain or gzip."""
-    with reading(path), opened(path) as handle:
-        return handle.read()
-
-
-def read_text(path: Path) -> str:
-    """The whole text of a UTF-8 file, plain or gzip."""
-    check_text(path)
-    return read_bytes(path).decode("utf-8-sig")
-
-
-def check_text(path: Path) -> None:
-    """Raise one clear line unless ``path`` is readable, not empty and UTF-8; gzip is unpacked on the way."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done = line = 0
-    try:
-        with reading(path), opened(path) as handle:
-            while chunk := handle.read(_CHUNK):
-                decoder.decode(chunk)
-                line += chunk.count(b"\n")
-                done += len(chunk)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        line += error.object[: error.start].count(b"\n") + 1
-        raise UserError(
-            f"wanted UTF-8 text in {path}, got the byte 0x{error.object[error.start]:02x} in line {line}; "
-            "save the file as UTF-8"
-        ) from None
-    if not done:
-        raise UserError(f"wanted rows in {path}, which is empty; copy or download it again")
 
 
 def counted(repairs: dict[str, int], name: str, count: SupportsInt) -> None:
@@ -91,46 +79,13 @@ def counted(repairs: dict[str, int], name: str, count: SupportsInt) -> None:
         repairs[name] = repairs.get(name, 0) + int(count)
 
 
-def shown(value: object) -> str:
-    """A cell for a message: quoted, and cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 70 else f"{text[:67]}..."
-
-
-def _is_gzip(path: Path) -> bool:
-    with path.open("rb") as handle:
-        return path.suffix == ".gz" or handle.read(2) == b"\x1f\x8b"
-
-
-def opened(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked."""
-    return gzip.open(path) if _is_gzip(path) else path.open("rb")  # type: ignore[return-value]
-
-
-def _unpacked(path: Path) -> Path | bytes:
-    return read_bytes(path) if _is_gzip(path) else path
-
-
-@contextlib.contextmanager
-def reading(path: Path, kind: str = "CSV") -> Iterator[None]:
-    """Make one line of what goes wrong with a file."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}; copy or download it again") from None
-    except pl.exceptions.PolarsError as error:
-        raise UserError(
-            f"cannot read {path} as {kind}: {' '.join(str(error).split())[:200]}; repair or download it again"
-        ) from None
-
-
 def read_rows(
     path: Path, columns: Sequence[str], repairs: dict[str, int], optional: Sequence[str] = ()
 ) -> pl.DataFrame:
     """Some columns of a CSV file as text, with the number of each row.
 
     Args:
-        path: A comma-separated UTF-8 file with a header, plain or gzip.
+        path: A comma-separated file with a header, packed or not.
         columns: Names that must be there; a row in which one of them is empty is an error.
         repairs: Rows without any of the columns (blank lines) are left out and counted here, ``blank_rows``.
         optional: Names that may be there.
@@ -139,19 +94,17 @@ def read_rows(
         :data:`ROW` and the columns found, all of type String.
 
     Raises:
-        UserError: Unreadable file, other encoding, missing column, broken row, empty cell, no row at all.
+        UserError: Unreadable file, missing column, broken row, empty cell, no row at all.
     """
-    check_text(path)
-    source = _unpacked(path)
-    with reading(path):
-        header = pl.read_csv(source, n_rows=0, infer_schema=False).columns
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise UserError(
-                f"wanted the column {missing[0]} in {path}, found {', '.join(header)}; rename or add it"
-            )
-        wanted = [name for name in header if name in columns or name in optional]
-        rows = pl.read_csv(source, columns=wanted, infer_schema=False, row_index_name=ROW, row_index_offset=1)
+    table = open_table(path)
+    missing = [name for name in columns if name not in table.columns]
+    if missing:
+        raise UserError(
+            f"wanted the column {missing[0]} in {path}, found {', '.join(table.columns)}; rename or add it"
+        )
+    wanted = [name for name in table.columns if name in columns or name in optional]
+    table.check(*wanted)
+    rows = table.collect(*map(pl.col, wanted)).with_row_index(ROW, offset=1)
     blank = rows.select(pl.all_horizontal(pl.col(wanted).is_null())).to_series()
     counted(repairs, "blank_rows", blank.sum())
     rows = rows.filter(~blank)
@@ -171,6 +124,14 @@ def integers(rows: pl.DataFrame, column: str, path: Path) -> NDArray[np.int64]:
     return values.to_numpy(writable=True)
 
 
+def seconds(rows: pl.DataFrame, column: str, path: Path, repairs: dict[str, int]) -> NDArray[np.int64]:
+    """A column of times in whole numbers as Unix seconds, int64 (R,); counts other units, see `triewise.data.times`."""
+    found = from_numbers(integers(rows, column, path))
+    for name, count in found.units.items():
+        counted(repairs, name, count)
+    return found.second
+
+
 def refuse(rows: pl.DataFrame, bad: pl.Series, column: str, path: Path, wanted: str = "a value") -> None:
     """Raise one line for the first row in which ``bad`` is true; ``rows`` lacks a column only where cells are empty."""
     if bad.any():
@@ -180,26 +141,62 @@ def refuse(rows: pl.DataFrame, bad: pl.Series, column: str, path: Path, wanted: 
         raise UserError(f"{path}, row {first[ROW]}: wanted {wanted} in column {column}, got {got}")
 
 
-@dataclass(frozen=True, eq=False)
-class Table:
-    """A file with named columns, read when they are asked for.
+@dataclass(frozen=True)
+class Outline:
+    """What the first bytes of a file say of its columns.
 
     Attributes:
-        path: The file.
-        kind: ``"CSV"`` (any text with separators) or ``"Parquet"``, for messages.
+        path: The file; a folder where Parquet files in it are one table.
+        kind: ``"CSV"`` (any text with separators), ``"JSON"``, ``"JSON lines"`` or ``"Parquet"``.
+        columns: Their names, in order.
+        separator: Between cells of text.
+        first: The first cells below the header, for messages.
+        spaced: Whether each separator of the header has a space behind it, which is no part of a cell.
+    """
+
+    path: Path
+    kind: str
+    columns: tuple[str, ...]
+    separator: str = ","
+    first: tuple[str, ...] = ()
+    spaced: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows with named columns, read when they are asked for.
+
+    Attributes:
+        path: The file; of several, the folder.
+        kind: As in `Outline`.
         rows: The rows in the order of the file; cells of text files are strings.
         columns: Type of each column.
+        parts: The tables it is made of, where it is of several files.
+        notes: What was odd with the file and how it was read.
+        separator: As in `Outline`.
     """
 
     path: Path
     kind: str
     rows: pl.LazyFrame = field(repr=False)
     columns: dict[str, pl.DataType] = field(repr=False)
+    parts: tuple[Table, ...] = ()
+    notes: tuple[str, ...] = ()
+    separator: str = ","
 
     def collect(self, *columns: pl.Expr) -> pl.DataFrame:
         """Some columns, in the order of the file."""
-        with reading(self.path, self.kind):
-            return self.rows.select(columns).collect(engine="streaming")
+        return self.frame(self.rows.select(columns))
+
+    def frame(self, rows: pl.LazyFrame) -> pl.DataFrame:
+        """What was asked of :attr:`rows`, a piece of the file at a time."""
+        try:
+            return rows.collect(engine="streaming")
+        except pl.exceptions.PolarsError:
+            for part in self.parts or (self,):
+                _refuse_broken_row(part)
+            with reading(self.path, self.kind):
+                raise
 
     def check(self, *read: str) -> None:
         """Check what reading some columns would not show.
@@ -208,38 +205,13 @@ class Table:
             read: The columns that will be read.
 
         Raises:
-            UserError: If the bytes, the encoding or the number of fields of a row are not as they must be, or
-                there is no row.
+            UserError: If the number of cells of a row is not as it must be, or there is no row.
         """
-        if self.kind != "Parquet":
-            check_text(self.path)
-            if set(self.columns) - set(read):  # a row with too many fields shows when all columns are read
-                self.collect(pl.all().null_count())
-        if not self.collect(pl.len()).item():
-            raise UserError(f"wanted rows in {self.path}, found only a header; copy or download it again")
-
-    def named(self, known: Sequence[str]) -> list[str]:
-        """Columns whose name is among the known ones, case aside."""
-        return [column for column in self.columns if column.lower() in known]
-
-    def one(self, known: Sequence[str], what: str) -> str:
-        """The one column whose name is among the known ones.
-
-        Raises:
-            UserError: If there is none, or more than one.
-        """
-        columns = self.named(known)
-        if len(columns) == 1:
-            return columns[0]
-        if columns:
-            raise UserError(
-                f"wanted one column for the {what} in {self.path}, found {', '.join(columns)}; "
-                "rename those that are not meant"
-            )
-        raise UserError(
-            f"wanted a column for the {what} ({' or '.join(known)}) in {self.path}, "
-            f"found {', '.join(self.columns)}; rename or add it"
-        )
+        for part in self.parts or (self,):
+            if part.kind == "CSV" and set(part.columns) - set(read):  # a row with too many cells shows
+                part.collect(pl.all().null_count())  # when all columns are read
+            if not part.collect(pl.len()).item():
+                raise UserError(f"wanted rows in {part.path}, found only a header; copy or download it again")
 
     def ids(self, column: str) -> pl.Expr:
         """A column of raw ids as text; empty cells are null."""
@@ -252,70 +224,297 @@ class Table:
             f"wanted text or whole numbers in column {column} of {self.path}, got {kind}; store ids as text"
         )
 
-    def seconds(self, column: str) -> pl.Expr:
-        """A column of times as numbers, float64; null where a cell holds none. ISO dates become Unix seconds.
+    def numbers(self, column: str) -> pl.Expr:
+        """A column of numbers, float64; null where a cell holds none."""
+        return pl.col(column).cast(pl.Float64, strict=False)
 
-        The first cell decides whether a column of text holds numbers or dates, and in which form. A date
-        without a zone is UTC, whatever the zone of this computer.
+    def times(self, column: str) -> tuple[pl.Expr, Callable[[pl.Series], Times]]:
+        """What to collect of a column of times, and what makes times of that; see `triewise.data.times`.
+
+        The first cell decides whether a column of text holds numbers or dates, and in which form; where some cells
+        have another form of date, that is tried too. A date without a zone is UTC, whatever the zone of this computer.
         """
         kind, cell = self.columns[column], pl.col(column)
+        if kind.is_integer():
+            return cell.cast(pl.Int64, strict=False), _of_numbers
         if kind.is_numeric():
-            return cell.cast(pl.Float64)
-        if kind in (pl.Date, pl.Datetime):
-            return cell.cast(pl.Datetime("ms")).dt.timestamp("ms").cast(pl.Float64) / 1000
+            return cell.cast(pl.Float64), _of_numbers
+        if isinstance(kind, pl.Date | pl.Datetime):
+            unit: Literal["ns", "us"] = "ns" if getattr(kind, "time_unit", "us") == "ns" else "us"
+            dates = cell if unit == "ns" else cell.cast(pl.Datetime("us"))
+            return dates.dt.timestamp(unit), lambda value: from_dates(value, {"us": 10**6, "ns": 10**9}[unit])
         if kind != pl.String:
             raise UserError(
                 f"wanted times in column {column} of {self.path}, got {kind}; store Unix seconds or ISO dates"
             )
         text = cell.str.strip_chars()
-        first = self.rows.select(text).filter(pl.col(column) != "").head(1)
-        with reading(self.path, self.kind):
-            example = first.collect(engine="streaming").to_series()
-        if len(example) and not example.str.contains(_NUMBER)[0]:
-            for form in _DATES:
-                dates = text.str.to_datetime(form, strict=False, time_unit="ms", time_zone="UTC")
-                if example.to_frame().select(dates)[column][0] is not None:
-                    return dates.dt.timestamp("ms").cast(pl.Float64) / 1000
-        return text.cast(pl.Float64, strict=False)
+        first = self.frame(self.rows.select(text.alias("first")).filter(pl.col("first") != "").head(1))
+        form = None
+        if len(first) and not first["first"].str.contains(_NUMBER)[0]:
+            forms = (f for f in DATES if first.select(read_dates(pl.col("first"), f)).item() is not None)
+            form = next(forms, None)
 
-    def refuse(self, column: str, row: int, wanted: str) -> None:
-        """Raise one line about a cell; rows count from 1."""
-        cell = self.rows.select(pl.lit(row).alias(ROW), column).slice(row - 1, 1).collect(engine="streaming")
-        refuse(cell, pl.Series([True]), column, self.path, wanted)
+        def of_dates(value: pl.Series) -> Times:
+            if value.null_count():
+                value = self.collect(
+                    pl.coalesce(*(read_dates(text, f) for f in (form, *DATES) if f))
+                ).to_series()
+            return from_dates(value, 10**6)
+
+        def of_text(value: pl.Series) -> Times:
+            if value.null_count():
+                floats = self.collect(text.cast(pl.Float64, strict=False)).to_series()
+                value = floats if floats.null_count() < value.null_count() else value
+            return _of_numbers(value)
+
+        return (
+            (text.cast(pl.Int64, strict=False), of_text)
+            if form is None
+            else (read_dates(text, form), of_dates)
+        )
+
+    def refuse(self, column: str, row: int, wanted: str = "a value", hint: str = "") -> None:
+        """Raise one line about a cell; rows count from 1 and, of several files, through all of them."""
+        for part in self.parts:
+            n_rows = part.collect(pl.len()).item()
+            if row <= n_rows:
+                return part.refuse(column, row, wanted, hint)
+            row -= n_rows
+        cell = self.frame(self.rows.select(column).slice(row - 1, 1))[column][0]
+        got = "an empty cell; fill it in" if cell in (None, "") else f"{shown(cell)}; repair the cell"
+        raise UserError(f"{self.path}, row {row}: wanted {wanted} in column {column}, got {got}{hint}")
+
+
+def _of_numbers(value: pl.Series) -> Times:
+    """Times of whole or other numbers; null where a cell holds none."""
+    if value.dtype == pl.Float64:
+        return from_numbers(value.fill_null(np.nan).to_numpy())
+    missing = value.is_null().to_numpy()
+    if not missing.any():
+        return from_numbers(value.to_numpy())
+    found = from_numbers(value.drop_nulls().to_numpy())
+    place = np.maximum(np.cumsum(~missing) - 1, 0)
+    nano = None if found.nanosecond is None else found.nanosecond[place]
+    return (
+        replace(found, second=found.second[place], nanosecond=nano, bad=missing | found.bad[place])
+        if len(found.second)
+        else Times(np.zeros(len(value), dtype=np.int64), None, missing, {}, 0)
+    )
+
+
+def outline(path: Path, separators: str = _SEPARATORS) -> Outline:
+    """Look at the first bytes of a file, or at the Parquet files in a folder.
+
+    Args:
+        path: The file or the folder.
+        separators: What may stand between the cells of text: the one under which most known names of columns appear
+            counts, then the one that makes most columns.
+
+    Raises:
+        UserError: If the file is empty or cannot be read.
+    """
+    if path.is_dir() or bare_name(path).endswith((".parquet", ".pq")):
+        with reading(path, "Parquet"):
+            return Outline(path, "Parquet", tuple(_parquet(path).collect_schema()))
+    head = head_of(path)
+    start = head.lstrip()[:1]
+    if bare_name(path).endswith(_JSON) or start == "{":
+        if start == "[":
+            records = json_records(path)
+            return Outline(path, "JSON", tuple(dict.fromkeys(key for record in records for key in record)))
+        keys: dict[str, None] = {}
+        for line in head.splitlines()[:1000]:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            keys |= dict.fromkeys(record) if isinstance(record, dict) else {}
+        return Outline(path, "JSON lines", tuple(keys))
+    known = {name for role in ROLES.values() for name in role}
+    if bare_name(path).endswith(".tsv"):
+        separators = "\t" + separators.replace("\t", "")
+
+    def worth(separator: str) -> tuple[int, int]:
+        header = first_records(head, separator)[0]
+        return sum(folded(cell.partition(":")[0]) in known for cell in header), len(header)
+
+    separator = max(separators, key=worth)
+    header, *below = [*first_records(head, separator), []][:2]
+    if not header:
+        raise UserError(f"wanted rows in {path}, which is empty; copy or download it again")
+    columns = tuple(cell.strip() or f"column {number}" for number, cell in enumerate(header, start=1))
+    spaced = len(header) > 1 and separator != " " and all(cell.startswith(" ") for cell in header[1:])
+    return Outline(path, "CSV", columns, separator, tuple(below[0]), spaced)
 
 
 def open_table(
-    path: Path, *, separator: str = ",", quote: str | None = '"', header: Sequence[str] | None = None
+    path: Path,
+    *,
+    separator: str | None = ",",
+    quote: str | None = '"',
+    header: Sequence[str] | None = None,
 ) -> Table:
-    """A Parquet file (by its name), or text with separators, plain or gzip; only its header is read.
+    """A Parquet file (by its name), JSON lines, or text with separators, packed or not.
 
     Args:
         path: The file.
-        separator: One character.
+        separator: One character; None: the one that its header has.
         quote: What surrounds cells that hold a separator; None where nothing does.
         header: Names of the columns of a file whose first line does not hold them.
 
     Raises:
         UserError: If the file is empty or cannot be read, or has other columns than ``header``.
     """
-    if path.suffix == ".parquet":
-        with reading(path, "Parquet"):
-            rows = pl.scan_parquet(path)
-            return Table(path, "Parquet", rows, dict(rows.collect_schema()))
-    with reading(path):
-        source = _unpacked(path)
-        if not (source if isinstance(source, bytes) else path.stat().st_size):
-            raise UserError(f"wanted rows in {path}, which is empty; copy or download it again")
-        rows = pl.scan_csv(
-            source, separator=separator, quote_char=quote, has_header=header is None, infer_schema=False
+    made = outline(path, separator or _SEPARATORS)
+    if header is None:
+        return load(made, quote)
+    if len(made.columns) != len(header):
+        raise UserError(
+            f"wanted {', '.join(filter(None, header))} in each row of {path}, found {len(made.columns)} columns; "
+            "download it again"
         )
-        columns = dict(rows.collect_schema())
-    if header is not None:
-        if len(columns) != len(header):
-            raise UserError(
-                f"wanted {', '.join(filter(None, header))} in each row of {path}, found {len(columns)} columns; "
-                "download it again"
+    unique = [name or f"column {number}" for number, name in enumerate(header)]
+    return _csv_table(Outline(path, "CSV", tuple(unique), made.separator), quote, headed=False)
+
+
+def load(made: Outline, quote: str | None = '"', *, drop: dict[str, int] | None = None) -> Table:
+    """The table of an outline; text is looked through once, see `triewise.data.textfiles`.
+
+    Args:
+        made: From :func:`outline`.
+        quote: As in :func:`open_table`.
+        drop: Rows that cannot be read, with too many cells or no JSON, are left out and counted here,
+            ``broken_rows``; None: they are errors.
+    """
+    path = made.path
+    if len(set(made.columns)) < len(made.columns):
+        raise UserError(
+            f"wanted each column once in {path}, found {', '.join(made.columns)}; rename one of the two"
+        )
+    if made.kind == "Parquet":
+        rows = _parquet(path)
+        return Table(path, made.kind, rows, dict(rows.collect_schema()))
+    text = dict.fromkeys(made.columns, pl.String())
+    if made.kind == "JSON":
+        cells = (
+            {name: json_cell(record.get(name)) for name in made.columns} for record in json_records(path)
+        )
+        return Table(path, made.kind, pl.LazyFrame(list(cells), schema=text), dict(text))
+    return _csv_table(made, quote, drop=drop) if made.kind == "CSV" else _json_table(made, drop)
+
+
+def _parquet(path: Path) -> pl.LazyFrame:
+    """A Parquet file, or those in a folder; names of folders such as ``year=2020`` are a column."""
+    if not path.is_dir():
+        return scan(path)
+    shards = sorted(
+        shard
+        for shard in path.rglob("*")
+        if shard.is_file() and bare_name(shard).endswith((".parquet", ".pq"))
+    )
+    inside = {folder for shard in shards for folder in shard.relative_to(path).parts[:-1]}
+    return scan(shards, hive_partitioning=any("=" in folder for folder in inside))
+
+
+def _csv_table(
+    made: Outline, quote: str | None, headed: bool = True, drop: dict[str, int] | None = None
+) -> Table:
+    path, columns = made.path, dict.fromkeys(made.columns, pl.String())
+    with reading(path):
+        with opened(path) as handle:
+            found = survey(handle, made.separator)
+        content = read_bytes(path) if is_packed(path) or not found.utf8 else None
+        if content is not None and not found.utf8:
+            content = decoded(content).encode()
+            found = replace(survey(io.BytesIO(content), made.separator), utf8=False)
+        notes = () if found.utf8 else (f"{path.name} is not UTF-8: its encoding was guessed",)
+        if quote is None or found.regular:
+            rows = scan(
+                path if content is None else content,
+                "csv",
+                separator=made.separator,
+                quote_char=quote if found.quoted else None,
+                has_header=headed,
+                new_columns=list(columns),
+                infer_schema=False,
             )
-        rows = rows.select(pl.col(c).alias(name) for c, name in zip(columns, header, strict=True) if name)
-        columns = dict.fromkeys(filter(None, header), pl.String())
-    return Table(path, "CSV", rows, columns)
+            if made.spaced:
+                rows = rows.with_columns(pl.all().str.strip_chars_start(" "))
+            if drop is None or _can_read(rows):
+                return Table(path, "CSV", rows, dict(columns), (), notes, made.separator)
+    padded: list[list[str | None]] = []
+    for line, cells in _csv_records(made, quote, headed):
+        if len(cells) <= len(columns):
+            padded.append([cell or None for cell in cells] + [None] * (len(columns) - len(cells)))
+        elif drop is None:
+            refuse_long(path, line, cells, len(columns))
+        else:
+            counted(drop, "broken_rows", 1)
+    rows = pl.LazyFrame(padded, schema=columns, orient="row")
+    return Table(path, "CSV", rows, dict(columns), (), notes, made.separator)
+
+
+def _can_read(rows: pl.LazyFrame) -> bool:
+    try:
+        rows.select(pl.all().null_count()).collect(engine="streaming")
+    except pl.exceptions.PolarsError:
+        return False
+    return True
+
+
+def _csv_records(made: Outline, quote: str | None, headed: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """Rows below the header with the numbers of their lines, as Python reads them."""
+    for line, cells in csv_rows(read_text(made.path), made.separator, quote, made.path, made.spaced):
+        if headed:
+            headed = not cells
+        else:
+            yield line, cells
+
+
+def _json_table(made: Outline, drop: dict[str, int] | None) -> Table:
+    """A table of JSON lines; numbers and nested values are text as they stand in the file."""
+    path, columns = made.path, dict.fromkeys(made.columns, pl.String())
+    with reading(path, made.kind):
+        with opened(path) as handle:
+            plain = survey(handle, ",").utf8 and not is_packed(path)
+        source = path if plain else decoded(read_bytes(path)).encode()
+        if drop is not None and not _can_read(scan(source, "json", schema=columns)):
+            lines = [line for line in read_text(path).split("\n") if line.strip()]
+            good = [line for line in lines if json_problem(line) is None]
+            counted(drop, "broken_rows", len(lines) - len(good))
+            source = "\n".join(good).encode()
+        return Table(path, made.kind, scan(source, "json", schema=columns), dict(columns))
+
+
+def _refuse_broken_row(table: Table) -> None:
+    """One line for the row that polars could not read, where Python finds it."""
+    if table.kind == "CSV":
+        made = Outline(table.path, table.kind, tuple(table.columns), table.separator)
+        for number, cells in _csv_records(made, '"', headed=False):
+            refuse_long(table.path, number, cells, len(table.columns))
+    elif table.kind == "JSON lines":
+        refuse_broken_json(table.path)
+
+
+def joined(folder: Path, tables: Sequence[Table], parts: Sequence[int | None]) -> Table:
+    """Tables of the same columns as one; column :data:`PART` says from which split a row is, where files say so."""
+    if len(tables) == 1:
+        return tables[0]
+    columns = dict(tables[0].columns)
+    rows = []
+    for table, part in zip(tables, parts, strict=True):
+        mine = {folded(name): name for name in table.columns}
+        kinds = {name: table.columns[mine[folded(name)]] for name in columns}
+        texts = any(kind == pl.String for kind in kinds.values())
+        picked = [
+            pl.col(mine[folded(name)]).cast(pl.String if texts else kind).alias(name)
+            for name, kind in kinds.items()
+        ]
+        rows.append(
+            table.rows.select(*picked, *([] if part is None else [pl.lit(part, pl.Int8).alias(PART)]))
+        )
+        columns = columns if not texts else dict.fromkeys(columns, pl.String())
+    notes = tuple(note for table in tables for note in table.notes)
+    return Table(
+        folder, tables[0].kind, pl.concat(rows, how="vertical_relaxed"), columns, tuple(tables), notes
+    )

@@ -28,6 +28,7 @@ from triewise.files import (
     check_files,
     file_hashes,
     read_json,
+    scan,
     write_json,
     write_text,
 )
@@ -378,7 +379,7 @@ def load_evaluation(run: Path) -> Evaluation:
     metrics = read_json(run / METRICS, _Metrics)
     check_files(run, metrics.pop("sha256", None), f"run: triewise evaluate {run}")
     with reading(run / PREDICTIONS):
-        frame = pl.read_parquet(run / PREDICTIONS)
+        frame = scan(run / PREDICTIONS).collect()
         if len(frame) != metrics["n_users"]:
             raise ValueError(f"{len(frame)} rows, metrics.json is of {metrics['n_users']}")
         items = np.array(frame["items"].to_list(), dtype=np.int32)

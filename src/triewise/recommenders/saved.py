@@ -28,6 +28,7 @@ from triewise.files import (
     check_files,
     file_hashes,
     read_json,
+    scan,
     write_json,
     write_text,
 )
@@ -166,7 +167,7 @@ class Saved:
                 raise UserError(f"wanted {part} in {folder}, which is missing; restore it or train again")
         check_saved(folder)
         with reading(folder / CATALOG):
-            frame = pl.read_parquet(folder / CATALOG)
+            frame = scan(folder / CATALOG).collect()
             catalog, counts = Catalog.from_frame(frame), frame["train_targets"].cast(pl.Int64).to_numpy()
             if len(counts) != frame["train_targets"].is_between(0, counts.sum()).sum():
                 raise ValueError("counts are missing or below 0")
