@@ -90,19 +90,24 @@ def demo(
 def prepare(
     source: Annotated[
         str,
-        typer.Argument(help="ml-100k | ml-1m | movielens:DIR | recbole:DIR | msl:DIR | d3:DIR | csv:DIR"),
+        typer.Argument(
+            help="ml-100k | ml-1m | KIND:DIR: csv, amazon, steam, codes, movielens, recbole, msl, d3"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The prepared folder.")],
-    max_history: Annotated[int, typer.Option(min=1, help="Titles of a history that are kept in a row.")] = 20,
+    max_history: Annotated[
+        int | None, typer.Option(min=1, help="Titles of a history that are kept in a row; default 20.")
+    ] = None,
     split: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="leave-one-out, time-windows, time-growing or dates; msl: and d3: are split already."
+            help="leave-one-out (default), time-windows, time-growing or dates; msl: and d3: are split already."
         ),
-    ] = "leave-one-out",
+    ] = None,
     k_core: Annotated[
-        int, typer.Option(min=0, help="Leave out users and items with fewer interactions; 0: none.")
-    ] = 0,
+        int | None,
+        typer.Option(min=0, help="Leave out users and items with fewer interactions; default none."),
+    ] = None,
     clean: Annotated[
         str, typer.Option(help="Titles: none, all, or steps of mojibake+html+tags+control+nfc+space.")
     ] = "none",

@@ -38,6 +38,9 @@ DATA_OPTIONS: dict[str, tuple[Any, str]] = {
     "min_history": (int, "Leave out rows with a shorter history."),
     "since": (str, "Leave out interactions before this date."),
     "until": (str, "Leave out interactions from this date on."),
+    "pipeline": (str, "Raw reviews by the rules of d3, msl or igd-steam; sets --split, --k-core and so on."),
+    "start_year": (str, "--pipeline d3: a year, auto (default: their search) or all."),
+    "sample_items": (int, "--pipeline msl: draw so many items; default 100000 of books, else all."),
     "valid_from": (str, "--split dates: first date of the validation rows."),
     "test_from": (str, "--split dates: first date of the test rows."),
 }

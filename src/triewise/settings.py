@@ -30,10 +30,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+# What a pipeline sets where nothing else is said, as its authors' scripts do.
+_SCRIPTS = {"max_history": 10, "k_core": 5, "ties": "file"}
+PIPELINES: dict[str | None, dict[str, Any]] = {
+    "d3": {"split": "time-growing", **_SCRIPTS},
+    "msl": {"split": "time-windows", **_SCRIPTS},
+    "igd-steam": {"split": "time-growing", **_SCRIPTS},
+}
+
+
 class DataSettings(Section):
     """What is learned from."""
 
-    source: str = Field(description="ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR or csv:DIR")
+    source: str = Field(
+        description="ml-100k, ml-1m, or KIND:DIR: csv, amazon, steam, codes, movielens, recbole, msl, d3"
+    )
     folder: Path | None = key(None, "prepared folder; default data/NAME, made when absent")
     max_history: int = key(20, "titles of a history that a prompt may hold (papers: 10)", ge=1)
     split: Literal["leave-one-out", "time-windows", "time-growing", "dates"] = key(
@@ -77,6 +88,24 @@ class DataSettings(Section):
     until: str | None = key(None, "interactions from this date or Unix time on are left out")
     valid_from: str | None = key(None, "split = dates: the first date or Unix time of validation targets")
     test_from: str | None = key(None, "split = dates: the first date or Unix time of test targets")
+    pipeline: Literal["d3", "msl", "igd-steam"] | None = key(
+        None,
+        "the rules of these papers' scripts for raw reviews; also sets split, max_history, k_core and ties",
+    )
+    start_year: int | Literal["auto", "all"] = key(
+        "auto", "pipeline = d3: interactions since October of this year; auto: their search; all: of any time"
+    )
+    sample_items: int | None = key(
+        None,
+        "pipeline = msl: so many items are drawn before the core; default 100,000 of books, else all",
+        ge=0,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        """Let a pipeline set what is not said."""
+        return {**PIPELINES.get(given.get("pipeline"), {}), **given} if isinstance(given, dict) else given
 
 
 class TinyModel(Section):

@@ -16,8 +16,10 @@ from triewise.data import prepare
 from triewise.data.raw_amazon import amazon_folder
 from triewise.data.raw_steam import steam_folder
 from triewise.errors import UserError
+from triewise.settings import DataSettings
 
 Record = dict[str, Any]
+BY_NAME = DataSettings(source="", user_column="username")
 PAIRS = [("u", "B1", 10), ("v", "B2", 20), ("u", "B2", 15), ("u", "B2", 30), ("v", "B1", 5)]
 OLD = [
     {"reviewerID": user, "asin": item, "unixReviewTime": (17_000 + day) * 86_400} for user, item, day in PAIRS
@@ -154,7 +156,7 @@ def test_steam_as_the_script_of_igd(tmp_path: Path) -> None:
         "rows_of_untitled_items": 3,
     }
     assert raw.events.timestamp.tolist() == [1_403_568_000, 86_400, 1_403_740_800]
-    assert steam_folder(tmp_path, "username").events.user_id == ("ann", "bob")
+    assert steam_folder(tmp_path, BY_NAME).events.user_id == ("ann", "bob")
 
 
 def test_steam_without_what_it_needs(tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_steam_without_what_it_needs(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="wanted reviews with nickname, product_id, date and a game that steam_games"
     ):
-        steam_folder(tmp_path, "nickname")
+        steam_folder(tmp_path, DataSettings(source="", user_column="nickname"))
 
 
 # --- real files -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ import numpy as np
 from triewise.data.interactions import Events, ordered_ids
 from triewise.data.published import Published, read_d3, tab_titles
 from triewise.data.readers import Raw
-from triewise.data.tables import counted, entries, names, read_text, shown
+from triewise.data.tables import counted, entries, names, shown
+from triewise.data.textfiles import bare_name, read_text
 from triewise.errors import UserError
 
 _TOKEN = re.compile(r"<[^<>\s]+>")
@@ -64,8 +65,8 @@ def has_sequences(folder: Path) -> bool:
 def coded_sequences(folder: Path) -> Raw:
     """The layout of LETTER: every item of a user's list is an interaction, oldest first. There are no times.
 
-    The time of an interaction is its place in the list, counted from 0. Titles are those of ``NAME.item.json`` or of
-    an info file; where neither is there, an item's title is its tokens, joined.
+    Titles are those of ``NAME.item.json`` or of an info file; where neither is there, an item's title is its tokens,
+    joined.
 
     Raises:
         UserError: Missing, ambiguous or broken file, or an item without codes.
@@ -95,13 +96,12 @@ def coded_sequences(folder: Path) -> Raw:
     events = Events(
         user=np.repeat(np.array([user_at[user] for user in length], np.int32), list(length.values())),
         item=np.array([item_at[item] for item in flat], np.int32),
-        timestamp=np.concatenate(
-            [np.arange(n, dtype=np.int64) for n in length.values()] or [np.zeros(0, np.int64)]
-        ),
+        timestamp=np.full(len(flat), -1, dtype=np.int64),
         user_id=tuple(user_id),
         item_id=tuple(item_id),
     )
-    return Raw(events, title, tuple(files), repairs)
+    note = "there are no times: the items of a user are in the order of the file"
+    return Raw(events, title, tuple(files), repairs, (note,))
 
 
 def coded_rows(folder: Path) -> Published:
@@ -178,12 +178,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_kind(path: Path, kind: str) -> bool:
-    name = path.name.lower().removesuffix(".gz")
-    return (
-        path.is_file()
-        and not name.startswith(".")
-        and (name == f"{kind}.json" or name.endswith(f".{kind}.json"))
-    )
+    return path.is_file() and path.name[0] != "." and f".{bare_name(path)}".endswith(f".{kind}.json")
 
 
 def _the_one(folder: Path, kind: str) -> Path:

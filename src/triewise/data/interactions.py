@@ -102,7 +102,8 @@ class Interactions(Events):
             title: Title of each raw item id; those of items that do not occur are left out and counted. Items
                 outside the k-core need none.
             k_core: Each user and each item that remains has at least so many interactions; 0 or 1 keeps all.
-            choices: ``ties``, ``untitled``, ``keep_unused``, ``min_user`` and ``min_item`` are taken from there.
+            choices: ``ties``, ``untitled``, ``keep_unused``, ``min_user`` and ``min_item`` are taken from there; a
+                ``pipeline`` keeps events that occur twice.
 
         Raises:
             UserError: If the k-core is empty, or one of its items has no title or an empty one.
@@ -112,7 +113,7 @@ class Interactions(Events):
             known = np.array([bool(title.get(raw, "").strip()) for raw in events.item_id], dtype=bool)
             repairs["rows_of_untitled_items"] = int((~known[events.item]).sum())
             events = events if known.all() else events.take(known[events.item])
-        kept, repairs["duplicate_rows"] = _in_order(events, choices.ties)
+        kept, repairs["duplicate_rows"] = _in_order(events, choices.ties, choices.pipeline is not None)
         notes: tuple[str, ...] = ()
         least = max(k_core, choices.min_user), max(k_core, choices.min_item)
         if max(least) > 1:
@@ -177,8 +178,10 @@ def ordered_ids(ids: Iterable[str]) -> list[str]:
     return sorted(known)
 
 
-def _in_order(events: Events, ties: str) -> tuple[Events, int]:
-    """Events by user and time, each once, and how many were left out; without times nothing is known to occur twice.
+def _in_order(events: Events, ties: str, every: bool = False) -> tuple[Events, int]:
+    """Events by user and time, each once unless ``every`` one counts, and how many were left out.
+
+    Without times nothing is known to occur twice.
 
     Events of one user and time are in the order of their raw item ids, or of the file, or in a random one that is
     always the same for the same events.
@@ -191,10 +194,10 @@ def _in_order(events: Events, ties: str) -> tuple[Events, int]:
     rows = rows.sort(keys, maintain_order=ties == "file")
     arrays: dict[str, Any] = {name: rows[name].to_numpy() for name in rows.columns}
     del rows
-    timeless = ties == "file" and len(events.user) > 0 and events.timestamp.max() < 0
-    keep = np.full(len(events.user), timeless)
+    every |= ties == "file" and len(events.user) > 0 and events.timestamp.max() < 0
+    keep = np.full(len(events.user), every)
     keep[:1] = True
-    for name in keys if not timeless else []:
+    for name in keys if not every else []:
         keep[1:] |= arrays[name][1:] != arrays[name][:-1]
     if not keep.all():
         arrays = {name: column[keep] for name, column in arrays.items()}

@@ -17,21 +17,22 @@ from typing import Any
 
 import polars as pl
 
-from triewise.data.tables import Table, entries, opened, reading, shown
+from triewise.data.tables import Table, entries, shown
+from triewise.data.textfiles import bare_name, opened, reading
 from triewise.errors import UserError
 from triewise.files import scan
 from triewise.progress import progress
 
-_ENDS = (".json", ".jsonl", ".ndjson")
+ENDS = (".json", ".jsonl", ".ndjson")
 _PIECE = 1 << 25  # bytes, read together
 _LARGE = 1 << 27  # bytes of a file; reading more takes long enough to say how far it is
 _BROKEN = (ValueError, SyntaxError, RecursionError, MemoryError)
 
 
-def record_files(folder: Path) -> list[Path]:
-    """The files of a folder that may hold records, by the ends of their names."""
-    named = ((path, path.name.lower().removesuffix(".gz")) for path in entries(folder) if path.is_file())
-    return [path for path, name in named if name.endswith(_ENDS) and not name.startswith(".")]
+def files_with(folder: Path, *ends: str) -> list[Path]:
+    """The files of a folder whose names, unpacked and in small letters, have one of these ends; no hidden ones."""
+    there = (path for path in entries(folder) if path.is_file() and not path.name.startswith("."))
+    return [path for path in there if bare_name(path).endswith(ends)]
 
 
 def record_table(path: Path, *keys: str) -> Table:

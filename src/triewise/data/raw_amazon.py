@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import polars as pl
 
-from triewise.data.lines import keys_of, record_files, record_table
+from triewise.data.lines import ENDS, files_with, keys_of, record_table
 from triewise.data.readers import PLAIN, Raw, read_events, read_titles
 from triewise.data.tables import Table, counted, entries, names, open_table
 from triewise.errors import UserError
@@ -50,7 +50,7 @@ class _File:
         return "title" in self.keys and bool(self.keys & {"asin", "parent_asin"}) and not self.is_reviews
 
 
-def amazon_folder(folder: Path, rows_alone: bool = False, *, choices: DataSettings = PLAIN) -> Raw:
+def amazon_folder(folder: Path, choices: DataSettings = PLAIN) -> Raw:
     """Reviews with metadata; every review is an interaction of its user with its item, whatever the rating.
 
     The item of 2023 is ``parent_asin``, and of several reviews of a user and an item the first counts, as in the
@@ -58,16 +58,13 @@ def amazon_folder(folder: Path, rows_alone: bool = False, *, choices: DataSettin
 
     Args:
         folder: Where the files lie.
-        rows_alone: Leave it to a pipeline which title of an item counts.
-        choices: As in `read_events` and `read_titles`.
+        choices: As in `read_events` and `read_titles`; a ``pipeline`` decides itself which title of an item counts.
 
     Raises:
         UserError: No or several files that could be the one or the other, files of different releases, broken lines.
     """
-    files = [_File(path, False, keys_of(path)) for path in record_files(folder)]
-    tables = [
-        _File(path, True, frozenset(open_table(path).columns)) for path in entries(folder) if _is_csv(path)
-    ]
+    files = [_File(path, False, keys_of(path)) for path in files_with(folder, *ENDS)]
+    tables = [_File(path, True, frozenset(open_table(path).columns)) for path in files_with(folder, ".csv")]
     # The hub's splits have the history too; together they are its interactions.
     whole = [file for file in tables if file.keys.issuperset(_NEW) and "history" not in file.keys]
     reviews = [file for file in files if file.is_reviews]
@@ -89,15 +86,17 @@ def amazon_folder(folder: Path, rows_alone: bool = False, *, choices: DataSettin
         notes.append(f"the metadata look like those of {looks[0]}")
     repairs: dict[str, int] = {}
     titles = record_table(metadata.path, keys.item, "title")
-    reviewed = open_table(source.path) if source.is_table else _reviews(source.path, keys, repairs)
-    events = read_events(reviewed, keys.user, keys.item, keys.time, repairs, choices)
+    reviewed = open_table(source.path) if source.is_table else _reviews(source.path, keys, choices, repairs)
+    rating = "rating" if keys is _NEW else "overall"
+    events = read_events(reviewed, keys.user, keys.item, keys.time, repairs, choices, rating=rating)
     rows = titles.collect(titles.ids(keys.item).alias("item"), pl.col("title"))
-    title = {} if rows_alone else read_titles(titles, keys.item, "title", repairs, choices)
+    title = {} if choices.pipeline else read_titles(titles, keys.item, "title", repairs, choices)
     return Raw(events, title, (source.path, metadata.path), repairs, tuple(notes), rows)
 
 
-def _reviews(path: Path, keys: _Keys, repairs: dict[str, int]) -> Table:
-    table = record_table(path, *keys)
+def _reviews(path: Path, keys: _Keys, choices: DataSettings, repairs: dict[str, int]) -> Table:
+    rating = ["rating" if keys is _NEW else "overall"] * (choices.min_rating is not None)
+    table = record_table(path, *keys, *rating)
     if keys is _OLD:
         return table
     rows = table.collect(pl.all())
@@ -106,10 +105,6 @@ def _reviews(path: Path, keys: _Keys, repairs: dict[str, int]) -> Table:
     once = first.unique([keys.user, keys.item], keep="first", maintain_order=True)
     counted(repairs, "repeated_reviews", len(rows) - len(once))
     return replace(table, rows=once.lazy())
-
-
-def _is_csv(path: Path) -> bool:
-    return path.is_file() and path.name.lower().removesuffix(".gz").endswith(".csv") and path.name[0] != "."
 
 
 def _the_one(found: list[_File], what: str, folder: Path) -> _File:

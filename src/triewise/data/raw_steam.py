@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from triewise.data.lines import keys_of, record_files, record_table
+from triewise.data.lines import ENDS, files_with, keys_of, record_table
 from triewise.data.pipelines import STEAM_WORDS, short, unescaped
 from triewise.data.readers import PLAIN, Raw, read_events
 from triewise.data.tables import counted, entries, names
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from triewise.settings import DataSettings
 
 
-def steam_folder(folder: Path, user: str | None = None, *, choices: DataSettings = PLAIN) -> Raw:
+def steam_folder(folder: Path, choices: DataSettings = PLAIN) -> Raw:
     """Reviews are interactions, the title of a game is its ``app_name``, and of rows with one id the last counts.
 
     As IGD's script does, reviews without user, product or a date such as 2014-06-24 are left out, and so are those of
@@ -30,14 +30,14 @@ def steam_folder(folder: Path, user: str | None = None, *, choices: DataSettings
 
     Args:
         folder: Where the two files lie.
-        choices: As in `read_events`.
-        user: Key of the user; default ``user_id``, which many reviews lack. All have ``username``.
+        choices: As in `read_events`; ``user_column`` is the key of the user, by default ``user_id``, which many reviews
+            lack. All have ``username``.
 
     Raises:
         UserError: Missing, ambiguous or broken file, or no review is left.
     """
-    user = user or "user_id"
-    keys = {path: keys_of(path) for path in record_files(folder)}
+    user = choices.user_column or "user_id"
+    keys = {path: keys_of(path) for path in files_with(folder, *ENDS)}
     reviews = _the_one(folder, keys, {"product_id", "date"}, "reviews")
     games = _the_one(folder, keys, {"id", "app_name"}, "games")
     repairs: dict[str, int] = {}
@@ -61,7 +61,7 @@ def steam_folder(folder: Path, user: str | None = None, *, choices: DataSettings
     if rows.is_empty():
         raise UserError(
             f"wanted reviews with {user}, product_id, date and a game that {games.name} names in {reviews}, found none "
-            f"({repairs}); check the files, or name another key of the user"
+            f"({repairs}); check the files, or name another key of the user with --user-column"
         )
     events = read_events(replace(table, rows=rows.lazy()), user, "product_id", "date", repairs, choices)
     return Raw(events, title, (reviews, games), repairs)

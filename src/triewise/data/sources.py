@@ -18,6 +18,7 @@ from triewise.data.fetch import RELEASES, fetch
 from triewise.data.findings import count_findings
 from triewise.data.interactions import Interactions
 from triewise.data.movielens_files import CITATION, INTERACTIONS, TITLES
+from triewise.data.pipelines import d3, igd_steam, msl
 from triewise.data.published import Published, read_d3, read_msl
 from triewise.data.raw_amazon import amazon_folder
 from triewise.data.raw_steam import steam_folder
@@ -30,7 +31,7 @@ from triewise.errors import UserError
 from triewise.files import sha256_file
 from triewise.locks import one_writer
 from triewise.progress import note
-from triewise.settings import DataSettings
+from triewise.settings import PIPELINES, DataSettings
 
 SOURCES = (
     "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR, amazon:DIR, steam:DIR, codes:DIR or csv:DIR"
@@ -40,10 +41,25 @@ _RAW: dict[str, Callable[[Path, DataSettings], Raw]] = {
     "movielens": movielens_folder,
     "recbole": recbole,
     "csv": csv_folder,
-    "amazon": lambda folder, choices: amazon_folder(folder, choices=choices),
-    "steam": lambda folder, choices: steam_folder(folder, choices=choices),
+    "amazon": amazon_folder,
+    "steam": steam_folder,
     "codes": lambda folder, _: coded_sequences(folder),
 }
+_COLUMNS: tuple[str, ...] = (
+    "item_column",
+    "time_column",
+    "title_column",
+    "rating_column",
+    "event_column",
+    "events",
+)
+_COLUMNS += ("interactions_file", "catalogue_file")
+_NOT_USED = {
+    "amazon": ("user_column", *_COLUMNS),
+    "steam": ("min_rating", *_COLUMNS),
+    "codes": ("user_column", "min_rating", *_COLUMNS),
+}
+_SAMPLED_BOOKS = 100_000
 _ALWAYS = ("split", "max_history", "clean", "k_core")
 _TIES = {"file": "of the file", "random": "that a fixed seed draws"}
 
@@ -102,7 +118,8 @@ def choices_of(source: str, **given: Any) -> DataSettings:
     Raises:
         UserError: Unknown source, a setting out of range, or one that a published split cannot follow.
     """
-    choices = {name: info.default for name, info in DataSettings.model_fields.items()} | given
+    default = {name: info.default for name, info in DataSettings.model_fields.items()}
+    choices = default | PIPELINES.get(given.get("pipeline"), {}) | given
     max_history, k_core, split = (choices[name] for name in ("max_history", "k_core", "split"))
     if max_history < 1:
         raise UserError(f"wanted max_history of at least 1, got {max_history}; choose for example 20")
@@ -141,7 +158,23 @@ def choices_of(source: str, **given: Any) -> DataSettings:
         raise UserError(
             f"wanted no {name} for {kind}:, whose rows its authors have chosen, got {value!r}; leave it out"
         )
+    _check_raw(kind, others)
     return made
+
+
+def _check_raw(kind: str, others: dict[str, Any]) -> None:
+    """Refuse settings that would change nothing: raw sources know their columns, a pipeline its switches."""
+    pipeline = others.get("pipeline")
+    needs = {"start_year": "d3", "sample_items": "msl"}
+    wrong = [
+        name for name in others if needs.get(name, pipeline) != pipeline or name in _NOT_USED.get(kind, ())
+    ]
+    wrong += ["pipeline"] * (pipeline == "igd-steam" and kind != "steam")
+    if wrong:
+        raise UserError(
+            f"wanted no {wrong[0]} for {kind}: {f'with pipeline {pipeline}' if pipeline else 'without a pipeline'}, "
+            f"which does not use it, got {others[wrong[0]]!r}; leave it out"
+        )
 
 
 def _others(choices: DataSettings) -> dict[str, Any]:
@@ -213,7 +246,14 @@ def movielens(name: str, choices: DataSettings | None = None) -> Raw:
 
 def _raw(kind: str, folder: Path, choices: DataSettings) -> Prepared:
     raw = movielens(kind, choices) if kind in RELEASES else _RAW[kind](folder, choices)
-    interactions = Interactions.from_events(raw.events, raw.title, choices.k_core, choices)
+    films = kind in RELEASES or kind == "movielens"
+    words = _FILMS if films else _words(choices.pipeline, folder, raw.files)
+    if kind == "codes":
+        choices = choices.model_copy(update={"ties": "file"})  # which has the order and no times
+    k_core = choices.k_core
+    if choices.pipeline:
+        raw, k_core = _piped(raw, choices, words), 0
+    interactions = Interactions.from_events(raw.events, raw.title, k_core, choices)
     repairs = raw.repairs | interactions.repairs
     title = _cleaned(interactions.title, choices.clean, repairs)
     emptied = [item for item, text in zip(interactions.item_id, title, strict=True) if not text]
@@ -229,7 +269,6 @@ def _raw(kind: str, folder: Path, choices: DataSettings) -> Prepared:
         )
     short = (np.bincount(interactions.user) < (3 if leaves_one_out else 2)).sum()
     counted(repairs, "users_without_test_row" if leaves_one_out else "users_without_row", short)
-    films = kind in RELEASES or kind == "movielens"
     parts = lazy_splits(interactions, choices.split, choices.max_history, choices)
     if choices.min_history > 1:
         every = lazy_splits(
@@ -238,7 +277,7 @@ def _raw(kind: str, folder: Path, choices: DataSettings) -> Prepared:
         n_short = sum(part.n_rows for part in every) - sum(part.n_rows for part in parts)
         counted(repairs, "rows_with_short_history", n_short)
     notes = ("every rating is an interaction, whatever its value",) * (films and choices.min_rating is None)
-    if choices.ties != "item":
+    if choices.ties != "item" and kind != "codes":
         notes += (f"events of a user at one time are in the order {_TIES[choices.ties]}",)
     return Prepared(
         catalog=Catalog.from_titles(interactions.item_id, title),
@@ -246,7 +285,7 @@ def _raw(kind: str, folder: Path, choices: DataSettings) -> Prepared:
         interactions=interactions,
         users=len(interactions.user_id),
         n_interactions=len(interactions.item),
-        words=_FILMS if films else _words(_OTHER_WORDS, folder, raw.files),
+        words=words,
         repairs=repairs,
         notes=notes + raw.notes + interactions.notes,
         citation=CITATION if films else None,
@@ -264,7 +303,7 @@ def _published(kind: str, folder: Path, choices: DataSettings) -> Prepared:
         interactions=None,
         users=published.users,
         n_interactions=published.interactions,
-        words=_words(_MSL_WORDS if kind == "msl" else _D3_WORDS, folder, published.files),
+        words=_words(kind, folder, published.files),
         repairs=published.repairs,
         notes=published.notes,
         citation=None,
@@ -285,8 +324,29 @@ def _cleaned(titles: tuple[str, ...], clean: str, repairs: dict[str, int]) -> tu
     return cleaned
 
 
-def _words(words: Mapping[str, tuple[str, str]], folder: Path, files: tuple[Path, ...]) -> tuple[str, str]:
-    """Noun and verb for prompts, by the name of the folder or else of its files."""
+def _piped(raw: Raw, choices: DataSettings, words: tuple[str, str]) -> Raw:
+    """What a pipeline leaves of a source."""
+    rows = raw.title_rows
+    if rows is None:
+        rows = pl.DataFrame({"item": list(raw.title), "title": list(raw.title.values())})
+    if choices.pipeline == "d3":
+        kept = d3(raw.events, rows, choices.k_core, choices.start_year)
+    elif choices.pipeline == "msl":
+        sample = choices.sample_items
+        if sample is None:
+            sample = _SAMPLED_BOOKS if words == _MSL_WORDS["book"] else 0
+        kept = msl(raw.events, rows, choices.k_core, sample)
+    else:
+        kept = igd_steam(raw.events, raw.title, choices.k_core)
+    repairs = dict(raw.repairs)
+    for name, count in kept.repairs.items():
+        counted(repairs, name, count)
+    return replace(raw, events=kept.events, title=kept.title, repairs=repairs, notes=(*raw.notes, kept.note))
+
+
+def _words(whose: str | None, folder: Path, files: tuple[Path, ...]) -> tuple[str, str]:
+    """Noun and verb for prompts, by the name of the folder or else of its files; those of a paper for its data."""
+    words = {"msl": _MSL_WORDS, "d3": _D3_WORDS, "igd-steam": _D3_WORDS}.get(whose or "", _OTHER_WORDS)
     names = (folder.resolve().name.lower(), *(file.name.lower() for file in files))
     return next((words[word] for name in names for word in words if word in name), _UNKNOWN_WORDS)
 
@@ -299,23 +359,23 @@ def prepare(
     source: str,
     out: Path,
     *,
-    max_history: int = 20,
+    max_history: int | None = None,
     clean: str = "none",
-    k_core: int = 0,
-    split: str = "leave-one-out",
+    k_core: int | None = None,
+    split: str | None = None,
     **choices: object,
 ) -> Dataset:
     """Read a source and write a prepared folder.
 
     Args:
-        source: ``ml-100k``, ``ml-1m``, ``movielens:DIR``, ``recbole:DIR``, ``csv:DIR``, ``msl:DIR`` or ``d3:DIR``.
+        source: One of :data:`SOURCES`.
         out: Folder to write; may be absent, empty or an older prepared folder, which is replaced as a whole.
-        max_history: Histories are cut to the last so many items; with ``"time-windows"`` also the length of a
-            window.
+        max_history: Histories are cut to the last so many items (20, of a pipeline 10); with ``"time-windows"`` also
+            the length of a window.
         clean: How titles are cleaned; see :func:`triewise.data.titles.clean_titles`.
         k_core: Users and items with fewer interactions are left out, again and again until none is left; 0 or 1
-            keeps all. Not for published splits.
-        split: ``"leave-one-out"``, ``"time-windows"`` or ``"time-growing"``; see
+            keeps all (0, of a pipeline 5). Not for published splits.
+        split: ``"leave-one-out"`` (unless a pipeline says otherwise), ``"time-windows"`` or ``"time-growing"``; see
             :func:`triewise.data.splits.lazy_splits`. Published splits stay as they are.
         **choices: Further keys of :class:`triewise.settings.DataSettings`, such as ``user_column`` or ``ties``.
 
@@ -326,7 +386,8 @@ def prepare(
         UserError: Unknown source, bad setting, broken raw files, ``out`` holds something else.
     """
     out = Path(out)
-    given = {"max_history": max_history, "clean": clean, "k_core": k_core, "split": split, **choices}
+    asked = {"max_history": max_history, "clean": clean, "k_core": k_core, "split": split}
+    given = {name: value for name, value in asked.items() if value is not None} | choices
     wanted, settings = choices_of(source, **given), settings_of(source, **given)
     check_place(out)
     with one_writer(out, beside=True):
