@@ -161,7 +161,7 @@ def _object(path: Path, kind: str) -> dict[str, Any]:
     """The one JSON object of a file, each key once."""
     try:
         known = json.loads(read_text(path), object_pairs_hook=_each_once)
-    except (json.JSONDecodeError, RecursionError, KeyError) as error:
+    except (json.JSONDecodeError, RecursionError, LookupError) as error:
         raise UserError(f"wanted JSON in {path}, got {error}; copy or download it again") from None
     if not isinstance(known, dict):
         raise UserError(f"wanted an object from {_KINDS[kind]} in {path}, got {shown(known)}; check the file")
@@ -172,7 +172,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for key, value in pairs:
         if key in known:
-            raise KeyError(f"the key {key} twice")
+            raise LookupError(f"the key {key} twice")
         known[key] = value
     return known
 

@@ -26,7 +26,7 @@ from triewise.progress import progress
 ENDS = (".json", ".jsonl", ".ndjson")
 _PIECE = 1 << 25  # bytes, read together
 _LARGE = 1 << 27  # bytes of a file; reading more takes long enough to say how far it is
-_BROKEN = (ValueError, SyntaxError, RecursionError, MemoryError)
+_BROKEN = (ValueError, TypeError, SyntaxError, RecursionError, MemoryError)
 
 
 def files_with(folder: Path, *ends: str) -> list[Path]:
@@ -77,7 +77,7 @@ def _record(line: bytes) -> dict[str, Any]:
             record = json.loads(text)
     record = ast.literal_eval(text) if record is None else record
     if not isinstance(record, dict):
-        raise ValueError("no object")
+        raise TypeError("no object")
     return record
 
 
