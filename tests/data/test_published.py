@@ -341,3 +341,21 @@ def test_a_broken_info_file_is_one_clear_line(tmp_path: Path, text: str, message
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=message):
         tab_titles(path)
+
+
+def test_titles_that_rows_repeat_are_compared_with_the_info_file(tmp_path: Path) -> None:
+    def write(*titles: str) -> Path:
+        (tmp_path / "info.txt").write_text("A\t0\nB\t1\n", encoding="utf-8")
+        rows = "".join(f'[0],1,"{title}"\n' for title in titles)
+        for name in ("train", "valid", "test"):
+            (tmp_path / f"{name}.csv").write_text(
+                f"history_item_id,item_id,item_title\n{rows}", encoding="utf-8"
+            )
+        return tmp_path
+
+    assert "rows_of_other_titles" not in read_d3(write("B", "")).repairs
+    assert read_d3(write("B", "C")).repairs["rows_of_other_titles"] == 3
+    with pytest.raises(
+        UserError, match="wanted the titles of info.txt in column item_title, got 'C' for 'B'; take"
+    ):
+        read_d3(write("C", "D"))

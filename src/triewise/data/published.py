@@ -142,7 +142,7 @@ def read_d3(folder: Path) -> Published:
 
 
 def _d3_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
-    rows = read_rows(path, ["history_item_id", "item_id"], repairs, optional=["user_id", "timestamp"])
+    rows = read_rows(path, ["history_item_id", "item_id"], repairs, ["user_id", "timestamp"], ["item_title"])
     ids, starts = id_lists(rows, "history_item_id", path)
     number = rows[ROW].to_numpy()
     history = item_indices(ids, titles.item_id, np.repeat(number, np.diff(starts)), path, titles.path)
@@ -150,8 +150,26 @@ def _d3_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
     users = rows["user_id"].to_list() if "user_id" in rows.columns else [None] * len(rows)
     timed = "timestamp" in rows.columns
     times = seconds(rows, "timestamp", path, repairs) if timed else np.full(len(rows), -1, dtype=np.int64)
+    _compare_titles(rows, target, path, titles, repairs)
     split = Split(np.array(users, dtype=object), Ragged(history, starts), target, times)
     return _with_history(split, path, repairs)
+
+
+def _compare_titles(
+    rows: pl.DataFrame, target: Int32, path: Path, titles: Titles, repairs: dict[str, int]
+) -> None:
+    """Count rows that call their item otherwise than the info file does; where all do, one of the two is wrong."""
+    if "item_title" not in rows.columns:
+        return
+    known = pl.Series(titles.title, dtype=pl.String).str.strip_chars().gather(target)
+    said = rows["item_title"].str.strip_chars()
+    other = (said != known) & (said != "")
+    counted(repairs, "rows_of_other_titles", other.sum())
+    if other.sum() and other.sum() == (said != "").sum():
+        raise UserError(
+            f"{path}: wanted the titles of {titles.path.name} in column item_title, got {shown(said[0])} for "
+            f"{shown(known[0])}; take both files from one data set"
+        )
 
 
 def _d3_file(folder: Path, name: str) -> Path:

@@ -80,7 +80,11 @@ def counted(repairs: dict[str, int], name: str, count: SupportsInt) -> None:
 
 
 def read_rows(
-    path: Path, columns: Sequence[str], repairs: dict[str, int], optional: Sequence[str] = ()
+    path: Path,
+    columns: Sequence[str],
+    repairs: dict[str, int],
+    optional: Sequence[str] = (),
+    loose: Sequence[str] = (),
 ) -> pl.DataFrame:
     """Some columns of a CSV file as text, with the number of each row.
 
@@ -89,6 +93,7 @@ def read_rows(
         columns: Names that must be there; a row in which one of them is empty is an error.
         repairs: Rows without any of the columns (blank lines) are left out and counted here, ``blank_rows``.
         optional: Names that may be there.
+        loose: Names that may be there, and cells that may be empty.
 
     Returns:
         :data:`ROW` and the columns found, all of type String.
@@ -102,7 +107,7 @@ def read_rows(
         raise UserError(
             f"wanted the column {missing[0]} in {path}, found {', '.join(table.columns)}; rename or add it"
         )
-    wanted = [name for name in table.columns if name in columns or name in optional]
+    wanted = [name for name in table.columns if name in (*columns, *optional, *loose)]
     table.check(*wanted)
     rows = table.collect(*map(pl.col, wanted)).with_row_index(ROW, offset=1)
     blank = rows.select(pl.all_horizontal(pl.col(wanted).is_null())).to_series()
@@ -110,7 +115,7 @@ def read_rows(
     rows = rows.filter(~blank)
     if rows.is_empty():
         raise UserError(f"wanted rows in {path}, found only a header; copy or download it again")
-    for name in wanted:
+    for name in (name for name in wanted if name not in loose):
         refuse(rows, rows[name].is_null() | (rows[name] == ""), name, path)
     return rows
 
