@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(triewise.__file__).parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
+SUFFIXES = ("py", "toml", "html", "parquet", "json")  # files that are called as modules are
 MODULES = {file.stem: file for file in PACKAGE.rglob("[a-z]*.py")}
 
 
@@ -115,7 +116,14 @@ def test_every_recipe_module_and_test_that_is_named_is_there(page: Path) -> None
     missing = []
     sections = {*Recipe.model_fields, "ranking", "dataset", "metrics"}  # keys of a recipe, objects, and files
     for module, name in re.findall(r"`([a-z_]+)\.([A-Za-z_]+(?:\.[A-Za-z_]+)?)(?:\(.*?\))?`", text):
-        if module in set(MODULES) - sections and name not in {"py", "toml", *names_in(MODULES[module])}:
+        if module in set(MODULES) - sections and name not in {
+            "py",
+            "toml",
+            "html",
+            "parquet",
+            "json",
+            *names_in(MODULES[module]),
+        }:
             missing.append(f"{module}.{name}")
     last = ""
     tests = {file.name: file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")}

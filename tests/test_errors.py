@@ -26,7 +26,7 @@ from triewise.app.compare import collect, read_log
 from triewise.app.folders import open_data
 from triewise.cli import main
 from triewise.errors import UserError
-from triewise.files import read_json, write_json
+from triewise.files import read_json, sha256_file, write_json
 from triewise.models import load_trained, save_trained
 from triewise.models.smollm2 import _read_gguf
 from triewise.ranking import Evaluation, Groups, MostPopular, evaluate, load_evaluation
@@ -457,7 +457,8 @@ def test_recommenders_that_are_not_whole(tmp_path: Path) -> None:
     other.save(tmp_path / "trie.npz")
     facts = read_json(tmp_path / "recommender.json")
     facts["hashes"]["trie"] = other.fingerprint()
-    write_json(tmp_path / "recommender.json", facts)
+    facts["sha256"]["trie.npz"] = sha256_file(tmp_path / "trie.npz")
+    write_json(tmp_path / "recommender.json", facts, sealed=True)
     with pytest.raises(UserError, match="the tokenizer in .*/model does not give the titles of trie.npz"):
         triewise.load(tmp_path)
     (tmp_path / "trie.npz").unlink()

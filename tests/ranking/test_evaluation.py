@@ -134,7 +134,7 @@ def test_files_are_as_promised(tmp_path: Path) -> None:
         "rank": pl.Int32,
         "certified": pl.Boolean,
     }
-    assert frame["items"][0].to_list()[-4:] == [-1] * 4
+    assert len(frame["items"][0]) == POPULAR.groups.n_groups  # no columns beyond the catalogue
     metrics = read_json(tmp_path / "metrics.json")
     for key in ("split", "n_users", "HR@5", "HR@10", "NDCG@5", "NDCG@10", "MRR@10", "counters", "timing"):
         assert key in metrics

@@ -198,7 +198,10 @@ def test_the_reference_is_computed_once(tmp_path: Path, capsys: pytest.CaptureFi
         again, same_key = kept_reference(path, small_model(), examples, rejected, "vocabulary")
     assert np.array_equal(first, again) and key == same_key
     other, _ = kept_reference(path, small_model(seed=1), examples, rejected, "vocabulary")
-    assert "is of other weights, prompts or rows; the reference is computed again" in capsys.readouterr().err
+    assert (
+        "is of other weights, prompts or rows, or damaged; the reference is computed again"
+        in capsys.readouterr().err
+    )
     assert not np.array_equal(first, other)
     path.write_bytes(path.read_bytes()[:100])
     back, _ = kept_reference(path, small_model(), examples, rejected, "vocabulary")
@@ -457,7 +460,7 @@ def test_references_that_do_not_fit(raw: Path, reference: Path, tmp_path: Path) 
         UserError, match=r"both was trained on the validation rows; .* set training.rows = 'train\+valid'"
     ):
         train_run(recipe(raw, objective=preference(tmp_path / "both")), tmp_path / "run")
-    made = recipe(raw).model_dump(exclude={"backbone", "objective"}) | {
+    made = recipe(raw).model_dump(exclude={"backbone", "identifier", "objective"}) | {
         "sequential": {"encoder": "gru4rec", "width": 8}
     }
     made["training"] |= {"steps": 1, "warmup_steps": 0}
