@@ -32,6 +32,7 @@ def one_writer(folder: Path, beside: bool = False, wait: bool = False) -> Iterat
 
     Raises:
         UserError: Another process writes there, or this one may not.
+        OSError: This one may not, and would wait.
     """
     folder = Path(os.path.realpath(folder))
     file = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
@@ -43,6 +44,8 @@ def one_writer(folder: Path, beside: bool = False, wait: bool = False) -> Iterat
         file.parent.mkdir(parents=True, exist_ok=True)
         _held[file] = _taken(file, folder, wait)
     except OSError as error:
+        if wait:  # of a cache, whose line names TRIEWISE_CACHE
+            raise
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another folder") from None
     try:
         sweep(file.parent, folder.name if beside else None)

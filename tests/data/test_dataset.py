@@ -555,7 +555,7 @@ def test_loading_checks_everything(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"wanted 'noun' in .*dataset.json, it is missing; prepare it again"):
         load_dataset(out)
-    for text, message in [("[]", "of format 1, .* has None"), ("{", "wanted UTF-8 JSON in")]:
+    for text, message in [("[]", "dataset.json is damaged"), ("{", "wanted UTF-8 JSON in")]:
         (out / "dataset.json").write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=message):
             load_dataset(out)
