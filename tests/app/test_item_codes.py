@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import triewise
 from tests import worlds
-from triewise.app import evaluate_run, train_run
+from triewise.app import evaluate_run, report_runs, train_run
 from triewise.app.assemble import Assembly, assemble
 from triewise.app.folders import open_data
+from triewise.cli import app
 from triewise.errors import UserError
 from triewise.files import read_json, write_json
 from triewise.models import head_weight
@@ -200,6 +204,25 @@ def test_objectives_teachers_and_assistants(raw: Path, items: Path, tmp_path: Pa
         UserError, match="grounding compares free texts with titles, got a model that writes codes"
     ):
         coded.with_settings(search="grounding").recommend([[1]])
+
+
+@pytest.mark.parametrize("kind", ["codes", "codes+title"])
+def test_what_people_read_of_codes_has_titles(raw: Path, kind: str, tmp_path: Path) -> None:
+    """The page, the answers in a terminal, and what is said of codes that titles share."""
+    made = recipe(raw, identifier={"kind": kind, "levels": [2], "collisions": "group"})
+    train_run(made, tmp_path / "run")
+    evaluate_run(tmp_path / "run")
+    report, titled = report_runs([tmp_path / "run"], tmp_path / "page.html"), kind == "codes+title"
+    assert report.facts["shared_titles"] == (0 if titled else 12)
+    shown = report.examples[0].recommendations[0]
+    end = f"{escape(shown.tokens[0].text)}</span>"
+    assert titled or f"{end} {escape(shown.title)}</bdi>" in (tmp_path / "page.html").read_text("utf-8")
+    words = ["recommend", str(tmp_path / "run"), "--history", "Red", "-k", "1"]
+    said = CliRunner().invoke(app, [*words, "--explain"]).stdout.splitlines()[0]
+    title = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["recommendations"][0]["title"]
+    assert said.replace("[", "").replace("]", "").endswith(title)
+    card = (tmp_path / "run" / "README.md").read_text("utf-8")
+    assert f"write the {kind.replace('+', ' and ')} of the next item" in card
 
 
 def test_codes_that_are_given(raw: Path, items: Path, tmp_path: Path) -> None:

@@ -268,7 +268,9 @@ class GenerativeRecommender(SearchSettings, Assisted):
     ) -> tuple[Recommendation, ...]:
         """Which tokens decided each of the ``items`` after a history, for the model alone; see `reports.explain`."""
         prompt, tokenizer = self.prompts.encode(history), self.backbone.tokenizer
-        return explain(self.engine, tokenizer, self.catalog, prompt, items, target, self.gain)
+        found = explain(self.engine, tokenizer, self.catalog, prompt, items, target, self.gain)
+        coded = self.prompts.identifier is not None and not self.prompts.identifier.titled
+        return tuple(replace(one, coded=coded) for one in found)
 
     def title_figures(self, dataset: Dataset) -> dict[str, Any]:
         """What a `Report` says of the titles as this model's tokenizer reads them."""

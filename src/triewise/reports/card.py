@@ -51,10 +51,11 @@ class CardFacts:
 
 def model_card(facts: CardFacts, where: str = ".") -> str:
     """The card as Markdown with a YAML header; ``where`` is the folder or hub id in the usage example."""
+    written = "title" if facts.recipe is None else facts.recipe.identifier.kind.replace("+", " and ")
     kind = (
         f"A sequential recommender: a model over item ids that scores all {facts.n_items:,} items."
         if _of_ids(facts)
-        else "A recommender that lets a language model write the title of the next item, along the prefix tree of "
+        else f"A recommender that lets a language model write the {written} of the next item, along the prefix tree of "
         f"{facts.n_items:,} items."
     )
     follows = "Training and ranking follow, as far as the recipe says so, these two papers:"

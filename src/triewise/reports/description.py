@@ -80,7 +80,9 @@ def describe(
         "density": interactions / (users * catalog.n_items) if users and interactions else None,
         "titles": catalog.n_titles,
         "duplicate_titles": int((np.bincount(catalog.group)[catalog.group] > 1).sum()),
-        "shared_titles": len(prompts.readback.shared),
+        "shared_titles": len(prompts.readback.shared)
+        if prompts.identifier is None
+        else _alike(trie, catalog.group),
         "unknown_titles": len(prompts.readback.unknown),
         "changed_titles": len(prompts.readback.changed),
         "train_rows": dataset.train.n_rows,
@@ -99,6 +101,12 @@ def describe(
         "AVT": average_valid_tokens(trie, counts),
         "prompt_tokens": _prompt_tokens(prompts, dataset),
     }
+
+
+def _alike(trie: Trie, group_I: NDArray[np.integer[Any]]) -> int:
+    """Titles that end at a leaf with another title."""
+    leaf, _ = np.unique(np.stack([trie.leaf, group_I]), axis=1)
+    return int((np.bincount(leaf)[leaf] > 1).sum())
 
 
 def compared(tries: Mapping[str, Trie], counts: ArrayLike) -> dict[str, int | float]:

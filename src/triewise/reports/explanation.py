@@ -49,6 +49,7 @@ class Recommendation:
         score: Log-probability of the title under the engine's support, nats: the sum over its tokens.
         tokens: The tokens, the terminator last.
         is_target: Whether it lies in the group of the user's true next item.
+        coded: Whether its tokens are codes alone, which do not say the title.
     """
 
     item: int
@@ -56,6 +57,7 @@ class Recommendation:
     score: float
     tokens: tuple[Token, ...]
     is_target: bool
+    coded: bool = False
 
 
 @dataclass(frozen=True)

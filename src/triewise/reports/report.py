@@ -395,6 +395,7 @@ def _card(example: Example, draw: bool) -> str:
 
 def _recommended(place: int, found: Recommendation) -> str:
     spans = "".join(_span(piece) for piece in pieces(found.tokens))
+    spans += f" {escape(found.title)}" if found.coded else ""
     mark = "<em>✓ true next title</em>" if found.is_target else ""
     probability = escape(percent(math.exp(found.score)))
     return f"<li><b>{place}</b><bdi>{spans}</bdi>{mark}<span>{probability}</span></li>"

@@ -146,6 +146,8 @@ def _marked(recommended: Recommendation, coloured: bool) -> Text:
         bare = word.lstrip() or word or "end"
         text.append(word.removesuffix(bare))
         text.append(bare if coloured else f"[{bare}]", style="bold cyan" if word else "italic cyan")
+    if recommended.coded:
+        text.append(f"  {clean(recommended.title)}")
     if recommended.is_target:
         text.append("  <- true next title", style="bold green")
     return text
