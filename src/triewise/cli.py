@@ -391,6 +391,7 @@ def reproduce(
     rows: Annotated[str, typer.Option(help="Only these, with commas between; default all.")] = "",
     trials: Annotated[int | None, typer.Option(min=1, help="Values tried of each row; default all.")] = None,
     changes: Changes = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """A table of many runs: choose on validation, repeat with seeds, rank exactly and with beams, compare."""
@@ -398,7 +399,8 @@ def reproduce(
 
     names = [name.strip() for name in rows.split(",") if name.strip()]
     how: dict[str, Any] = {"data": data, "steps": steps, "seeds": seeds, "rows": names, "trials": trials}
-    made = reproduce_table(table, out, **how, changes=changes or ())
+    how |= {"changes": changes or (), "trust_remote_code": trust_remote_code}
+    made = reproduce_table(table, out, **how)
     if as_json:
         _print_json(made.as_json() | {"report": str(made.html) if made.html else None})
     else:

@@ -44,7 +44,7 @@ _BEFORE = {"evaluation": {"gain_over": "all"}}
 _TAGS = ("dllm2rec", "llm-cf")  # kinds that pydantic names in the place of a problem
 
 # What only a language model has a use for; the values that change nothing.
-_OF_LANGUAGE_MODELS = {
+OF_LANGUAGE_MODELS = {
     "training": ("accumulation", "log_parts", "order", "packing", "gradient_checkpointing", "workers"),
     "evaluation": (
         *("search", "choose", "support", "length_penalty", "alpha", "measure", "scope"),
@@ -103,7 +103,7 @@ class Recipe(Section):
             name for name in ("backbone", "identifier", "objective") if name in self.model_fields_set
         ]
         unused += ["hybrid"] * (self.hybrid is not None)
-        for section, keys in _OF_LANGUAGE_MODELS.items():
+        for section, keys in OF_LANGUAGE_MODELS.items():
             chosen, default = getattr(self, section), type(getattr(self, section))()
             unused += [f"{section}.{key}" for key in keys if getattr(chosen, key) != getattr(default, key)]
         if unused:

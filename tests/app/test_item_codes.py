@@ -225,6 +225,20 @@ def test_what_people_read_of_codes_has_titles(raw: Path, kind: str, tmp_path: Pa
     assert f"write the {kind.replace('+', ' and ')} of the next item" in card
 
 
+def test_titles_that_share_codes_share_their_probability(raw: Path, tmp_path: Path) -> None:
+    """So that as teacher or assistant they do not forbid all titles but one of those with the same codes."""
+    grouped = {"levels": [2], "collisions": "group"}
+    train_run(recipe(raw, identifier=grouped), tmp_path / "grouped")
+    coarse = triewise.load(tmp_path / "grouped")
+    assert isinstance(coarse, GenerativeRecommender)
+    log_p = coarse.log_probabilities([[0, 1]])[0]
+    scores = coarse.recommend([[0, 1]], None)
+    for item, score in zip(scores.items[0], scores.scores[0], strict=True):
+        members = coarse.groups.of_item == coarse.groups.of_item[item]
+        np.testing.assert_allclose(np.exp(log_p[members]), np.exp(score) / members.sum(), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(log_p).sum(), 1)
+
+
 def test_codes_that_are_given(raw: Path, items: Path, tmp_path: Path) -> None:
     train_run(recipe(raw), tmp_path / "run")
     wanted = read_identifier(tmp_path / "run" / IDENTIFIER, open_data(recipe(raw)).catalog)

@@ -112,10 +112,10 @@ def test_an_interrupted_table_goes_on(
     ask = world | {"seeds": 1, "rows": ["msl"], "trials": 2}
     whole = reproduce("ledger", tmp_path / "whole", **ask)
 
-    def stop(run: Path, *args: Any) -> Any:
+    def stop(run: Path, *args: Any, **how: Any) -> Any:
         if run.name == "trial-1":
             raise KeyboardInterrupt
-        return evaluate_run(run, *args)
+        return evaluate_run(run, *args, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr("triewise.app.reproduce.evaluate_run", stop)
@@ -130,7 +130,8 @@ def test_an_interrupted_table_goes_on(
 
 
 def test_what_a_row_needs_is_trained_once(world: dict[str, Any], tmp_path: Path) -> None:
-    sasrec = [*world["changes"], "training.learning_rate=1e-3"]
+    of_models = ["identifier.kind=codes", "training.accumulation=2", "evaluation.search=beam"]
+    sasrec = [*world["changes"], "training.learning_rate=1e-3", *of_models]
     made = reproduce(
         "ledger", tmp_path, **(world | {"changes": sasrec}), seeds=1, rows=["tca4rec", "s-dpo"], trials=1
     )
@@ -139,6 +140,15 @@ def test_what_a_row_needs_is_trained_once(world: dict[str, Any], tmp_path: Path)
     reference = open_run(tmp_path / "s-dpo" / "trial-0")[0].objective.preference.reference
     assert reference == (tmp_path / "needed" / "ledger-lml").absolute()
     assert not made.differences  # nothing to compare with
+
+
+def test_code_of_a_model_runs_where_the_command_says_so(world: dict[str, Any], tmp_path: Path) -> None:
+    asks = {"changes": [*world["changes"], "backbone.trust_remote_code=true"]}
+    ask = world | {"seeds": 1, "rows": ["msl"], "trials": 1}
+    with pytest.raises(UserError, match="the table ledger asks to run code .*--trust-remote-code"):
+        reproduce("ledger", tmp_path, **(ask | asks))
+    made = reproduce("ledger", tmp_path, **ask, trust_remote_code=True)
+    assert not made.rows[0].failed and open_run(tmp_path / "msl" / "trial-0")[0].backbone.trust_remote_code
 
 
 def test_a_row_that_fails_is_a_line(

@@ -195,6 +195,23 @@ def test_a_reward_by_hand() -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+def test_titles_that_share_their_codes_are_liked_together() -> None:
+    """Codes of .2 + .4 and of .4: S is 1.5 for the first."""
+    sequences, rows = [[7, 0], [7, 0], [9, 0]], make_split([("u", [2], 0)])
+    prompts, trie = make_prompts(sequences), Trie.from_sequences(sequences)
+    windows = make_windows(rows, "last", prompts)
+    examples = Examples(windows, prompts, trie, None, np.zeros(trie.n_nodes, bool))
+    flow = replace(
+        flow_of(world()),
+        prior=history_prior(trie, np.array([1, 1, 2])),
+        scores=lambda *_: np.log([[0.2, 0.4, 0.4]]),
+    )
+    found = flow.batches(examples, np.zeros((1, 1), np.int64), False)._rewards(
+        np.array([0]), trie.walk([7, 0])[:2].astype(np.int64), np.array([2])
+    )
+    np.testing.assert_allclose(found, [-15, np.log(0.5) / 1.5], rtol=1e-6)
+
+
 def test_a_draw_depends_on_seed_step_and_window_alone() -> None:
     examples, seen = world(), []
 

@@ -17,19 +17,23 @@ from typing import Any
 import numpy as np
 
 from triewise.app.compare import Repeats, comparisons, row
-from triewise.app.folders import open_run
+from triewise.app.folders import consented, open_run
 from triewise.app.runs import evaluate_run, train_run
 from triewise.errors import UserError
 from triewise.files import read_json, write_json, write_text
 from triewise.progress import note
 from triewise.ranking import Evaluation, load_evaluation
-from triewise.recipe import Recipe, dump_recipe, load_recipe
+from triewise.recipe import OF_LANGUAGE_MODELS, Recipe, dump_recipe, load_recipe
 from triewise.reports import Comparison, Report, Row, write_report
 
 TABLES = ("ledger",)
 METRIC = "NDCG@10"  # of validation, by which a row's value is chosen
 TRIAL = "trial.json"
-_OF_MODELS = ("backbone.", "objective.")  # changes that a sequential run has no use for
+_SECTIONS = ("backbone.", "identifier.", "objective.", "hybrid.")
+_UNUSED = (  # beginnings of changes that a sequential run has no use for
+    *_SECTIONS,
+    *(f"{section}.{key}" for section, keys in OF_LANGUAGE_MODELS.items() for key in keys),
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ def reproduce_table(
     rows: Sequence[str] = (),
     trials: int | None = None,
     changes: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> Table:
     """Train, choose, repeat, rank and compare; writes ``TABLE.md`` and ``report.html`` into ``out``.
 
@@ -108,10 +113,11 @@ def reproduce_table(
         rows: Names of rows; none: all.
         trials: Values of each row that are tried, the recipe's own first; None: all.
         changes: Further ``key=value`` changes of every recipe.
+        trust_remote_code: Execute code that comes with the language model; changes can ask for it, not grant it.
 
     Raises:
-        UserError: No such table or row, a change of a key that a row tunes (only that row
-            would ignore it), or more trials than a row has values. What goes wrong in a row is its text.
+        UserError: No such table or row, a change of a key that a row tunes (only that row would ignore it), more trials
+            than a row has values, or code that is not granted. What goes wrong in a row is its text.
     """
     if table not in TABLES:
         raise UserError(f"wanted a table among {', '.join(TABLES)}, got {table!r}")
@@ -127,6 +133,10 @@ def reproduce_table(
     ]
     common += [f"training.steps={steps}"] if steps else []
     common += changes
+    asked = [change for change in changes if change.strip().startswith("backbone.")]
+    asking = load_recipe(f"{table}/{definition['against']}", asked)
+    if consented(asking, trust_remote_code, f"the table {table}"):
+        common += ["backbone.trust_remote_code=true"]  # a recipe that asks has it granted from here on
     found: list[TableRow] = []
     for name in rows or known:
         title = load_recipe(f"{table}/{name}").title
@@ -180,7 +190,7 @@ def _row(
     evaluations = []
     for seed, run in enumerate(runs):
         _trained(recipe.changed(f"seed={seed}"), run)
-        evaluations.append(replace(_on_test(run), name=title))
+        evaluations.append(replace(_on_test(run, recipe), name=title))
     metrics = [evaluation.metrics for evaluation in evaluations]
     beams = recipe.evaluation.beams
     return TableRow(
@@ -200,7 +210,7 @@ def _needed(needs: Mapping[str, str], out: Path, common: Sequence[str]) -> list[
     changes = []
     for key, name in needs.items():
         plain = load_recipe(name)
-        own = [c for c in common if plain.sequential is None or not c.startswith(_OF_MODELS)]
+        own = [c for c in common if plain.sequential is None or not c.strip().startswith(_UNUSED)]
         recipe = load_recipe(name, own)
         if recipe.training.steps > plain.training.steps:
             recipe = recipe.changed(f"training.steps={plain.training.steps}")
@@ -218,7 +228,8 @@ def _trained(recipe: Recipe, run: Path) -> None:
         return
     if not there:
         (run / TRIAL).unlink(missing_ok=True)
-    if train_run(recipe, run, resume=there, overwrite=not there).stopped == "interrupted":
+    how = {"resume": there, "overwrite": not there, "trust_remote_code": recipe.backbone.trust_remote_code}
+    if train_run(recipe, run, **how).stopped == "interrupted":
         raise KeyboardInterrupt
 
 
@@ -226,19 +237,24 @@ def _on_validation(recipe: Recipe, run: Path) -> float:
     """What a trial reaches on validation rows."""
     _trained(recipe, run)
     if not (run / TRIAL).is_file():
-        judged = evaluate_run(run, recipe.evaluation.model_copy(update={"split": "valid"}))
+        judged = _ranked(run, recipe, {"split": "valid"})
         write_json(run / TRIAL, {METRIC: judged.metrics[METRIC]})
     return float(read_json(run / TRIAL)[METRIC])
 
 
-def _on_test(run: Path) -> Evaluation:
+def _on_test(run: Path, recipe: Recipe) -> Evaluation:
     """The run on test rows, ranked exactly, and how ten beams do."""
-    settings = open_run(run)[0].evaluation.model_copy(update={"split": "test", "pruned": True})
     if (run / "metrics.json").is_file():
         known = load_evaluation(run)
         if known.metrics["split"] == "test" and "beam" in known.metrics:
             return known
-    return evaluate_run(run, settings)
+    search = "exact" if recipe.evaluation.search == "beam" else recipe.evaluation.search
+    return _ranked(run, recipe, {"split": "test", "pruned": True, "search": search, "choose": ()})
+
+
+def _ranked(run: Path, recipe: Recipe, changes: Mapping[str, Any]) -> Evaluation:
+    settings = recipe.evaluation.model_copy(update=changes)
+    return evaluate_run(run, settings, trust_remote_code=recipe.backbone.trust_remote_code)
 
 
 def _written(table: str, rows: tuple[TableRow, ...], against: str, out: Path, data: str) -> Table:

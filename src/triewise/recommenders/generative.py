@@ -125,6 +125,12 @@ class GenerativeRecommender(SearchSettings, Assisted):
         """Groups of items with the same title tokens."""
         return Groups.from_labels(self.trie.leaf, self.counts)
 
+    @cached_property
+    def titles(self) -> Groups:
+        """Those groups, parted where different titles share their tokens."""
+        pair = self.groups.of_item.astype(np.int64) * self.catalog.n_items + self.catalog.group
+        return Groups.from_labels(pair, self.counts)
+
     @property
     def hashes(self) -> dict[str, str]:
         """Of what training and decoding must have in common; see `hashes`."""
@@ -240,8 +246,13 @@ class GenerativeRecommender(SearchSettings, Assisted):
         )
 
     def log_probabilities(self, histories: ItemLists) -> Doubles:
-        """(B, I) log-probabilities of titles under this model alone; see `Probabilistic`."""
-        return once_a_title(self.groups, by_group(self.alone.recommend(histories, None), self.groups))
+        """(B, I) log-probabilities of titles under this model alone; see `Probabilistic`.
+
+        Titles that share their codes have equal parts of what their codes have.
+        """
+        of = self.groups.of_item[self.titles.permitted()]
+        found = by_group(self.alone.recommend(histories, None), self.groups)[:, of]
+        return once_a_title(self.titles, found - np.log(np.bincount(of))[of])
 
     def parts(self, histories: ItemLists) -> tuple[Doubles, Doubles]:
         """What the model and what its assistant say; see `SavedRecommender.parts`."""

@@ -311,10 +311,12 @@ class FlowBatches(MicroBatches):
         if self.flow.scores is not None:
             items = self.examples.windows.items.take(rows)
             log_p = self.flow.scores(items, items.lengths - 1)
-            known = np.flatnonzero(np.isfinite(log_p[0]))  # one item for each title
-            terms = personal_terms(self.flow.reward, np.exp(log_p[:, known]))
+            ends, at = np.unique(trie.leaf, return_inverse=True)
+            p = np.zeros((len(rows), len(ends)))
+            np.add.at(p.T, at, np.exp(log_p).T)  # titles may share a leaf
+            terms = personal_terms(self.flow.reward, p)
             column = np.zeros(trie.n_nodes, np.int64)
-            column[trie.leaf[known]] = np.arange(len(known))
+            column[ends] = np.arange(len(ends))
             of = np.repeat(leaf[end], n_prefixes) if coded else leaf
             row = np.repeat(np.arange(len(rows)), n_prefixes)
             own = coded | scored
