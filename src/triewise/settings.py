@@ -105,7 +105,8 @@ class DataSettings(Section):
     @classmethod
     def _preset(cls, given: Any) -> Any:
         """Let a pipeline set what is not said."""
-        return {**PIPELINES.get(given.get("pipeline"), {}), **given} if isinstance(given, dict) else given
+        name = given.get("pipeline") if isinstance(given, dict) else None
+        return {**PIPELINES[name], **given} if isinstance(name, str) and name in PIPELINES else given
 
 
 class TinyModel(Section):

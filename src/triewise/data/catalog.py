@@ -136,7 +136,7 @@ def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
         UserError: No such file, no id, or an id that is not in the catalogue.
     """
     try:
-        lines = decoded(path.read_bytes()).split("\n")  # ids may hold other line breaks
+        lines = decoded(path.read_bytes()).replace("\r\n", "\n").split("\n")  # ids may hold other line breaks
     except OSError as error:
         raise UserError(f"wanted a file of item ids in {path}, got: {error}; one raw id a line") from None
     index = {raw: item for item, raw in enumerate(catalog.item_id)}
