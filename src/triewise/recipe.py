@@ -290,6 +290,8 @@ def _apply(values: dict[str, Any], change: str) -> None:
         raise UserError(f"wanted --set key=value such as training.steps=100, got {_shown(change)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
+        if isinstance(value, int) and value.bit_length() > 64:  # hexadecimal, which Python will not print
+            value = text
     except ValueError:
         value = text
     except RecursionError:
