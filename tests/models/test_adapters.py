@@ -21,6 +21,7 @@ from torch import Tensor
 import triewise
 from tests import worlds
 from tests.models.test_checks import built
+from tests.sealing import sealed_again
 from tests.tiny_models import tiny_model
 from tests.worlds import HISTORIES
 from triewise import load
@@ -692,6 +693,7 @@ def test_a_base_that_moved_is_given_and_another_one_is_refused(
     with torch.no_grad():
         next(other.model.parameters()).add_(1)
     other.model.save_pretrained(own / "model" / "base")
+    sealed_again(own)
     with pytest.raises(UserError, match="is not the one it was trained on .* has another sha256"):
         triewise.load(own, device="cpu")
 
@@ -704,6 +706,7 @@ def test_an_adapter_that_does_not_fit_or_is_not_whole_is_one_line(
     facts = read_json(folder / "model" / "base.json")
     facts["origin"]["sha256"] = {}
     (folder / "model" / "base.json").write_text(json.dumps(facts), encoding="utf-8")
+    sealed_again(folder)
     wide = tmp_path / "wide"
     Backbone(
         tiny_model("llama", vocabulary=300, num_key_value_heads=2), by_hand("llama").tokenizer, "w", {}
@@ -711,6 +714,9 @@ def test_an_adapter_that_does_not_fit_or_is_not_whole_is_one_line(
     with pytest.raises(UserError, match="does not fit its base model .*; give the one it was trained on"):
         triewise.load(folder, device="cpu", base=wide)
     (folder / "model" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="wanted .*adapter_model.safetensors, which is missing"):
+        triewise.load(folder, device="cpu")
+    sealed_again(folder)
     with pytest.raises(UserError, match="wanted adapter_model.safetensors in .*, which is missing"):
         triewise.load(folder, device="cpu")
     with pytest.raises(UserError, match="wanted quantisation 'none', which the adapter in .* got '4bit'"):
@@ -721,6 +727,7 @@ def test_another_tokenizer_or_trie_version_is_one_line(saved: dict[str, Any], tm
     folder = tmp_path / "tokenizer"
     shutil.copytree(saved["out"] / "own", folder)
     worlds.backbone(worlds.TITLES[:3]).tokenizer.save_pretrained(folder / "model")
+    sealed_again(folder)
     with pytest.raises(UserError, match="the prompt of .* is not the one this model was trained with"):
         triewise.load(folder, device="cpu")
     folder = tmp_path / "trie"
@@ -729,6 +736,7 @@ def test_another_tokenizer_or_trie_version_is_one_line(saved: dict[str, Any], tm
         parts = dict(arrays)
     name = next(key for key in parts if "format" in key or "version" in key)
     np.savez(folder / "trie.npz", **(parts | {name: parts[name] + 1}))
+    sealed_again(folder)
     with pytest.raises(UserError, match=r"wanted a trie of format 1 in .*, got format 2; build it again"):
         triewise.load(folder, device="cpu")
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import triewise
+from tests.sealing import sealed_again
 from tests.slot_worlds import KINDS, recommender, with_slots
 from tests.tiny_models import tiny_model
 from tests.worlds import HISTORIES, TITLES, backbone, catalog, split
@@ -266,6 +267,7 @@ def test_damaged_slots_and_other_catalogues_are_refused(tmp_path: Path) -> None:
     config = tmp_path / "model" / "item_slots.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps(values | {"catalog": "0" * 64}))
+    sealed_again(tmp_path)
     with pytest.raises(UserError, match="wanted item vectors of this catalogue"):
         triewise.load(tmp_path)
 

@@ -70,7 +70,9 @@ def test_batches_are_the_same_for_any_number_of_workers(name: str, workers: int,
     assert all(equal(found[i], batches[i]) for i in range(6))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", sorted(set(OBJECTIVES) - {"flower"})
+)  # its batches ask the model that is trained
 def test_what_workers_are_given_travels_between_processes(name: str, tmp_path: Path) -> None:
     """As where Python starts anew (Windows, macOS): no tensor of a device goes along."""
     examples = single_targets() if name == "sdpo" else weighted_examples()

@@ -15,6 +15,7 @@ import pytest
 import triewise
 from tests import worlds
 from tests.model_families import tokenizer
+from tests.sealing import sealed_again
 from tests.worlds import write_msl_folder
 from triewise.app import evaluate_run, train_run
 from triewise.errors import UserError
@@ -181,20 +182,20 @@ def test_a_training_says_so_before_it_starts(
 def test_counts_of_another_training_are_refused(run: Path, tmp_path: Path) -> None:
     """They decide the gain of IGD-decoding and which item stands for equal titles."""
     assert set(read_json(run / "recommender.json")["hashes"]) == {"prompt", "trie", "counts"}
-    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("run.json"))
     catalog = pl.read_parquet(run / "catalog.parquet")
     catalog.with_columns(train_targets=pl.col("train_targets") + 1).write_parquet(
         tmp_path / "run/catalog.parquet"
     )
+    sealed_again(tmp_path / "run")
     with pytest.raises(UserError, match="the counts of .* is not the one this model was trained with"):
         triewise.load(tmp_path / "run")
 
 
 def test_a_prompt_of_another_template_is_refused(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "run")
-    facts = read_json(tmp_path / "run" / "recommender.json")
-    facts["prompt"]["max_history"] = 1
-    write_json(tmp_path / "run" / "recommender.json", facts)
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("run.json"))
+    prompt = read_json(run / "recommender.json")["prompt"]
+    sealed_again(tmp_path / "run", prompt=prompt | {"max_history": 1})
     with pytest.raises(UserError, match="the prompt of .* is not the one this model was trained with"):
         triewise.load(tmp_path / "run")
 
@@ -204,7 +205,7 @@ def test_the_recommender_of_another_run_is_refused(run: Path, recipe: Recipe, tm
     other = recipe.model_copy(update={"training": recipe.training.model_copy(update={"sample": 7})})
     train_run(other, tmp_path / "run")
     shutil.copy(run / "run.json", tmp_path / "run" / "run.json")
-    with pytest.raises(UserError, match=r"recommender.json is not the file that was written"):
+    with pytest.raises(UserError, match=r"recipe.toml is not the file that was written"):
         evaluate_run(tmp_path / "run")
     record = {name: value for name, value in read_json(run / "run.json").items() if name != "files"}
     write_json(tmp_path / "run" / "run.json", record)  # as before files were hashed

@@ -114,7 +114,9 @@ def blind(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize(
+    "name", sorted(set(OBJECTIVES) - {"flower"})
+)  # which draws from the model between steps
 def test_a_step_leaves_nothing_on_the_cpu_and_waits_for_nothing(
     name: str, packing: bool, blind: None, tmp_path: Path
 ) -> None:
