@@ -13,7 +13,7 @@ import triewise
 from tests.attack_child import call
 from tests.worlds import recommender, write_msl_folder
 from triewise.app import evaluate_run, report_runs, teach, train_run, verify
-from triewise.app.runs import BEFORE
+from triewise.app.folders import BEFORE
 from triewise.errors import UserError
 from triewise.files import read_json, write_json
 from triewise.ranking import load_evaluation
@@ -187,6 +187,25 @@ def test_an_overwritten_run_stays_till_the_new_one_has_ended(
     assert not (copy / BEFORE).exists()
     assert read_json(copy / "run.json")["seed"] == 1
     assert verify(copy).kind == "a run, trained"
+
+
+def test_a_project_that_was_moved_is_whole(recipe: Recipe, tmp_path: Path) -> None:
+    """With its data and the run that was there before, whose old places are gone."""
+    data = recipe.data.model_copy(update={"folder": tmp_path / "here" / "data"})
+    run, there = tmp_path / "here" / "runs" / "a", tmp_path / "there"
+    train_run(recipe.model_copy(update={"data": data}), run)
+    shutil.copytree(run, run / BEFORE)
+    (tmp_path / "here").rename(there)
+    run = there / "runs" / "a"
+    assert verify(run).parts["data"] == verify(run).parts["the run before"] == ""
+    evaluate_run(run / BEFORE)
+    (there / "data").rename(there / "elsewhere")
+    assert "bring it there, or prepare it again" in verify(run).parts["data"]
+
+
+def test_a_sequential_run_has_no_use_for_trust(recipe: Recipe, tmp_path: Path) -> None:
+    train_run(recipe, tmp_path / "run", trust_remote_code=True)
+    assert verify(tmp_path / "run").whole
 
 
 @pytest.mark.parametrize("again", [{"overwrite": True}, {"resume": True}, {}])

@@ -176,7 +176,8 @@ def data_of(run: Path, record: dict[str, Any]) -> Dataset:
         UserError: It is in neither place, or is not what was prepared.
     """
     place, relative = Path(record["data"]["folder"]), record["data"].get("relative")
-    near = place if relative is None else Path(os.path.normpath(run.resolve() / relative))
+    started = run.resolve().parent if run.name == BEFORE else run.resolve()  # the folder that the way is from
+    near = place if relative is None else Path(os.path.normpath(started / relative))
     if (near / "dataset.json").is_file():
         dataset = load_dataset(near)
         if near == place or data_hash(dataset) == record["hashes"]["data"]:
@@ -237,6 +238,7 @@ def open_sequential(run: Path, recipe: Recipe, dataset: Dataset) -> SequentialRe
     return SequentialRecommender.from_pretrained(run, device="cpu")
 
 
+BEFORE = "before"  # in a run folder that is overwritten: the run that was there
 ENDED = ("trained", "stopped")  # what ``run.json`` says of a run that can be used
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from triewise.app.assemble import Learner, learner_of
 from triewise.app.bounds import check_sizes
 from triewise.app.folders import (
+    BEFORE,
     EndedRun,
     StartedRun,
     commit_of_source,
@@ -66,7 +67,6 @@ if TYPE_CHECKING:
     from triewise.settings import EvaluationSettings
 
 RECIPE = "recipe.toml"
-BEFORE = "before"  # in a run folder that is overwritten: the run that was there
 
 
 def train_run(
@@ -92,8 +92,9 @@ def train_run(
             resume; a recipe that asks for what is not granted; or another process writes there.
     """
     trust = consented(recipe, trust_remote_code, f"the recipe {recipe.name}")
-    backbone = recipe.backbone.model_copy(update={"trust_remote_code": trust})
-    recipe = recipe.model_copy(update={"backbone": backbone})
+    if recipe.sequential is None:
+        backbone = recipe.backbone.model_copy(update={"trust_remote_code": trust})
+        recipe = recipe.model_copy(update={"backbone": backbone})
     processes.start()
     out = Path(out)
     with contextlib.ExitStack() as held, processes.together():
@@ -179,11 +180,12 @@ def _begin(recipe: Recipe, out: Path, record: dict[str, Any]) -> None:
                 if not file.startswith(("checkpoint-", f"{BEST}/", f"{BEFORE}/")):
                     (folder / file).parent.mkdir(parents=True, exist_ok=True)
                     link(out / file, folder / file)
+    text = dump_recipe(recipe)  # refused before anything is removed
     write_json(out / "run.json", record | {"status": "starting"}, sealed=True)
     for name in (MANIFEST, "metrics.json", CARD, IDENTIFIER):
         (out / name).unlink(missing_ok=True)
     resume_point(out, resume=False)  # what an earlier run left is removed
-    write_text(out / RECIPE, dump_recipe(recipe))
+    write_text(out / RECIPE, text)
     _write_record(out, record | {"status": "training"})
 
 

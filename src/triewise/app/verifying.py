@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from triewise.app.runs import BEFORE
+from triewise.app.folders import BEFORE, StartedRun, data_of
 from triewise.data import RELEASES, data_hash, is_whole, load_dataset
 from triewise.errors import UserError
 from triewise.files import check_files, read_json, read_record
@@ -105,8 +105,8 @@ def _parts_of_run(run: Path) -> Iterator[Check]:
 
 
 def _check_data(run: Path) -> None:
-    record = read_record(run, ())
-    dataset = load_dataset(Path(record["data"]["folder"]))
+    record = read_json(run / "run.json", StartedRun)
+    dataset = data_of(run, record)
     if data_hash(dataset) != record["hashes"]["data"]:
         raise UserError(
             f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
