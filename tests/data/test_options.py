@@ -181,6 +181,38 @@ def test_recbole_benchmark_files_are_the_splits(tmp_path: Path) -> None:
     assert [split.n_rows for split in (data.train, data.valid, data.test)] == [12, 6, 6]
 
 
+def test_numbered_text_files_in_a_folder_are_one_table(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw")
+    (raw / "inter.csv").unlink()
+    (raw / "events" / "year=2020").mkdir(parents=True)
+    (raw / "events" / "part-0000.csv").write_text(FRAME.head(17).write_csv(), encoding="utf-8")
+    (raw / "events" / "part-0001.csv").write_text(FRAME.tail(13).write_csv(), encoding="utf-8")
+    (raw / "events" / "_SUCCESS").write_text("", encoding="utf-8")
+    (raw / "old").mkdir()
+    (raw / "old" / "inter.csv").write_text(FRAME.head(9).write_csv(), encoding="utf-8")  # no number: no shard
+    data = prepare(f"csv:{raw}", tmp_path / "out")
+    assert size(data) == (6, 8, 30)
+    assert "interactions are read from events as one table" in data.info["notes"]
+    assert sorted(data.info["raw_sha256"]) == ["events/part-0000.csv", "events/part-0001.csv", "items.csv"]
+    (raw / "events" / "part-0001.csv").write_text("user,item\nu0,i0\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"wanted the columns .* of part-0000.csv in every file of .*in part-0001"
+    ):
+        prepare(f"csv:{raw}", tmp_path / "out")
+
+
+def test_json_lines_in_folders_of_years_are_one_table(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw")
+    (raw / "inter.csv").unlink()
+    for year, part in ((2020, FRAME.head(20)), (2021, FRAME.tail(10))):
+        (raw / "log" / f"year={year}").mkdir(parents=True)
+        (raw / "log" / f"year={year}" / "0.jsonl").write_text(part.write_ndjson(), encoding="utf-8")
+    assert size(prepare(f"csv:{raw}", tmp_path / "out")) == (6, 8, 30)
+    (raw / "log" / "year=2021" / "0.jsonl").write_text('{"user": "u0"\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"0.jsonl, line 1: wanted a JSON object"):
+        prepare(f"csv:{raw}", tmp_path / "out")
+
+
 # --- what counts ------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +316,14 @@ def test_a_recipe_never_trains_on_files_that_were_changed(tmp_path: Path) -> Non
     other = parse_recipe({"name": "x", "data": data | {"ties": "item"}}, "f")
     with pytest.raises(UserError, match="was prepared with ties = 'file', the recipe wants 'item'"):
         open_data(other)
+    (raw / "notes.csv").write_text("what,ever\n1,2\n", encoding="utf-8")
+    open_data(recipe)  # a neighbour that would not be read
+    (raw / "more.csv").write_text(FRAME.head(3).write_csv(), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"was prepared without more.csv, which csv:.* would read; prepare it"
+    ):
+        open_data(recipe)
+    (raw / "more.csv").unlink()
     write(raw, {"inter.csv": FRAME.head(25).write_csv()})
     with pytest.raises(
         UserError, match="was prepared from another inter.csv than csv:.* has now; prepare it again"
@@ -310,3 +350,18 @@ def test_the_command_takes_every_option(tmp_path: Path, monkeypatch: pytest.Monk
     }
     assert stored.items() >= wanted.items()
     assert set(DATA_OPTIONS) <= set(triewise.Recipe.model_fields["data"].annotation.model_fields)
+
+
+def test_what_hangs_on_ties_is_said_where_data_are_described(tmp_path: Path) -> None:
+    from triewise.app.compare import _notes
+    from triewise.app.folders import describe_data
+
+    tied = FRAME.with_columns(timestamp=pl.col("timestamp") // 1000 * 1000).write_csv()
+    data = tried(tmp_path, {"inter.csv": tied}, ties="file")
+    said = describe_data(tmp_path / "out")["ties"]
+    assert said == (
+        "30 of 30 interactions (100.0%) and 6 of 6 test targets (100.0%) share their time with another interaction "
+        "of the user; what decides their order is data.ties = file"
+    )
+    assert said in _notes(data, [], shows_users=False)
+    assert "ties" not in describe_data(Path(tried(tmp_path).folder))

@@ -65,9 +65,7 @@ def read_msl(folder: Path) -> Published:
         UserError: Missing file or column, broken cell, unknown id, no usable row.
     """
     titles = json_titles(find_file(folder, "id2name4Rec.json"))
-    files = {name: find_file(folder, f"{name}.csv") for name in ("train", "test")}
-    if any((folder / name).is_file() for name in ("valid.csv", "valid.csv.gz")):
-        files["valid"] = find_file(folder, "valid.csv")
+    files = msl_files(folder)
     repairs: dict[str, int] = dict(titles.repairs)
     splits = {name: _msl_rows(path, titles, repairs) for name, path in files.items()}
     # A user's first row has a history and a target, each further row a target.
@@ -88,6 +86,14 @@ def read_msl(folder: Path) -> Published:
         )
     read = (titles.path, *files.values())
     return Published(titles, splits, len(users), interactions, repairs, tuple(notes), read)
+
+
+def msl_files(folder: Path) -> dict[str, Path]:
+    """The rows of MSL by the name of their split."""
+    files = {name: find_file(folder, f"{name}.csv") for name in ("train", "test")}
+    if any((folder / name).is_file() for name in ("valid.csv", "valid.csv.gz")):
+        files["valid"] = find_file(folder, "valid.csv")
+    return files
 
 
 def _msl_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,17 @@ from triewise.data.findings import count_findings
 from triewise.data.interactions import Interactions
 from triewise.data.movielens_files import CITATION, INTERACTIONS, TITLES
 from triewise.data.pipelines import d3, igd_steam, msl
-from triewise.data.published import Published, read_d3, read_msl
-from triewise.data.raw_amazon import amazon_folder
+from triewise.data.published import Published, msl_files, read_d3, read_msl
+from triewise.data.raw_amazon import amazon_files, amazon_folder
 from triewise.data.raw_steam import steam_folder
-from triewise.data.readers import Raw, csv_folder, movielens_folder, read_events, recbole
+from triewise.data.readers import (
+    Raw,
+    csv_files,
+    csv_folder,
+    movielens_folder,
+    read_events,
+)
+from triewise.data.recbole import recbole, recbole_files
 from triewise.data.splits import NAMES, WAYS, LazySplit, Split, lazy_splits
 from triewise.data.tables import counted, open_table
 from triewise.data.times import seconds_of
@@ -44,6 +51,13 @@ _RAW: dict[str, Callable[[Path, DataSettings], Raw]] = {
     "amazon": amazon_folder,
     "steam": steam_folder,
     "codes": lambda folder, _: coded_sequences(folder),
+}
+# What a source would read, where a file that is added can change that.
+_FILES: dict[str, Callable[[Path, DataSettings], Iterable[Path]]] = {
+    "csv": csv_files,
+    "recbole": lambda folder, _: recbole_files(folder),
+    "msl": lambda folder, _: msl_files(folder).values(),
+    "amazon": lambda folder, _: amazon_files(folder),
 }
 _COLUMNS: tuple[str, ...] = (
     "item_column",
@@ -353,6 +367,23 @@ def _words(whose: str | None, folder: Path, files: tuple[Path, ...]) -> tuple[st
 
 def _hashes(folder: Path, files: tuple[Path, ...]) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+
+
+def new_raw_file(dataset: Dataset, choices: DataSettings) -> str | None:
+    """A file that a prepared folder's source would read now and that was not there, or not read, when it was prepared.
+
+    Args:
+        dataset: The prepared data.
+        choices: The settings it was prepared with.
+
+    Raises:
+        UserError: If the files are no longer a source, for example when there are two that could be the catalogue.
+    """
+    kind, place = _parsed(choices.source)
+    if kind not in _FILES or not Path(place).is_dir():
+        return None
+    now = {file.relative_to(place).as_posix() for file in _FILES[kind](Path(place), choices)}
+    return min(now.difference(dataset.info.get("raw_sha256", now)), default=None)
 
 
 def prepare(
