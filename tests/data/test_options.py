@@ -181,6 +181,76 @@ def test_recbole_benchmark_files_are_the_splits(tmp_path: Path) -> None:
     assert [split.n_rows for split in (data.train, data.valid, data.test)] == [12, 6, 6]
 
 
+def _listed(folder: Path, **parts: str) -> Path:
+    """RecBole's benchmark files with histories: user u0's rows i0 i3 | i6 | i1 and v's."""
+    folder.mkdir(exist_ok=True)
+    rows = {
+        "train": ["u0\ti0\t1\ti3", "u0\ti0 i3\t2\ti6", "v\ti7\t1\ti0", "v\t\t0\ti7"],
+        "valid": ["u0\ti0 i3 i6\t3\ti1"],
+        "test": ["v\ti7 i0\t2\ti5"],
+    }
+    head = "session_id:token\titem_id_list:token_seq\titem_length:float\titem_id:token\n"
+    for name, lines in rows.items():
+        text = parts.get(name, head + "\n".join(lines) + "\n")
+        (folder / f"x.{name}.inter").write_text(text, encoding="utf-8")
+    titles = "".join(f"{item}\t{title}\n" for item, title in TITLES.items())
+    (folder / "x.item").write_text("item_id:token\tname:token_seq\n" + titles, encoding="utf-8")
+    return folder
+
+
+def test_recbole_rows_with_histories_are_taken_as_they_are(tmp_path: Path) -> None:
+    raw = _listed(tmp_path / "raw")
+    data = prepare(f"recbole:{raw}", tmp_path / "out")
+    assert [split.n_rows for split in (data.train, data.valid, data.test)] == [3, 1, 1]
+    assert size(data) == (2, 8, 7)
+    assert (data.info["settings"]["split"], data.info["repairs"]) == (
+        "published",
+        {"rows_without_history": 1},
+    )
+    row = [data.catalog.item_id[item] for item in data.valid.history[0]]
+    assert (row, data.catalog.item_id[data.valid.target[0]]) == (["i0", "i3", "i6"], "i1")
+    assert data.test.user_id.tolist() == ["v"]
+    (raw / "x.valid.inter").unlink()
+    rows = "item_id_list\titem_id\ttimestamp\n" + 5 * "i0\ti3\t1600000000000\n"
+    data = prepare(f"recbole:{_listed(raw, train=rows, test=rows)}", tmp_path / "out")
+    assert data.info["repairs"] == {"milliseconds": 10}
+    (raw / "x.valid.inter").unlink()
+    data = prepare(f"recbole:{raw}", tmp_path / "out")
+    assert "users are counted by the rows whose history is one item" in data.info["notes"][1]
+    assert data.info["notes"][2].startswith("no NAME.valid.inter: the last 1 of the 5 training rows")
+    assert [data.train.n_rows, *data.valid.timestamp] == [4, 1_600_000_000]
+
+
+@pytest.mark.parametrize(
+    ("test", "line"),
+    [
+        (
+            "item_id_list\titem_id\ttimestamp\ni0 i99\ti1\t1600000000\n",
+            "row 1: wanted item ids that x.item has",
+        ),
+        ("item_id_list\titem_length\titem_id\ni0 i1\t3\ti1\n", "row 1: wanted 2, the number of items of"),
+        ("item_id_list\titem_id\ni0 i1\t\n", "row 1: wanted a value in column item_id, got an empty"),
+        ("item_id_list\titem_id\ttimestamp\ni0\ti1\tsoon\n", "row 1: wanted Unix seconds or an ISO date in"),
+        ("user_id\titem_id\nv\ti1\n", "wanted the column item_id_list in .*x.test.inter, as in the other"),
+    ],
+)
+def test_broken_rows_with_histories(tmp_path: Path, test: str, line: str) -> None:
+    raw = _listed(tmp_path / "raw", test=test)
+    with pytest.raises(UserError, match=line):
+        prepare(f"recbole:{raw}", tmp_path / "out")
+
+
+def test_rows_with_histories_that_nobody_split(tmp_path: Path) -> None:
+    raw = _listed(tmp_path / "raw")
+    for name in ("valid", "test"):
+        (raw / f"x.{name}.inter").unlink()
+    (raw / "x.train.inter").rename(raw / "x.inter")
+    with pytest.raises(UserError, match=r"wanted NAME.train.inter and NAME.test.inter in .*, found x.inter"):
+        prepare(f"recbole:{raw}", tmp_path / "out")
+    with pytest.raises(UserError, match="wanted no split and no k_core for recbole:, which its authors"):
+        prepare(f"recbole:{raw}", tmp_path / "out", k_core=5)
+
+
 def test_numbered_text_files_in_a_folder_are_one_table(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw")
     (raw / "inter.csv").unlink()

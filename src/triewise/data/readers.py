@@ -18,12 +18,12 @@ import polars as pl
 from triewise.data.columns import (
     chosen,
     columns_of,
-    folded,
+    folded as folded,
     part_of as part_of,
     parts_of as parts_of,
     the_column as the_column,
 )
-from triewise.data.interactions import PLAIN as PLAIN, Events, ordered_ids
+from triewise.data.interactions import PLAIN as PLAIN, Events, ordered_ids as ordered_ids
 from triewise.data.movielens_files import CITATION, film_titles, movies_dat, u_item
 from triewise.data.picking import catalogue_among, interactions_among
 from triewise.data.tables import (

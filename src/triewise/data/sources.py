@@ -29,7 +29,7 @@ from triewise.data.readers import (
     movielens_folder,
     read_events,
 )
-from triewise.data.recbole import recbole, recbole_files
+from triewise.data.recbole import has_histories, recbole, recbole_files, recbole_rows
 from triewise.data.splits import NAMES, WAYS, LazySplit, Split, lazy_splits
 from triewise.data.tables import counted, open_table
 from triewise.data.times import seconds_of
@@ -43,7 +43,12 @@ from triewise.settings import PIPELINES, DataSettings
 SOURCES = (
     "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR, amazon:DIR, steam:DIR, codes:DIR or csv:DIR"
 )
-_PUBLISHED: dict[str, Callable[[Path], Published]] = {"msl": read_msl, "d3": read_d3, "codes": coded_rows}
+_PUBLISHED: dict[str, Callable[[Path], Published]] = {
+    "msl": read_msl,
+    "d3": read_d3,
+    "codes": coded_rows,
+    "recbole": recbole_rows,
+}
 _RAW: dict[str, Callable[[Path, DataSettings], Raw]] = {
     "movielens": movielens_folder,
     "recbole": recbole,
@@ -226,7 +231,9 @@ def read_source(choices: DataSettings) -> Prepared:
 
 
 def _is_published(kind: str, folder: Path) -> bool:
-    """Whether the authors split the data; a folder of codes tells by its files."""
+    """Whether the authors split the data; folders of codes and of RecBole tell by their files."""
+    if kind == "recbole":
+        return has_histories(folder)
     return kind in _PUBLISHED and not (kind in _RAW and has_sequences(folder))
 
 
