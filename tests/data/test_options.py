@@ -181,6 +181,108 @@ def test_recbole_benchmark_files_are_the_splits(tmp_path: Path) -> None:
     assert [split.n_rows for split in (data.train, data.valid, data.test)] == [12, 6, 6]
 
 
+def _listed(folder: Path, **parts: str) -> Path:
+    """RecBole's benchmark files with histories: user u0's rows i0 i3 | i6 | i1 and v's."""
+    folder.mkdir(exist_ok=True)
+    rows = {
+        "train": ["u0\ti0\t1\ti3", "u0\ti0 i3\t2\ti6", "v\ti7\t1\ti0", "v\t\t0\ti7"],
+        "valid": ["u0\ti0 i3 i6\t3\ti1"],
+        "test": ["v\ti7 i0\t2\ti5"],
+    }
+    head = "session_id:token\titem_id_list:token_seq\titem_length:float\titem_id:token\n"
+    for name, lines in rows.items():
+        text = parts.get(name, head + "\n".join(lines) + "\n")
+        (folder / f"x.{name}.inter").write_text(text, encoding="utf-8")
+    titles = "".join(f"{item}\t{title}\n" for item, title in TITLES.items())
+    (folder / "x.item").write_text("item_id:token\tname:token_seq\n" + titles, encoding="utf-8")
+    return folder
+
+
+def test_recbole_rows_with_histories_are_taken_as_they_are(tmp_path: Path) -> None:
+    raw = _listed(tmp_path / "raw")
+    data = prepare(f"recbole:{raw}", tmp_path / "out")
+    assert [split.n_rows for split in (data.train, data.valid, data.test)] == [3, 1, 1]
+    assert size(data) == (2, 8, 7)
+    assert (data.info["settings"]["split"], data.info["repairs"]) == (
+        "published",
+        {"rows_without_history": 1},
+    )
+    row = [data.catalog.item_id[item] for item in data.valid.history[0]]
+    assert (row, data.catalog.item_id[data.valid.target[0]]) == (["i0", "i3", "i6"], "i1")
+    assert data.test.user_id.tolist() == ["v"]
+    (raw / "x.valid.inter").unlink()
+    rows = "item_id_list\titem_id\ttimestamp\n" + 5 * "i0\ti3\t1600000000000\n"
+    data = prepare(f"recbole:{_listed(raw, train=rows, test=rows)}", tmp_path / "out")
+    assert data.info["repairs"] == {"milliseconds": 10}
+    (raw / "x.valid.inter").unlink()
+    data = prepare(f"recbole:{raw}", tmp_path / "out")
+    assert "users are counted by the rows whose history is one item" in data.info["notes"][1]
+    assert data.info["notes"][2].startswith("no NAME.valid.inter: the last 1 of the 5 training rows")
+    assert [data.train.n_rows, *data.valid.timestamp] == [4, 1_600_000_000]
+
+
+@pytest.mark.parametrize(
+    ("test", "line"),
+    [
+        (
+            "item_id_list\titem_id\ttimestamp\ni0 i99\ti1\t1600000000\n",
+            "row 1: wanted item ids that x.item has",
+        ),
+        ("item_id_list\titem_length\titem_id\ni0 i1\t3\ti1\n", "row 1: wanted 2, the number of items of"),
+        ("item_id_list\titem_id\ni0 i1\t\n", "row 1: wanted a value in column item_id, got an empty"),
+        ("item_id_list\titem_id\ttimestamp\ni0\ti1\tsoon\n", "row 1: wanted Unix seconds or an ISO date in"),
+        ("user_id\titem_id\nv\ti1\n", "wanted the column item_id_list in .*x.test.inter, as in the other"),
+    ],
+)
+def test_broken_rows_with_histories(tmp_path: Path, test: str, line: str) -> None:
+    raw = _listed(tmp_path / "raw", test=test)
+    with pytest.raises(UserError, match=line):
+        prepare(f"recbole:{raw}", tmp_path / "out")
+
+
+def test_rows_with_histories_that_nobody_split(tmp_path: Path) -> None:
+    raw = _listed(tmp_path / "raw")
+    for name in ("valid", "test"):
+        (raw / f"x.{name}.inter").unlink()
+    (raw / "x.train.inter").rename(raw / "x.inter")
+    with pytest.raises(UserError, match=r"wanted NAME.train.inter and NAME.test.inter in .*, found x.inter"):
+        prepare(f"recbole:{raw}", tmp_path / "out")
+    with pytest.raises(UserError, match="wanted no split and no k_core for recbole:, which its authors"):
+        prepare(f"recbole:{raw}", tmp_path / "out", k_core=5)
+
+
+def test_numbered_text_files_in_a_folder_are_one_table(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw")
+    (raw / "inter.csv").unlink()
+    (raw / "events" / "year=2020").mkdir(parents=True)
+    (raw / "events" / "part-0000.csv").write_text(FRAME.head(17).write_csv(), encoding="utf-8")
+    (raw / "events" / "part-0001.csv").write_text(FRAME.tail(13).write_csv(), encoding="utf-8")
+    (raw / "events" / "_SUCCESS").write_text("", encoding="utf-8")
+    (raw / "old").mkdir()
+    (raw / "old" / "inter.csv").write_text(FRAME.head(9).write_csv(), encoding="utf-8")  # no number: no shard
+    data = prepare(f"csv:{raw}", tmp_path / "out")
+    assert size(data) == (6, 8, 30)
+    assert "interactions are read from events as one table" in data.info["notes"]
+    assert sorted(data.info["raw_sha256"]) == ["events/part-0000.csv", "events/part-0001.csv", "items.csv"]
+    (raw / "events" / "part-0001.csv").write_text("user,item\nu0,i0\n", encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"wanted the columns .* of part-0000.csv in every file of .*in part-0001"
+    ):
+        prepare(f"csv:{raw}", tmp_path / "out")
+
+
+def test_json_lines_in_folders_of_years_are_one_table(tmp_path: Path) -> None:
+    raw = write(tmp_path / "raw")
+    (raw / "inter.csv").unlink()
+    for year, part in ((2020, FRAME.head(20)), (2021, FRAME.tail(10))):
+        (raw / "log" / f"year={year}").mkdir(parents=True)
+        (raw / "log" / f"year={year}" / "0.jsonl").write_text(part.write_ndjson(), encoding="utf-8")
+    assert size(prepare(f"csv:{raw}", tmp_path / "out")) == (6, 8, 30)
+    (raw / "log" / "year=2021" / "0.jsonl").write_text('{"user": "u0"\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"0.jsonl, line 1: wanted a JSON object"):
+        prepare(f"csv:{raw}", tmp_path / "out")
+
+
 # --- what counts ------------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +386,14 @@ def test_a_recipe_never_trains_on_files_that_were_changed(tmp_path: Path) -> Non
     other = parse_recipe({"name": "x", "data": data | {"ties": "item"}}, "f")
     with pytest.raises(UserError, match="was prepared with ties = 'file', the recipe wants 'item'"):
         open_data(other)
+    (raw / "notes.csv").write_text("what,ever\n1,2\n", encoding="utf-8")
+    open_data(recipe)  # a neighbour that would not be read
+    (raw / "more.csv").write_text(FRAME.head(3).write_csv(), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"was prepared without more.csv, which csv:.* would read; prepare it"
+    ):
+        open_data(recipe)
+    (raw / "more.csv").unlink()
     write(raw, {"inter.csv": FRAME.head(25).write_csv()})
     with pytest.raises(
         UserError, match="was prepared from another inter.csv than csv:.* has now; prepare it again"
@@ -310,3 +420,18 @@ def test_the_command_takes_every_option(tmp_path: Path, monkeypatch: pytest.Monk
     }
     assert stored.items() >= wanted.items()
     assert set(DATA_OPTIONS) <= set(triewise.Recipe.model_fields["data"].annotation.model_fields)
+
+
+def test_what_hangs_on_ties_is_said_where_data_are_described(tmp_path: Path) -> None:
+    from triewise.app.compare import _notes
+    from triewise.app.folders import describe_data
+
+    tied = FRAME.with_columns(timestamp=pl.col("timestamp") // 1000 * 1000).write_csv()
+    data = tried(tmp_path, {"inter.csv": tied}, ties="file")
+    said = describe_data(tmp_path / "out")["ties"]
+    assert said == (
+        "30 of 30 interactions (100.0%) and 6 of 6 test targets (100.0%) share their time with another interaction "
+        "of the user; what decides their order is data.ties = file"
+    )
+    assert said in _notes(data, [], shows_users=False)
+    assert "ties" not in describe_data(Path(tried(tmp_path).folder))

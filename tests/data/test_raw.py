@@ -85,6 +85,19 @@ def test_interactions_of_the_hub_go_before_reviews_and_splits(tmp_path: Path) ->
     assert raw.notes[1] == "the interactions are those of All.csv; All.jsonl is not read"
 
 
+@pytest.mark.parametrize(("year", "order"), [(2014, (0, 1)), (2018, (1, 0))])
+def test_ratings_without_a_header(tmp_path: Path, year: int, order: tuple[int, int]) -> None:
+    write(tmp_path / "meta.json", META_2014 if year == 2014 else META_2018, literal=True)
+    rows = [f"{row[order[0]]},{row[order[1]]},5.0,{(17_000 + row[2]) * 86_400}\n" for row in PAIRS]
+    (tmp_path / "ratings.csv").write_text("".join(rows), encoding="utf-8")
+    raw = amazon_folder(tmp_path)
+    assert raw.notes == (f"Amazon {year}: ratings.csv with meta.json",)
+    assert (raw.events.user_id, raw.events.item_id) == (("u", "v"), ("B1", "B2"))
+    assert len(raw.events.user) == 5
+    write(tmp_path / "reviews.json", Y2014 if year == 2014 else Y2018)
+    assert amazon_folder(tmp_path).notes[1].endswith("reviews.json; ratings.csv is not read")
+
+
 def test_metadata_of_a_neighbouring_release_is_said(tmp_path: Path) -> None:
     write(tmp_path / "reviews.json", Y2018)
     write(tmp_path / "meta.json", META_2014, literal=True)

@@ -26,7 +26,8 @@ from tests.data_fixtures import (
     write_tables,
 )
 from triewise.data import Interactions, movielens_files
-from triewise.data.readers import Raw, csv_folder, movielens_folder, recbole
+from triewise.data.readers import Raw, csv_folder, movielens_folder
+from triewise.data.recbole import recbole
 from triewise.data.sources import movielens
 from triewise.errors import UserError
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from triewise.app.folders import consented, data_of, open_run
-from triewise.data import Dataset, Split, allowed_items, first_rows
+from triewise.data import Dataset, Split, allowed_items, first_rows, said_of_ties
 from triewise.errors import UserError
 from triewise.locks import one_writer
 from triewise.ranking import (
@@ -349,7 +349,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """Sentences on data and method, and what a reader has to know before the page is sent on."""
     of_data = map(without_folders, dataset.info["notes"])
-    return (*of_data, *_stopped(opened), *([SHOWS_USERS] if shows_users else []))
+    return (*of_data, *said_of_ties(dataset.info), *_stopped(opened), *([SHOWS_USERS] if shows_users else []))
 
 
 def _stopped(opened: Sequence[tuple[Recipe, dict[str, Any]]]) -> list[str]:

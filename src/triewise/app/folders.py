@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict
 
-from triewise.data import Dataset, changed_raw_files, data_hash, load_dataset, prepare, settings_of
+from triewise.data import (
+    Dataset,
+    changed_raw_files,
+    data_hash,
+    load_dataset,
+    new_raw_file,
+    prepare,
+    said_of_ties,
+    settings_of,
+)
 from triewise.errors import UserError
 from triewise.files import Shape, read_json, read_record
 from triewise.models import load_tokenizer
@@ -54,6 +63,12 @@ def open_data(recipe: Recipe) -> Dataset:
                 f"{folder} was prepared from another {changed[0]} than {recipe.data.source} has now; prepare it again, "
                 "or give another data.folder"
             )
+        new = new_raw_file(dataset, recipe.data)
+        if new is not None:
+            raise UserError(
+                f"{folder} was prepared without {new}, which {recipe.data.source} has now and would read; prepare it "
+                "again, or give another data.folder"
+            )
         return dataset
     note(f"preparing {recipe.data.source} in {folder}")
     return prepare(recipe.data.source, folder, **choices)
@@ -80,7 +95,9 @@ def describe_data(
     counts = np.bincount(dataset.train.target, minlength=dataset.catalog.n_items)
     for line in prompts.readback.warnings():
         note(line)
-    facts = describe(dataset, prompts, trie, counts)
+    facts: dict[str, Any] = describe(dataset, prompts, trie, counts)
+    if ties := said_of_ties(dataset.info):
+        facts["ties"] = ties[0]
     if not identifiers:
         return facts
     coded = {path.name: read_codes(path, dataset).sequences for path in identifiers}

@@ -8,8 +8,9 @@ from .dataset import (
 )
 from .fetch import RELEASES as RELEASES, is_whole as is_whole
 from .fetch_amazon import fetch_category as fetch_category
+from .findings import said_of_ties as said_of_ties
 from .interactions import Interactions as Interactions
-from .sources import prepare as prepare, settings_of as settings_of
+from .sources import new_raw_file as new_raw_file, prepare as prepare, settings_of as settings_of
 from .splits import Split as Split, first_rows as first_rows
 
 __all__ = [

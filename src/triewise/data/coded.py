@@ -18,8 +18,7 @@ import numpy as np
 from triewise.data.interactions import Events, ordered_ids
 from triewise.data.published import Published, read_d3, tab_titles
 from triewise.data.readers import Raw
-from triewise.data.tables import counted, entries, names, shown
-from triewise.data.textfiles import bare_name, read_text
+from triewise.data.tables import bare_name, counted, entries, names, read_text, shown
 from triewise.errors import UserError
 
 _TOKEN = re.compile(r"<[^<>\s]+>")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -95,6 +95,21 @@ def count_findings(
                 _alike(f"look_alike_{name}", ids, id_folded, f"{name} {{}} and {{}} differ in {{}} only")
             )
     return findings
+
+
+def said_of_ties(info: Mapping[str, Any]) -> tuple[str, ...]:
+    """A sentence on what hangs on the order of events at one time, from ``dataset.json``; none where nothing does."""
+    found = {finding["name"]: finding for finding in info.get("lint", ())}
+    if not found.get("ties", {}).get("count"):
+        return ()
+    rows, targets = (
+        f"{found[name]['count']:,} of {found[name]['of']:,} {what} ({found[name]['count'] / found[name]['of']:.1%})"
+        for name, what in (("ties", "interactions"), ("ties_test_targets", "test targets"))
+    )
+    return (
+        f"{rows} and {targets} share their time with another interaction of the user; what decides their order is "
+        f"data.ties = {info['settings'].get('ties', 'item')}",
+    )
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from typing import Any
 
 import polars as pl
 
-from triewise.data.tables import Table, entries, shown
-from triewise.data.textfiles import bare_name, opened, reading
+from triewise.data.tables import Table, bare_name, entries, opened, reading, shown
 from triewise.errors import UserError
 from triewise.files import scan
 from triewise.progress import progress

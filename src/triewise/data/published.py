@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from triewise.arrays import Int32, Int64, Ragged, offsets_of
-from triewise.data.splits import NAMES, Split
+from triewise.data.splits import NAMES as NAMES, Split as Split
 from triewise.data.tables import (
     ROW,
     counted,
@@ -30,6 +31,7 @@ from triewise.data.tables import (
 from triewise.errors import UserError
 
 _CODED = r"((?:<[^<>\s]+>)+)\t(.*)"  # code tokens, a TAB and the title
+_UNNAMED = "not every row names its user: users are counted by the rows whose history is one item"
 _LIST = r"^\s*\[\s*(?:-?[0-9]+\s*(?:,\s*-?[0-9]+\s*)*,?\s*)?\]\s*$"
 
 
@@ -65,29 +67,87 @@ def read_msl(folder: Path) -> Published:
         UserError: Missing file or column, broken cell, unknown id, no usable row.
     """
     titles = json_titles(find_file(folder, "id2name4Rec.json"))
-    files = {name: find_file(folder, f"{name}.csv") for name in ("train", "test")}
-    if any((folder / name).is_file() for name in ("valid.csv", "valid.csv.gz")):
-        files["valid"] = find_file(folder, "valid.csv")
+    files = msl_files(folder)
     repairs: dict[str, int] = dict(titles.repairs)
     splits = {name: _msl_rows(path, titles, repairs) for name, path in files.items()}
+    read = (titles.path, *files.values())
+    return of_rows(titles, splits, repairs, read, "valid.csv")
+
+
+def of_rows(
+    titles: Titles, splits: dict[str, Split], repairs: dict[str, int], files: tuple[Path, ...], valid: str
+) -> Published:
+    """Rows and the sizes of the data; without a file named ``valid`` the last ninth of train are validation rows."""
     # A user's first row has a history and a target, each further row a target.
     known = [splits[name] for name in NAMES if name in splits]
     user_id = np.concatenate([split.user_id for split in known]).astype(str)
     users, first = np.unique(user_id, return_index=True)
     length = np.concatenate([split.history.lengths for split in known])
-    interactions = int(length[first].sum() + len(user_id))
+    n_users, interactions = len(users), int(length[first].sum() + len(user_id))
     notes = []
-    if "valid" not in files:
+    if any(user is None for split in known for user in split.user_id):
+        n_users = int((length == 1).sum())
+        interactions = n_users + len(user_id)
+        notes.append(_UNNAMED)
+    if "valid" not in splits:
         rows, all_rows = splits["train"], splits["train"].n_rows
         n_valid = round(all_rows / 9)
         n_train = all_rows - n_valid
         splits["train"], splits["valid"] = rows.part(0, n_train), rows.part(n_train, all_rows)
         notes.append(
-            f"no valid.csv: the last {n_valid:,} of the {all_rows:,} training rows in file order are the "
+            f"no {valid}: the last {n_valid:,} of the {all_rows:,} training rows in file order are the "
             "validation split; choose settings with them, then train on both"
         )
-    read = (titles.path, *files.values())
-    return Published(titles, splits, len(users), interactions, repairs, tuple(notes), read)
+    return Published(titles, splits, n_users, interactions, repairs, tuple(notes), files)
+
+
+def split_of_texts(
+    rows: pl.DataFrame, times: Int64, titles: Titles, path: Path, repairs: dict[str, int]
+) -> Split:
+    """Rows of raw ids as a split.
+
+    Args:
+        rows: ``user`` and ``target`` are texts, ``history`` lists of texts; R rows.
+        times: Unix seconds, int64 (R,).
+        titles: The items.
+        path: The file.
+        repairs: Counts ``rows_without_history``, which are left out.
+
+    Raises:
+        UserError: An id without a title, or no row with a history; names the row.
+    """
+    length = rows["history"].list.len().to_numpy().astype(np.int64)
+    number = np.arange(1, len(rows) + 1)
+    history, target = (
+        _of_texts(ids, titles, row, path)
+        for ids, row in (
+            (rows["history"].explode().drop_nulls(), np.repeat(number, length)),
+            (rows["target"], number),
+        )
+    )
+    users = np.array(rows["user"].to_list(), dtype=object)
+    return _with_history(Split(users, Ragged(history, offsets_of(length)), target, times), path, repairs)
+
+
+def _of_texts(ids: pl.Series, titles: Titles, row: Int64, path: Path) -> Int32:
+    known = pl.Enum(titles.item_id.tolist())
+    found = ids.cast(known, strict=False).to_physical().cast(pl.Int32)
+    if found.null_count():
+        unknown = found.is_null().to_numpy()
+        first = int(unknown.argmax())
+        raise UserError(
+            f"{path}, row {row[first]}: wanted item ids that {titles.path.name} has a title for, got "
+            f"{shown(ids[first])} ({unknown.sum()} such ids in the file); add its title or drop the row"
+        )
+    return found.to_numpy()
+
+
+def msl_files(folder: Path) -> dict[str, Path]:
+    """The rows of MSL by the name of their split."""
+    files = {name: find_file(folder, f"{name}.csv") for name in ("train", "test")}
+    if any((folder / name).is_file() for name in ("valid.csv", "valid.csv.gz")):
+        files["valid"] = find_file(folder, "valid.csv")
+    return files
 
 
 def _msl_rows(path: Path, titles: Titles, repairs: dict[str, int]) -> Split:
@@ -130,7 +190,7 @@ def read_d3(folder: Path) -> Published:
         users = len(set(known))
     else:
         users = sum(int((split.history.lengths == 1).sum()) for split in splits.values())
-        notes.append("not every row names its user: users are counted by the rows whose history is one item")
+        notes.append(_UNNAMED)
     for name, split in splits.items():
         if (split.timestamp < 0).all():
             notes.append(f"{files[name].name} has no timestamps; its rows keep the order of the file")
@@ -243,14 +303,14 @@ class Titles:
 
     Attributes:
         path: The file.
-        item_id: Raw ids, int64 (I,), ascending.
+        item_id: Raw ids (I,), ascending: int64, or of RecBole texts in the order of `interactions.ordered_ids`.
         title: Their titles, as they stand in the file.
         repairs: ``empty_titles`` (kept as they are) and ``missing_titles`` (null or NaN, made empty).
         codes: Their semantic ids, where the file names them (MiniOneRec), else nothing.
     """
 
     path: Path
-    item_id: Int64
+    item_id: NDArray[Any]
     title: tuple[str, ...]
     repairs: dict[str, int]
     codes: tuple[str, ...] = ()

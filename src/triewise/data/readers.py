@@ -1,4 +1,4 @@
-"""Raw data in the shapes people have it: MovieLens folders, RecBole atomic files, CSV or Parquet tables.
+"""Raw data in the shapes people have it: MovieLens folders, CSV or Parquet tables.
 
 Every reader gives the same thing: interactions in the order of the file and a title for each item. Sorting,
 duplicates, k-core and splits are the same for all of them and come later.
@@ -6,6 +6,7 @@ duplicates, k-core and splits are the same for all of them and come later.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,15 +15,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from triewise.data.columns import chosen, columns_of, part_of, parts_of, the_column
-from triewise.data.interactions import PLAIN as PLAIN, Events, ordered_ids
+from triewise.data.columns import (
+    chosen,
+    columns_of,
+    folded as folded,
+    part_of as part_of,
+    parts_of as parts_of,
+    the_column as the_column,
+)
+from triewise.data.interactions import PLAIN as PLAIN, Events, ordered_ids as ordered_ids
 from triewise.data.movielens_files import CITATION, film_titles, movies_dat, u_item
 from triewise.data.picking import catalogue_among, interactions_among
 from triewise.data.tables import (
     PACKED,
     PART,
     ROW,
-    SEPARATOR_NAMES,
     Outline,
     Table,
     bare_name,
@@ -47,7 +54,10 @@ if TYPE_CHECKING:
     from triewise.settings import DataSettings
 
 _RATING = ("user", "item", "rating", "timestamp")
-_ENDS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".pq")
+_TEXTS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
+_PARQUET = (".parquet", ".pq")
+_ENDS = (*_TEXTS, *_PARQUET)
+_HIDDEN = (".", "_", "~")
 _LARGE = 1 << 26  # bytes; reading more than this takes long enough to say so
 
 
@@ -136,53 +146,11 @@ def _film_titles(
     return _one_title_each(_counted_titles(said).collect(), path, repairs, choices.second_titles)
 
 
-def recbole(folder: Path, choices: DataSettings = PLAIN) -> Raw:
-    """RecBole's atomic files ``NAME.inter`` and ``NAME.item``: a header of ``name:type``, and tabs or what it has.
-
-    The interactions need ``user_id``, ``item_id`` and a time; the items ``item_id`` and a title, found by its
-    name. Files ``NAME.train.inter``, ``NAME.valid.inter`` and ``NAME.test.inter`` are the splits.
-
-    Raises:
-        UserError: Missing or ambiguous file or column, or a broken row.
-    """
-    inters = [path for path in _visible(folder) if bare_name(path).endswith(".inter")]
-    name = _stem(inters[0]) if inters else ""
-    if len(inters) != 1:
-        parts = [part_of(path) for path in inters]
-        name = name.rpartition(".")[0]
-        if None in parts or len(set(parts)) < len(parts) or not inters:
-            raise UserError(
-                f"wanted one file NAME.inter in {folder}, or NAME.train.inter, NAME.valid.inter and NAME.test.inter, "
-                f"found {names(inters)}; keep one data set in a folder"
-            )
-    events = joined(folder, [_atomic(path, choices) for path in inters], parts_of(inters))
-    return _tables(events, _atomic(find_file(folder, f"{name}.item"), choices), choices)
-
-
-def _stem(path: Path) -> str:
-    return path.name[: len(bare_name(path))].rpartition(".")[0]
-
-
-def _atomic(path: Path, choices: DataSettings) -> Table:
-    """A table without the types in its header."""
-    made = outline(path, "\t,;| ")
-    if len(made.first) != len(made.columns):
-        raise UserError(
-            f"wanted {len(made.columns)} cells in each row of {path}, whose header has "
-            f"{SEPARATOR_NAMES[made.separator]} between them, got {len(made.first)}; save the file with tabs"
-        )
-    table = load(made, None, drop=_drop(choices))
-    bare = {column: column.partition(":")[0] for column in table.columns}
-    if len(set(bare.values())) < len(bare):
-        raise UserError(f"wanted each column once in {path}, found {', '.join(bare)}; rename one of the two")
-    columns = {bare[column]: kind for column, kind in table.columns.items()}
-    return replace(table, rows=table.rows.rename(bare), columns=columns)
-
-
 def csv_folder(folder: Path, choices: DataSettings = PLAIN) -> Raw:
     """Tables found by their columns: interactions (user, item, time) and a catalogue (item, title).
 
-    Files may be text with separators, JSON (lines) or Parquet, packed or not; folders of Parquet files are one table.
+    Files may be text with separators, JSON (lines) or Parquet, packed or not; folders of Parquet files, and of
+    numbered text files (``part-0000.csv``), are one table.
     Names of files do not matter, further columns neither, and files that have none of the columns are left aside.
     Several tables of interactions with the same columns are one; named train, valid and test they are the splits.
     Where no table is a catalogue, that of the interactions may hold the title. Names of columns:
@@ -191,19 +159,11 @@ def csv_folder(folder: Path, choices: DataSettings = PLAIN) -> Raw:
     Raises:
         UserError: Missing or ambiguous table or column, or a broken row.
     """
-    found, failures = _outlines(folder)
-    users = [made for made in found if chosen(made.columns, "user", choices.user_column)]
-    events = interactions_among(folder, found, users, failures, choices)
-    titles = catalogue_among(folder, [made for made in found if made not in users], events, failures, choices)
-    drop = _drop(choices)
+    events, titles, aside = _csv_tables(folder, choices)
+    drop = dropped(choices)
     paths = [made.path for made in events]
-    table = joined(folder, [load(made, drop=drop) for made in events], parts_of(paths))
-    raw = _tables(table, table if titles in events else load(titles, drop=drop), choices, drop)
-    aside = [
-        made.path
-        for made in users
-        if made not in events and chosen(made.columns, "item", choices.item_column)
-    ]
+    table = joined(folder, [_loaded(made, drop) for made in events], parts_of(paths))
+    raw = of_tables(table, table if titles in events else _loaded(titles, drop), choices, drop)
     notes = [f"interactions are read from {names(paths)}, not from {names(aside)}"] * bool(aside)
     if table.parts:
         how = "as its splits" if parts_of(paths)[0] is not None else "as one table"
@@ -211,32 +171,97 @@ def csv_folder(folder: Path, choices: DataSettings = PLAIN) -> Raw:
     return replace(raw, notes=(*notes, *raw.notes))
 
 
-def _drop(choices: DataSettings) -> dict[str, int] | None:
+def csv_files(folder: Path, choices: DataSettings) -> list[Path]:
+    """The files that `csv_folder` would read."""
+    events, titles, _ = _csv_tables(folder, choices)
+    return [file for made in (*events, titles) for file in _files(made.path)]
+
+
+def _csv_tables(folder: Path, choices: DataSettings) -> tuple[list[Outline], Outline, list[Path]]:
+    """The tables of interactions, that of titles, and other tables of interactions that are left aside."""
+    found, failures = _outlines(folder)
+    users = [made for made in found if chosen(made.columns, "user", choices.user_column)]
+    events = interactions_among(folder, found, users, failures, choices)
+    titles = catalogue_among(folder, [made for made in found if made not in users], events, failures, choices)
+    aside = [
+        made.path
+        for made in users
+        if made not in events and chosen(made.columns, "item", choices.item_column)
+    ]
+    return events, titles, aside
+
+
+def _loaded(made: Outline, drop: dict[str, int] | None) -> Table:
+    """The table of an outline, or of all shards in a folder; folders such as ``year=2020`` in it are a column."""
+    if not made.shards:
+        return load(made, drop=drop)
+    tables = []
+    for shard in made.shards:
+        table = load(shard, drop=drop)
+        more = _hive(made.path, shard.path)
+        rows = table.rows.with_columns(pl.lit(value).alias(key) for key, value in more.items())
+        tables.append(replace(table, rows=rows, columns=table.columns | dict.fromkeys(more, pl.String())))
+    return joined(made.path, tables, [None] * len(tables))
+
+
+def _hive(folder: Path, shard: Path) -> dict[str, str]:
+    return dict(part.split("=", 1) for part in shard.relative_to(folder).parts[:-1] if "=" in part)
+
+
+def _shards(folder: Path) -> Outline | None:
+    """Text files in a folder that are one table: numbered, and named alike before the number; None where it has none.
+
+    Raises:
+        UserError: If the columns of two of them differ; those of JSON lines may.
+    """
+    files = [file for file in _files(folder) if bare_name(file).endswith(_TEXTS)]
+    named = {re.split("[0-9]", bare_name(file))[0] for file in files}
+    if len(named) != 1 or not all(re.search("[0-9]", bare_name(file)) for file in files):
+        return None
+    shards = [outline(file) for file in files]
+    columns = tuple(dict.fromkeys(name for shard in shards for name in shard.columns))
+    for shard in shards:
+        if shard.kind == "CSV" and {*map(folded, columns)} != {*map(folded, shard.columns)}:
+            raise UserError(
+                f"wanted the columns {', '.join(shards[0].columns)} of {files[0].name} in every file of {folder}, "
+                f"found {', '.join(shard.columns)} in {shard.path.name}; make them alike, or keep one table in a folder"
+            )
+    shards = [shard if shard.kind == "CSV" else replace(shard, columns=columns) for shard in shards]
+    columns = (*shards[0].columns, *_hive(folder, files[0]))
+    return replace(shards[0], path=folder, columns=columns, shards=tuple(shards))
+
+
+def dropped(choices: DataSettings) -> dict[str, int] | None:
+    """Where rows that cannot be read are counted; None where they are errors."""
     return {} if choices.bad_rows == "drop" else None
 
 
-def _visible(folder: Path) -> list[Path]:
-    return [path for path in entries(folder) if not path.name.startswith((".", "_", "~"))]
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden."""
+    return [path for path in entries(folder) if not path.name.startswith(_HIDDEN)]
 
 
 def _outlines(folder: Path) -> tuple[list[Outline], list[UserError]]:
     """Outlines of all that may be a table, and what was wrong with those that cannot be read."""
     found, failures = [], []
-    for path in _visible(folder):
+    for path in visible(folder):
         name = bare_name(path)
-        if path.is_dir():
-            if not any(bare_name(shard).endswith((".parquet", ".pq")) for shard in path.rglob("*")):
-                continue
-        elif not name.endswith(_ENDS) and not (path.name.lower().endswith(PACKED) and "." not in name):
+        if (
+            not path.is_dir()
+            and not name.endswith(_ENDS)
+            and not (path.name.lower().endswith(PACKED) and "." not in name)
+        ):
             continue
         try:
-            found.append(outline(path))
+            parquet = not path.is_dir() or any(bare_name(file).endswith(_PARQUET) for file in path.rglob("*"))
+            made = outline(path) if parquet else _shards(path)
+            found += [] if made is None else [made]
         except UserError as error:
             failures.append(error)
     return found, failures
 
 
-def _tables(events: Table, titles: Table, choices: DataSettings, drop: dict[str, int] | None = None) -> Raw:
+def of_tables(events: Table, titles: Table, choices: DataSettings, drop: dict[str, int] | None = None) -> Raw:
     """Tables whose columns are found by their names."""
     repairs: dict[str, int] = dict(drop or {})
     item_of_title, text = (
@@ -268,8 +293,9 @@ def _tables(events: Table, titles: Table, choices: DataSettings, drop: dict[str,
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or those in the folder."""
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    """The file, or those in the folder that are not hidden."""
+    there = path.rglob("*") if path.is_dir() else [path]
+    return sorted(file for file in there if file.is_file() and not file.name.startswith(_HIDDEN))
 
 
 def read_events(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,17 @@ from triewise.data.findings import count_findings
 from triewise.data.interactions import Interactions
 from triewise.data.movielens_files import CITATION, INTERACTIONS, TITLES
 from triewise.data.pipelines import d3, igd_steam, msl
-from triewise.data.published import Published, read_d3, read_msl
-from triewise.data.raw_amazon import amazon_folder
+from triewise.data.published import Published, msl_files, read_d3, read_msl
+from triewise.data.raw_amazon import amazon_files, amazon_folder
 from triewise.data.raw_steam import steam_folder
-from triewise.data.readers import Raw, csv_folder, movielens_folder, read_events, recbole
+from triewise.data.readers import (
+    Raw,
+    csv_files,
+    csv_folder,
+    movielens_folder,
+    read_events,
+)
+from triewise.data.recbole import has_histories, recbole, recbole_files, recbole_rows
 from triewise.data.splits import NAMES, WAYS, LazySplit, Split, lazy_splits
 from triewise.data.tables import counted, open_table
 from triewise.data.times import seconds_of
@@ -36,7 +43,12 @@ from triewise.settings import PIPELINES, DataSettings
 SOURCES = (
     "ml-100k, ml-1m, movielens:DIR, recbole:DIR, msl:DIR, d3:DIR, amazon:DIR, steam:DIR, codes:DIR or csv:DIR"
 )
-_PUBLISHED: dict[str, Callable[[Path], Published]] = {"msl": read_msl, "d3": read_d3, "codes": coded_rows}
+_PUBLISHED: dict[str, Callable[[Path], Published]] = {
+    "msl": read_msl,
+    "d3": read_d3,
+    "codes": coded_rows,
+    "recbole": recbole_rows,
+}
 _RAW: dict[str, Callable[[Path, DataSettings], Raw]] = {
     "movielens": movielens_folder,
     "recbole": recbole,
@@ -44,6 +56,13 @@ _RAW: dict[str, Callable[[Path, DataSettings], Raw]] = {
     "amazon": amazon_folder,
     "steam": steam_folder,
     "codes": lambda folder, _: coded_sequences(folder),
+}
+# What a source would read, where a file that is added can change that.
+_FILES: dict[str, Callable[[Path, DataSettings], Iterable[Path]]] = {
+    "csv": csv_files,
+    "recbole": lambda folder, _: recbole_files(folder),
+    "msl": lambda folder, _: msl_files(folder).values(),
+    "amazon": lambda folder, _: amazon_files(folder),
 }
 _COLUMNS: tuple[str, ...] = (
     "item_column",
@@ -212,7 +231,9 @@ def read_source(choices: DataSettings) -> Prepared:
 
 
 def _is_published(kind: str, folder: Path) -> bool:
-    """Whether the authors split the data; a folder of codes tells by its files."""
+    """Whether the authors split the data; folders of codes and of RecBole tell by their files."""
+    if kind == "recbole":
+        return has_histories(folder)
     return kind in _PUBLISHED and not (kind in _RAW and has_sequences(folder))
 
 
@@ -353,6 +374,23 @@ def _words(whose: str | None, folder: Path, files: tuple[Path, ...]) -> tuple[st
 
 def _hashes(folder: Path, files: tuple[Path, ...]) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): sha256_file(file) for file in files}
+
+
+def new_raw_file(dataset: Dataset, choices: DataSettings) -> str | None:
+    """A file that a prepared folder's source would read now and that was not there, or not read, when it was prepared.
+
+    Args:
+        dataset: The prepared data.
+        choices: The settings it was prepared with.
+
+    Raises:
+        UserError: If the files are no longer a source, for example when there are two that could be the catalogue.
+    """
+    kind, place = _parsed(choices.source)
+    if kind not in _FILES or not Path(place).is_dir():
+        return None
+    now = {file.relative_to(place).as_posix() for file in _FILES[kind](Path(place), choices)}
+    return min(now.difference(dataset.info.get("raw_sha256", now)), default=None)
 
 
 def prepare(

@@ -151,12 +151,13 @@ class Outline:
     """What the first bytes of a file say of its columns.
 
     Attributes:
-        path: The file; a folder where Parquet files in it are one table.
+        path: The file; a folder where files in it are one table.
         kind: ``"CSV"`` (any text with separators), ``"JSON"``, ``"JSON lines"`` or ``"Parquet"``.
         columns: Their names, in order.
         separator: Between cells of text.
         first: The first cells below the header, for messages.
         spaced: Whether each separator of the header has a space behind it, which is no part of a cell.
+        shards: The files of text that are one table.
     """
 
     path: Path
@@ -165,6 +166,7 @@ class Outline:
     separator: str = ","
     first: tuple[str, ...] = ()
     spaced: bool = False
+    shards: tuple[Outline, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -520,6 +522,6 @@ def joined(folder: Path, tables: Sequence[Table], parts: Sequence[int | None]) -
         )
         columns = columns if not texts else dict.fromkeys(columns, pl.String())
     notes = tuple(note for table in tables for note in table.notes)
-    return Table(
-        folder, tables[0].kind, pl.concat(rows, how="vertical_relaxed"), columns, tuple(tables), notes
-    )
+    rows_of_all = pl.concat(rows, how="vertical_relaxed")
+    parts_of_all = tuple(part for table in tables for part in table.parts or (table,))
+    return Table(folder, tables[0].kind, rows_of_all, columns, parts_of_all, notes)
