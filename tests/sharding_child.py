@@ -140,10 +140,24 @@ def stop_and_go(out: Path) -> dict[str, Any]:
     found["stopped"] = whole_run(out / "stopped")
     found["resumed"] = whole_run(out / "stopped", resume=True)
     found["ended"] = whole_run(out / "stopped", resume=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="not finite after step 4"):
+        patch.setattr(TrieTrainer, "_save_checkpoint", with_a_nan(TrieTrainer._save_checkpoint))
+        whole_run(out / "nan")
     at_second_shard(full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="checkpoint-8: no space left"):
         whole_run(out / "full")
     return found
+
+
+def with_a_nan(save: Callable[..., None]) -> Callable[..., None]:
+    """The same after a weight of the second process has become nan."""
+
+    def changed(trainer: TrieTrainer, *args: Any) -> None:
+        if not processes.is_first():
+            next(p for p in trainer.run.shards.twin.parameters()).to_local().view(-1)[0] = torch.nan
+        save(trainer, *args)
+
+    return torch.no_grad()(changed)
 
 
 def full_disk(path: Path) -> None:

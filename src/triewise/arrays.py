@@ -5,10 +5,12 @@ Shape key: R rows, E values end to end, L columns.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -184,16 +186,35 @@ def among_best(key: Ints, values: NDArray[np.floating], n: int) -> Bool:
     return near
 
 
+def memory_here(root: Path = Path("/")) -> float:
+    """Bytes of memory that this process may have: the machine's, or less where a container or a job (cgroup) has less.
+
+    Args:
+        root: Where Linux shows ``proc`` and ``sys``.
+    """
+    limits = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # Windows does not say
+        limits.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            number, kinds, path = line.split(":", 2)
+            if number != "0" and "memory" not in kinds.split(","):
+                continue
+            group = root / "sys/fs/cgroup" / ("" if number == "0" else "memory") / path.strip("/")
+            file = "memory.max" if number == "0" else "memory.limit_in_bytes"
+            for place in (group, *group.parents):  # a container may see its own group at the top only
+                with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                    limits.append(float((place / file).read_text(encoding="ascii")))
+    return min(limits, default=float(1 << 40))
+
+
 def check_memory(n_bytes: float, what: str) -> None:
     """Refuse what this machine has no memory for, before it is tried.
 
     Raises:
         UserError: It has less; the line says how much of it ``what`` would take.
     """
-    try:
-        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows does not say
-        have = 1 << 40
+    have = memory_here()
     if n_bytes > have:
         raise UserError(
             f"{what} would take at least {n_bytes / 1e9:.3g} GB, and this machine has {have / 1e9:.3g} GB; lower it"

@@ -22,7 +22,7 @@ from triewise.app import evaluate_run, report_runs, train_run
 from triewise.app.bounds import check_sizes
 from triewise.app.compare import _shareable
 from triewise.app.folders import data_of, way
-from triewise.arrays import check_memory
+from triewise.arrays import check_memory, memory_here
 from triewise.cache import cache_folder
 from triewise.cli import main
 from triewise.data.catalog import allowed_items
@@ -319,9 +319,37 @@ def test_negatives_take_memory(recipes: dict[str, Path]) -> None:
 
 def test_memory_that_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr("triewise.arrays.memory_here", lambda: memory_here(Path("nowhere")))
     check_memory(1e12, "a terabyte")
     with pytest.raises(UserError, match="a lot would take at least 1e\\+04 GB"):
         check_memory(1e13, "a lot")
+
+
+GROUPS = {
+    "version 2": ("0::/a/job\n", {"a/memory.max": "70000\n", "a/job/memory.max": "max\n"}, 70000),
+    "version 2 of a container": ("0::/\n", {"memory.max": "60000\n"}, 60000),
+    "version 1": ("4:cpu,memory:/a\n1:cpu:/\n", {"memory/a/memory.limit_in_bytes": "50000\n"}, 50000),
+    "version 1 of a container": (
+        "4:memory:/docker/0\n0::/\n",
+        {"memory/memory.limit_in_bytes": "40000\n"},
+        40000,
+    ),
+    "no limit": ("4:memory:/\n0::/\n", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, 1 << 34),
+    "no groups": ("", {}, 1 << 34),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_limit_of_a_container_counts(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 17)  # 17 GB
+    ours, files, limit = GROUPS[name]
+    for path, content in {
+        "proc/self/cgroup": ours,
+        **{f"sys/fs/cgroup/{k}": v for k, v in files.items()},
+    }.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(content, encoding="utf-8")
+    assert memory_here(tmp_path) == limit
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -117,8 +117,9 @@ def test_a_checkpoint_is_a_file_of_each_process_and_a_resumed_run_is_exact(
     files = {path.name for path in (folder / "stopped" / "checkpoint-7" / SHARDS).iterdir()}
     assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}
     assert not list(folder.glob(f"[!f]*/{TEMPORARY}*"))
+    assert not checkpoints(folder / "nan"), "a weight of the second process was none"
     assert [step for step, _ in checkpoints(folder / "full")] == [4], (
-        "a full disk is an OSError in both processes"
+        "a full disk is one line in both processes"
     )
 
 

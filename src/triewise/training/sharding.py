@@ -84,6 +84,12 @@ class Shards:
             if here:
                 ours.data = gathered
 
+    def finite(self) -> bool:
+        """Whether what is trained is finite, in every process; all have to call it."""
+        parts = (p for p in self.twin.parameters() if p.requires_grad)
+        ours = all(bool(part.to_local().isfinite().all()) for part in parts)
+        return all(finite for (finite,) in processes.gather([ours]))
+
     def save(self, folder: Path, optimizer: Any) -> Path:
         """Write what is trained of the model, and the optimiser's state: each process its part.
 

@@ -300,17 +300,21 @@ class TrainingState:
         """Write what is spread over the processes beside the checkpoint it will be a part of; None: nothing is."""
         if self.shards is None:
             return None
+        self.check_weights()
         with writes(self.out / f"checkpoint-{self.step}"):
             return self.shards.save(self.out / f"{TEMPORARY}checkpoint-{self.step}.{SHARDS}", optimizer)
 
     def check_weights(self) -> None:
-        """Refuse to keep weights that are not finite; what is spread over processes is not looked at.
+        """Refuse to keep weights that are not finite; where they are spread over processes, all have to call it.
 
         Raises:
-            UserError: Some are not.
+            UserError: Some are not, in this process or in another one.
         """
-        found = () if self.shards else (p for p in self.model.parameters() if p.requires_grad)
-        if not all(bool(p.isfinite().all()) for p in found):
+        if self.shards is not None:
+            finite = self.shards.finite()
+        else:
+            finite = all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad)
+        if not finite:
             raise UserError(f"weights are not finite after step {self.step}; lower the learning rate")
 
     def save(self, state: dict[str, Any], files: dict[str, Any], shards: Path | None = None) -> None:
@@ -330,7 +334,8 @@ class TrainingState:
             raise UserError(
                 f"the loss is nan or infinite around step {self.step}; lower the learning rate"
             ) from None
-        self.check_weights()
+        if shards is None:  # `save_shards` has looked at them
+            self.check_weights()
         ours = ("stopped", "seconds", "best", "waited", "step", "identity")
         with atomic_folder(self.out / f"checkpoint-{self.step}") as folder:
             if shards is None:
