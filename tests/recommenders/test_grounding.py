@@ -331,7 +331,7 @@ def test_nothing_to_choose_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         data = load_dataset(folder)
         return replace(data, valid=data.valid.take(np.arange(0)))
 
-    monkeypatch.setattr("triewise.app.runs.load_dataset", without_validation)
+    monkeypatch.setattr("triewise.app.folders.load_dataset", without_validation)
     settings = recipe_of(run).evaluation.model_copy(update={"choose": ("grounding",)})
     with pytest.raises(UserError, match="evaluation.choose needs validation rows"):
         evaluate_run(run, settings)
