@@ -6,12 +6,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from triewise.errors import UserError
+from triewise.files import atomic_folder, short
 from triewise.locks import LOCK, one_writer, strangers
 
 TOLD = r"another triewise process \(pid {pid}\) writes in .*; wait for it, or choose another --out"
@@ -68,6 +70,56 @@ def test_a_killed_writer_holds_nothing_and_its_leftovers_go(tmp_path: Path) -> N
     with one_writer(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "kept", "model"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "model"]
+
+
+def test_the_longest_name_has_room_for_its_lock_and_its_leftovers(tmp_path: Path) -> None:
+    folder = tmp_path / ("d" * 255)
+    for text in ("old", "new"):
+        with one_writer(folder, beside=True), atomic_folder(folder) as temporary:
+            (temporary / "file").write_text(text, encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    folder.rename(tmp_path / f".tmp-{short(folder.name)}.old")
+    (tmp_path / f".tmp-12-{short(folder.name)}").mkdir()
+    with one_writer(folder, beside=True):
+        assert (folder / "file").read_text(encoding="utf-8") == "new", "a kill between two renames"
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_a_lock_file_without_its_process_is_no_obstacle(tmp_path: Path) -> None:
+    """As after a crash of the machine: the file is there, with the number of a process that may be another one now."""
+    (tmp_path / LOCK).write_text(str(os.getppid()), encoding="ascii")
+    with one_writer(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_who_waits_can_be_stopped_and_leaves_the_lock_alone(tmp_path: Path, how: signal.Signals) -> None:
+    other = Holder(tmp_path)
+    waiting = multiprocessing.get_context("spawn").Process(target=wait_for, args=(str(tmp_path),))
+    waiting.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "waits").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(waiting.pid or 0, how)
+    waiting.join(30)
+    assert waiting.exitcode == (3 if how == signal.SIGINT else -how)
+    with pytest.raises(UserError, match=TOLD.format(pid=other.pid)), one_writer(tmp_path):
+        pass
+    other.end()
+    with one_writer(tmp_path):
+        pass
+
+
+def wait_for(folder: str) -> None:
+    (Path(folder) / "waits").touch()
+    try:
+        with one_writer(Path(folder), wait=True):
+            raise AssertionError("another one holds it")
+    except KeyboardInterrupt:
+        sys.exit(3)
 
 
 def test_beside_a_folder_only_its_own_leftovers_go(tmp_path: Path) -> None:

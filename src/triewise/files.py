@@ -86,8 +86,15 @@ def writes(path: Path) -> Iterator[None]:
         ) from None
 
 
+def short(name: str) -> str:
+    """A name with room for what a temporary name or a lock adds to it: a long one ends in its hash."""
+    if len(os.fsencode(name)) <= 200:
+        return name
+    return f"{name[:40]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+
+
 def _temporary(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{short(path.name)}")
 
 
 def _real(path: Path) -> Path:
@@ -182,7 +189,7 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f"{TEMPORARY}{path.name}.old")
+    return path.with_name(f"{TEMPORARY}{short(path.name)}.old")
 
 
 def _restore(path: Path) -> None:
@@ -203,7 +210,7 @@ def _discard(path: Path) -> None:
 def remove(folder: Path) -> None:
     """Remove a folder; a kill on the way leaves a temporary name, never half of what was there."""
     if folder.exists():
-        temporary = folder.with_name(f"{TEMPORARY}{folder.name}.removed")
+        temporary = folder.with_name(f"{TEMPORARY}{short(folder.name)}.removed")
         _discard(temporary)
         os.replace(folder, temporary)
         shutil.rmtree(temporary)
@@ -213,10 +220,10 @@ def sweep(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left in a folder, all or what was to become ``name``; for who holds its lock."""
     for path in list(folder.glob(f"{TEMPORARY}*")):
         whose = re.fullmatch(rf"{re.escape(TEMPORARY)}(?:\d+-)?(.*?)(\.old|\.removed)?", path.name)
-        if whose is None or name not in (None, whose[1]):
+        if whose is None or (name is not None and short(name) != whose[1]):
             continue
         if whose[2] == ".old":
-            _restore(folder / whose[1])
+            _restore(folder / (name or whose[1]))
         _discard(path)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from triewise.errors import UserError
-from triewise.files import TEMPORARY, sweep
+from triewise.files import TEMPORARY, short, sweep
 from triewise.progress import is_first_process
 
 LOCK = ".lock"
@@ -35,7 +35,7 @@ def one_writer(folder: Path, beside: bool = False, wait: bool = False) -> Iterat
         OSError: This one may not, and would wait.
     """
     folder = Path(os.path.realpath(folder))
-    file = folder.with_name(f".{folder.name}{LOCK}") if beside else folder / LOCK
+    file = folder.with_name(f".{short(folder.name)}{LOCK}") if beside else folder / LOCK
     if not is_first_process() or file in _held:
         yield
         return
