@@ -264,6 +264,12 @@ def test_numbered_text_files_in_a_folder_are_one_table(tmp_path: Path) -> None:
     assert size(data) == (6, 8, 30)
     assert "interactions are read from events as one table" in data.info["notes"]
     assert sorted(data.info["raw_sha256"]) == ["events/part-0000.csv", "events/part-0001.csv", "items.csv"]
+    data = prepare(
+        f"csv:{write(raw, {'all.csv': FRAME.head(27).write_csv(), 'inter.csv': 'x'})}", tmp_path / "out"
+    )
+    assert size(data)[2] == 27  # a file that is enough goes before a folder
+    assert "interactions are read from all.csv, not from events" in data.info["notes"]
+    (raw / "all.csv").unlink()
     (raw / "events" / "part-0001.csv").write_text("user,item\nu0,i0\n", encoding="utf-8")
     with pytest.raises(
         UserError, match=r"wanted the columns .* of part-0000.csv in every file of .*in part-0001"

@@ -178,11 +178,23 @@ def csv_files(folder: Path, choices: DataSettings) -> list[Path]:
 
 
 def _csv_tables(folder: Path, choices: DataSettings) -> tuple[list[Outline], Outline, list[Path]]:
-    """The tables of interactions, that of titles, and other tables of interactions that are left aside."""
+    """The tables of interactions, that of titles, and other tables of interactions that are left aside.
+
+    Folders of numbered text files are looked at only where the other tables are not enough.
+    """
     found, failures = _outlines(folder)
     users = [made for made in found if chosen(made.columns, "user", choices.user_column)]
-    events = interactions_among(folder, found, users, failures, choices)
-    titles = catalogue_among(folder, [made for made in found if made not in users], events, failures, choices)
+
+    def among(tables: list[Outline]) -> tuple[list[Outline], Outline]:
+        of_users = [made for made in tables if made in users]
+        others = [made for made in tables if made not in users]
+        events = interactions_among(folder, tables, of_users, failures, choices)
+        return events, catalogue_among(folder, others, events, failures, choices)
+
+    try:
+        events, titles = among([made for made in found if not made.shards])
+    except UserError:
+        events, titles = among(found)
     aside = [
         made.path
         for made in users
