@@ -248,7 +248,7 @@ def reason(
 
     facts = reason_with(load_recipe(recipe, changes or ()), out)
     _print_json(facts) if as_json else typer.echo(
-        f"{out}: {facts['by_model']} chains of thought by {facts['model']}, {facts['by_template']} by the template"
+        f"{out}: {facts['chains']} chains of thought, {facts['by_template']} of them by the template"
     )
 
 

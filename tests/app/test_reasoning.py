@@ -333,7 +333,7 @@ def test_a_template_says_so(small: Recipe, tmp_path: Path, capsys: Any, monkeypa
     monkeypatch.setattr("sys.argv", ["triewise", "reason", str(file), "--out", str(tmp_path / "chains")])
     with pytest.raises(SystemExit, match="0"):
         main()
-    assert "0 chains of thought by template, 100 by the template" in capsys.readouterr().out
+    assert "100 chains of thought, 100 of them by the template" in capsys.readouterr().out
     train_run(by({}, small, chains=tmp_path / "chains"), tmp_path / "run")
     assert "100 of 100 chains of thought are a template's, not a model's" in capsys.readouterr().err
     assert read_json(tmp_path / "run" / "run.json")["hashes"]["chains"] == enhancing_hash(small, tmp_path)

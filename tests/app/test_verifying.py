@@ -183,6 +183,8 @@ def test_an_overwritten_run_stays_till_the_new_one_has_ended(
         assert (seen.kind, seen.whole) == ("a run, training", True)
         with pytest.raises(UserError, match=r"the training in .* has not ended"):
             evaluate_run(copy)
+        with pytest.raises(UserError, match=r"has not ended, so there is no recommender yet; wait for it"):
+            triewise.load(copy)
     train_run(other, copy, overwrite=True)
     assert not (copy / BEFORE).exists()
     assert read_json(copy / "run.json")["seed"] == 1

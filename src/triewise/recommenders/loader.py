@@ -47,10 +47,15 @@ def load(
         UserError: Not a recommender, its parts do not belong together, or its assistant is not there.
     """
     folder = local_folder(run, revision)
-    manifest = read_json(folder / MANIFEST, Manifest)
-    recipe = run_recipe(folder) if (folder / "recipe.toml").is_file() else None
     if (folder / "run.json").is_file():
         read_record(folder)
+        if not (folder / MANIFEST).is_file():
+            raise UserError(
+                f"the training in {folder} has not ended, so there is no recommender yet; wait for it, or go on with: "
+                f"triewise train {folder / 'recipe.toml'} --resume --out {folder}"
+            )
+    manifest = read_json(folder / MANIFEST, Manifest)
+    recipe = run_recipe(folder) if (folder / "recipe.toml").is_file() else None
     # Asked first: models take time to load.
     named = _assistant(folder, manifest, recipe) if assistant else None
     if manifest.get("kind") == "sequential":
