@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
@@ -21,13 +22,13 @@ from tests.worlds import HISTORIES
 from triewise.app import evaluate_run, train_run
 from triewise.errors import UserError
 from triewise.files import read_json
-from triewise.models import load_backbone
+from triewise.models import SequentialModel, load_backbone
 from triewise.recipe import parse_recipe
-from triewise.recommenders import GenerativeRecommender
+from triewise.recommenders import GenerativeRecommender, SequentialRecommender
 from triewise.recommenders.saved import PARTS
 from triewise.reports import CardFacts, addressed, model_card
 from triewise.reports.card import IGD_BIBTEX, MSL_BIBTEX, escape, without_folders
-from triewise.settings import LoraSettings
+from triewise.settings import LoraSettings, SequentialSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -224,6 +225,24 @@ def test_without_a_run_the_card_is_short(hub: Path) -> None:
     pulled = GenerativeRecommender.from_pretrained("someone/short", device="cpu")
     assert pulled.recommend(HISTORIES).items.tolist() == recommender.recommend(HISTORIES).items.tolist()
     for said in ("# short", "No metrics are recorded", "support = trie", "```python\nimport triewise"):
+        assert said in pulled.card
+
+
+def test_a_sequential_recommender_is_pushed_whole_and_pulled(hub: Path) -> None:
+    shape = SequentialSettings(encoder="sasrec", width=8, blocks=1)
+    model = SequentialModel(shape, worlds.catalog().n_items, 5, 1).eval()
+    recommender = SequentialRecommender(model, worlds.catalog(), np.arange(worlds.catalog().n_items))
+    address = recommender.push_to_hub("someone/steps", license="mit")
+    assert address == "https://hub.example/someone/steps"
+    files = {file.relative_to(hub / "someone/steps").parts[0] for file in (hub / "someone/steps").rglob("*")}
+    assert files == {*PARTS["sequential"], "README.md", "recommender.json"}
+    pulled = triewise.load("someone/steps", device="cpu")
+    assert isinstance(pulled, SequentialRecommender)
+    wanted, found = recommender.recommend(HISTORIES, k=5), pulled.recommend(HISTORIES, k=5)
+    assert found.items.tolist() == wanted.items.tolist()
+    assert found.scores.tolist() == wanted.scores.tolist()
+    assert ModelCard(pulled.card).data.license == "mit"
+    for said in ('triewise.load("someone/steps")', "- encoder of item ids: sasrec"):
         assert said in pulled.card
 
 

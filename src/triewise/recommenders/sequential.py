@@ -214,7 +214,8 @@ class SequentialRecommender(Assisted):
 
     def push_to_hub(self, repo_id: str, **how: Any) -> str:
         """As `GenerativeRecommender.push_to_hub`."""
-        return push(self, card_facts(self, repo_id.rpartition("/")[2]), repo_id, **how)
+        origin = {"name": self.model.config["kind"], "kind": "sequential"} | self.origin
+        return push(self, card_facts(self, repo_id.rpartition("/")[2], origin=origin), repo_id, **how)
 
     @classmethod
     def from_pretrained(
