@@ -715,11 +715,19 @@ def test_shipped_recipes_load_and_those_of_a_published_split_train(
     recipe = load_recipe(file)
     if recipe.sequential is None and recipe.data.source.startswith("msl:") and recipe.backbone.name == "tiny":
         changes = list(published)
-        if recipe.hybrid is not None:
+        partners = {
+            "hybrid.items": recipe.hybrid,
+            "identifier.items": recipe.identifier.items,
+            "objective.flow.scores": recipe.objective.flow,
+        }
+        keys = [key for key, named in partners.items() if named is not None]
+        if keys:
             items = [change for change in published if not change.startswith("backbone.")]
             few = ["training.evaluate_every=0", "training.batch_size=4"]
             train_run(load_recipe("office/sasrec", [*items, *few]), tmp_path / "items")
-            changes += [f"hybrid.items={(tmp_path / 'items').as_posix()}", "hybrid.alignment.steps=2"]
+            changes += [f"{key}={(tmp_path / 'items').as_posix()}" for key in keys]
+        if recipe.hybrid is not None:
+            changes.append("hybrid.alignment.steps=2")
         if recipe.objective.preference.reference:
             first = "lml" if recipe.hybrid is None else f"{recipe.hybrid.kind}-lml"
             train_run(load_recipe(f"office/{first}", changes), tmp_path / "reference")

@@ -47,13 +47,7 @@ def load(
         UserError: Not a recommender, its parts do not belong together, or its assistant is not there.
     """
     folder = local_folder(run, revision)
-    if (folder / "run.json").is_file():
-        read_record(folder)
-        if not (folder / MANIFEST).is_file():
-            raise UserError(
-                f"the training in {folder} has not ended, so there is no recommender yet; wait for it, or go on with: "
-                f"triewise train {folder / 'recipe.toml'} --resume --out {folder}"
-            )
+    _check_run(folder)
     manifest = read_json(folder / MANIFEST, Manifest)
     recipe = run_recipe(folder) if (folder / "recipe.toml").is_file() else None
     # Asked first: models take time to load.
@@ -82,6 +76,18 @@ def load(
         return recommender
     helper = load(named[0], device=device, assistant=False, trust_remote_code=trust_remote_code)
     return recommender.with_settings(assistant=helper, assistant_weight=named[1])
+
+
+def _check_run(folder: Path) -> None:
+    """UserError where a folder is a run without a recommender, or one that was damaged."""
+    if not (folder / "run.json").is_file():
+        return
+    read_record(folder)
+    if not (folder / MANIFEST).is_file():
+        raise UserError(
+            f"the training in {folder} has not ended, so there is no recommender yet; wait for it, or go on with: "
+            f"triewise train {folder / 'recipe.toml'} --resume --out {folder}"
+        )
 
 
 def _merges(recipe: Recipe | None, origin: dict[str, object]) -> bool:
