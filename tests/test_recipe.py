@@ -51,6 +51,7 @@ def test_awkward_strings_round_trip() -> None:
         ({"training": {"step": 3}}, "unknown key 'training.step'; did you mean 'training.steps'"),
         ({"trainin": {}}, "unknown key 'trainin'; did you mean 'training'"),
         ({"data": {}}, "the key 'data.source' is missing"),
+        ({"data": {"source": "msl:x", "pipeline": ["d3"]}}, "data.pipeline: Input should be 'd3', 'msl' or"),
         ({"training": {"steps": 0}}, "training.steps: Input should be greater than or equal to 1, got 0"),
         ({"objective": {"temperature": -1.0}}, "temperature must be > 0 or 'adaptive', got -1.0"),
         (
