@@ -127,6 +127,7 @@ def test_links_are_followed(tmp_path: Path) -> None:
         OSError(errno.ENOSPC, "No space left on device"),
         OSError("64 requested and 12 written"),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("basic_ios::clear: iostream error"),
         ValueError("I/O error: No space left on device (os error 28)"),
     ],
 )
