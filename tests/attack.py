@@ -57,7 +57,7 @@ users = 20
 """
 PREPARE = ("prepare", "msl:raw/office", "--out", "data", "--max-history", "4")
 BAD = ("another result", "a traceback", "no line", "stuck", "left behind", HANGS)
-SHARES = {"damage": 0.4, "kill": 0.3, "pair": 0.12, "full disk": 0.13, "settings": 0.05}
+SHARES = {"damage": 0.25, "kill": 0.4, "pair": 0.2, "full disk": 0.07, "settings": 0.08}
 
 
 class Bad(Exception):
@@ -307,6 +307,7 @@ class Attack:
             except Bad as bad:
                 self.counts[way, bad.args[0]] += 1
                 self.bad.append(f"{bad.args[0]}: {self.now}: {bad.args[1][-1500:]}")
+                print(self.bad[-1], file=sys.stderr, flush=True)
             finally:
                 os.chdir(place)
             spent[way] += time.monotonic() - begun
@@ -465,8 +466,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     found = attack(given.seconds, given.seed)
-    for line in found.bad:
-        print(line, file=sys.stderr)
     print(found.table)
     raise SystemExit(bool(found.bad))
 
