@@ -33,7 +33,10 @@ TEMPORARY = ".tmp-"
 _SEAL = "seal"  # the key of a sealed JSON file with the SHA-256 of all others
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 # What torch, safetensors, polars and numpy say of a full disk; none of them with an errno.
-_FULL_IN_WORDS = r"inline_container|iostream error|No space left|File too large|quota exceeded|\d+ requested and \d+ written"
+_FULL_IN_WORDS = (
+    r"inline_container|iostream error|No space left|File too large|quota exceeded|"
+    r"\d+ requested and \d+ written"
+)
 
 
 class Shape(BaseModel):
