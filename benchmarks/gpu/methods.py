@@ -71,7 +71,7 @@ def _recipe(options: Options, supervision: str, method: str, steps: int) -> Reci
         backbone = {"name": "tiny", "tiny": {"vocabulary": 400, "width": 32, "layers": 1}}
     return parse_recipe(
         {
-            "name": f"{supervision}-{method}",
+            "name": f"{supervision}-{method.replace(' + ', '-')}",
             "data": {"source": "msl:amazon_office", "max_history": 10},
             "backbone": {**backbone, "template": template, "device": str(options.device)},
             "objective": METHODS[method],

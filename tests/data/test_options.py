@@ -134,6 +134,13 @@ def test_neighbours_that_are_no_tables_stop_nothing(tmp_path: Path) -> None:
     assert size(tried(tmp_path, beside)) == (6, 8, 30)
 
 
+def test_what_was_prepared_inside_the_source_is_no_table_of_it(tmp_path: Path) -> None:
+    source = write(tmp_path / "raw")
+    first = prepare(f"csv:{source}", source / "prepared")
+    again = prepare(f"csv:{source}", source / "again")
+    assert first.info["raw_sha256"] == again.info["raw_sha256"] and size(first) == size(again)
+
+
 def test_a_file_is_named_where_several_may_be_meant(tmp_path: Path) -> None:
     beside = {"other.csv": "user,item,when,timestamp\nu9,i1,x,5\n", "names.csv": "item,title\ni1,X\n"}
     refused(tmp_path, "found inter.csv .*; other.csv .*--interactions-file", beside)

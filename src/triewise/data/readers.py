@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 _RATING = ("user", "item", "rating", "timestamp")
 _TEXTS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson")
 _PARQUET = (".parquet", ".pq")
+_OURS = ("dataset.json", "run.json", "recommender.json")  # prepared data, runs, recommenders
 _ENDS = (*_TEXTS, *_PARQUET)
 _HIDDEN = (".", "_", "~")
 _LARGE = 1 << 26  # bytes; reading more than this takes long enough to say so
@@ -264,6 +265,8 @@ def _outlines(folder: Path) -> tuple[list[Outline], list[UserError]]:
             and not (path.name.lower().endswith(PACKED) and "." not in name)
         ):
             continue
+        if path.is_dir() and any(file.name in _OURS for file in path.rglob("*.json")):
+            continue  # what was made of this folder before
         try:
             parquet = not path.is_dir() or any(bare_name(file).endswith(_PARQUET) for file in path.rglob("*"))
             made = outline(path) if parquet else _shards(path)
