@@ -7,6 +7,7 @@ wing and module. A file is written only where its text changed, so that Sphinx b
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import json
 import re
@@ -210,6 +211,9 @@ def package_page(package: str, modules: Iterable[str]) -> str:
         f"What may be relied on, as ``from {package} import ...``:\n\n.. list-table::\n   :widths: 30 70\n\n"
     )
     for name, module, there in door(package):
+        module = getattr(
+            getattr(importlib.import_module(module), there), "__module__", module
+        )  # where it is defined
         source = ast.parse(
             ROOT.joinpath("src", *module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
         )

@@ -64,7 +64,7 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReproducedTable:
     """What `reproduce_table` makes; ``differences`` are those of each row to the one all are compared with."""
 
     rows: tuple[TableRow, ...]
@@ -100,7 +100,7 @@ def reproduce_table(
     trials: int | None = None,
     changes: Sequence[str] = (),
     trust_remote_code: bool = False,
-) -> Table:
+) -> ReproducedTable:
     """Train, choose, repeat, rank and compare; writes ``TABLE.md`` and ``report.html`` into ``out``.
 
     Args:
@@ -257,7 +257,7 @@ def _ranked(run: Path, recipe: Recipe, changes: Mapping[str, Any]) -> Evaluation
     return evaluate_run(run, settings, trust_remote_code=recipe.backbone.trust_remote_code)
 
 
-def _written(table: str, rows: tuple[TableRow, ...], against: str, out: Path, data: str) -> Table:
+def _written(table: str, rows: tuple[TableRow, ...], against: str, out: Path, data: str) -> ReproducedTable:
     """The table as text, and a page of it in a report."""
     done = {r.name: r.evaluation for r in rows if r.evaluation is not None}
     base = done.get(against)
@@ -288,7 +288,7 @@ def _written(table: str, rows: tuple[TableRow, ...], against: str, out: Path, da
             provenance=first["versions"] | {"commit": first["commit"] or "installed package"},
         )
         write_report(html, report)
-    return Table(rows, differences, text, html)
+    return ReproducedTable(rows, differences, text, html)
 
 
 def _shown(r: TableRow) -> Row:

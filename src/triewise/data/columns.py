@@ -88,7 +88,7 @@ def parts_of(paths: Sequence[Path]) -> list[int | None]:
     return [list(_PARTS).index(part) for part in parts if part]
 
 
-class Columns(NamedTuple):
+class ColumnRoles(NamedTuple):
     """Names of the columns of interactions; None for one that is not there."""
 
     user: str
@@ -98,7 +98,7 @@ class Columns(NamedTuple):
     event: str | None = None
 
 
-def columns_of(there: Sequence[str], path: Path, choices: DataSettings) -> Columns:
+def columns_of(there: Sequence[str], path: Path, choices: DataSettings) -> ColumnRoles:
     """The columns of a table of interactions; there may be no time where the order of the file is taken."""
     user, item = (
         the_column(there, role, wish, path)
@@ -120,4 +120,4 @@ def columns_of(there: Sequence[str], path: Path, choices: DataSettings) -> Colum
         or (role == "rating" and choices.min_rating is not None)
         or (role == "event" and choices.events)
     }
-    return Columns(user, item, time, **optional)
+    return ColumnRoles(user, item, time, **optional)
