@@ -84,8 +84,7 @@ def trie_nll(
     if not isinstance(temperature, Tensor):
         check_temperature(temperature)
     trie = on_device(trie, logits.device)
-    edge_row, edge_token = child_edges(node, trie, n_edges)
-    z_E, z_M = edge_logits(logits, target, edge_row, edge_token, columns)
+    edge_row, edge_token, z_E, z_M = edge_logits(logits, target, node, trie, n_edges, columns)
     z_E, z_M = z_E / of_rows(temperature, edge_row), z_M / temperature
     if expand_negatives:
         n_vocabulary = logits.shape[1] if columns is None else columns.n_vocabulary
@@ -143,8 +142,7 @@ def lml_parts(
 
     Source: MSL, arXiv:2504.04178, Section 3 and Figure 3.
     """
-    edge_row, edge_token = child_edges(node, on_device(trie, logits.device), n_edges)
-    z_E, z_M = edge_logits(logits, target, edge_row, edge_token)
+    edge_row, _, z_E, z_M = edge_logits(logits, target, node, trie, n_edges)
     top_M, rest_M = _log_sum_exp(z_E, edge_row, len(node))
     return LmlParts((logits.float() - top_M[:, None]).logsumexp(1) - rest_M, (top_M - z_M) + rest_M)
 
@@ -179,17 +177,32 @@ def column_of(token: Tensor, columns: Columns | None) -> Tensor:
     return token if columns is None else torch.searchsorted(columns.token, token)
 
 
+class EdgeLogits(NamedTuple):
+    """Valid tokens of all rows, as of `child_edges`, with their logits (E,), and those of the targets (M,); float32."""
+
+    row: Tensor
+    token: Tensor
+    z_E: Tensor
+    z_M: Tensor
+
+
 def edge_logits(
-    logits: Tensor, target: Tensor, edge_row: Tensor, edge_token: Tensor, columns: Columns | None = None
-) -> tuple[Tensor, Tensor]:
-    """Logits of the children of all rows (E,) and of the targets (M,), float32."""
+    logits: Tensor,
+    target: Tensor,
+    node: Tensor,
+    trie: Trie | DeviceTrie,
+    n_edges: int | None = None,
+    columns: Columns | None = None,
+) -> EdgeLogits:
+    """Logits of the children of the nodes and of the targets; arguments as of `trie_nll`."""
+    edge_row, edge_token = child_edges(node, on_device(trie, logits.device), n_edges)
     # One gather for both: each one costs a zero-filled (M, V) gradient in the backward pass.
     first = torch.arange(len(target), device=target.device) * logits.shape[1]
     flat = torch.cat(
         [first.index_select(0, edge_row) + column_of(edge_token, columns), first + column_of(target, columns)]
     )
     z = logits.reshape(-1).index_select(0, flat).float()
-    return z[: len(edge_row)], z[len(edge_row) :]
+    return EdgeLogits(edge_row, edge_token, z[: len(edge_row)], z[len(edge_row) :])
 
 
 def _log_sum_exp(z_E: Tensor, row: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:

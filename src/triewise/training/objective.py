@@ -188,8 +188,9 @@ class Objective:
         if not isinstance(self.temperature, AdaptiveTemperature):
             tau = self.temperature
         elif self.temperature.scope == "token":
-            row, token = child_edges(node, device_trie, n_edges)
-            valid, positive = edge_logits(logits.detach(), target, row, token, columns)
+            row, _, valid, positive = edge_logits(
+                logits.detach(), target, node, device_trie, n_edges, columns
+            )
             tau = self.temperature.per_token(positive, valid, row)
         else:
             tau = self.temperature.on(logits.device)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from triewise.arrays import Ragged, offsets_of, ranges
 from triewise.errors import UserError
-from triewise.training.losses import Columns, child_edges, edge_logits, on_device
+from triewise.training.losses import Columns, edge_logits, on_device
 from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses
 from triewise.training.temperature import of_rows
 
@@ -79,8 +79,7 @@ def soft_parts(
     parts = objective.parts(logits, target, node, trie, weight, n_edges, columns)
     if not alpha:
         return parts
-    row, token = child_edges(node, on_device(trie, logits.device), n_edges)
-    z_E, z_M = edge_logits(logits, target, row, token, columns)
+    row, _, z_E, z_M = edge_logits(logits, target, node, trie, n_edges, columns)
     if first is not None:
         n_M = on_device(trie, logits.device).n_children.index_select(0, node)
         shift_M = first - (n_M.cumsum(0) - n_M)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from triewise.training import processes
-from triewise.training.losses import Columns, child_edges, edge_logits, on_device, trie_nll
+from triewise.training.losses import Columns, edge_logits, on_device, trie_nll
 from triewise.training.objective import MicroBatches, Objective, TitleLoss, TokenLosses
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ class Bear(_Extended):
         if not self.strength:
             return parts
         n_M = on_device(trie, logits.device).n_children.index_select(0, node)
-        row, token = child_edges(node, on_device(trie, logits.device), n_edges)
-        z_E, z_M = edge_logits(logits, target, row, token, columns)
+        row, _, z_E, z_M = edge_logits(logits, target, node, trie, n_edges, columns)
         rival = z_E.index_select(0, ranked_edge(z_E.detach(), row, n_M, self.width))
         margin = (z_M - rival) / self.objective.tau_of(z_M, z_E, row) / self.xi
         weight = torch.ones_like(parts.nll) if weight is None else weight
@@ -196,8 +195,7 @@ class Apao(_Extended):
     ) -> TokenLosses:
         """`Objective.parts`, and the pairwise loss at titles' first tokens, times ``opens`` (M,)."""
         parts = self.objective.parts(logits, target, node, trie, weight, n_edges, columns)
-        row, token = child_edges(node, on_device(trie, logits.device), n_edges)
-        z_E, z_M = edge_logits(logits.detach(), target, row, token, columns)
+        row, _, z_E, z_M = edge_logits(logits.detach(), target, node, trie, n_edges, columns)
         tau = self.objective.tau_of(z_M, z_E, row) * self.temperature
         nll = trie_nll(logits, target, node, trie, tau, n_edges, columns=columns)
         return parts._replace(loss=parts.loss + self.strength * opens * nll)
