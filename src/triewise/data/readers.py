@@ -265,11 +265,12 @@ def _outlines(folder: Path) -> tuple[list[Outline], list[UserError]]:
             and not (path.name.lower().endswith(PACKED) and "." not in name)
         ):
             continue
-        if path.is_dir() and any(file.name in _OURS for file in path.rglob("*.json")):
+        inside = list(path.rglob("*")) if path.is_dir() else []
+        if any(file.name in _OURS for file in inside):
             continue  # what was made of this folder before
         try:
-            parquet = not path.is_dir() or any(bare_name(file).endswith(_PARQUET) for file in path.rglob("*"))
-            made = outline(path) if parquet else _shards(path)
+            texts = path.is_dir() and not any(bare_name(file).endswith(_PARQUET) for file in inside)
+            made = _shards(path) if texts else outline(path)
             found += [] if made is None else [made]
         except UserError as error:
             failures.append(error)
