@@ -206,6 +206,16 @@ def data_of(run: Path, record: dict[str, Any]) -> Dataset:
     return load_dataset(place)
 
 
+def trained_data(run: Path, record: dict[str, Any]) -> Dataset:
+    """`data_of`; UserError where it is no longer what the run was trained on."""
+    dataset = data_of(run, record)
+    if record["hashes"]["data"] != data_hash(dataset):
+        raise UserError(
+            f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
+        )
+    return dataset
+
+
 def consented(recipe: Recipe, given: bool, where: Path | str) -> bool:
     """Whether code that comes with a language model may run: as this call says, and never as a folder says.
 

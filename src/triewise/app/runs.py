@@ -27,9 +27,9 @@ from triewise.app.folders import (
     StartedRun,
     commit_of_source,
     consented,
-    data_of,
     open_data,
     open_run,
+    trained_data,
     versions,
     way,
 )
@@ -360,11 +360,7 @@ def recommender_of(
             run code that comes with it and ``trust`` is not given.
     """
     recipe, record = open_run(run)
-    dataset = data_of(run, record)
-    if record["hashes"]["data"] != data_hash(dataset):
-        raise UserError(
-            f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
-        )
+    dataset = trained_data(run, record)
     consented(recipe, trust, run)
     recommender = load(run, merge_adapter=settings.merge_adapter, assistant=False, trust_remote_code=trust)
     for part, value in recommender.hashes.items():

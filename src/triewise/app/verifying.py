@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from triewise.app.folders import BEFORE, StartedRun, data_of
-from triewise.data import RELEASES, data_hash, is_whole, load_dataset
+from triewise.app.folders import BEFORE, StartedRun, trained_data
+from triewise.data import RELEASES, is_whole, load_dataset
 from triewise.errors import UserError
 from triewise.files import check_files, read_json, read_record
 from triewise.ranking import METRICS, load_evaluation
@@ -90,7 +90,7 @@ def _parts_of_run(run: Path) -> Iterator[Check]:
     yield "recipe", lambda: (read_record(run, ("recipe.toml",)), run_recipe(run))
     if (run / "log.jsonl").is_file():
         yield "log", lambda: read_log(run)
-    yield "data", lambda: _check_data(run)
+    yield "data", lambda: trained_data(run, read_json(run / "run.json", StartedRun))
     if (run / MANIFEST).is_file() or _run(run).startswith(("a run, trained", "a run, stopped")):
         yield "files of run.json", lambda: read_record(run)
         yield "recommender", lambda: check_saved(run)
@@ -102,15 +102,6 @@ def _parts_of_run(run: Path) -> Iterator[Check]:
         yield "best weights", lambda: best_weights(run)
     if (run / BEFORE).is_dir():
         yield "the run before", lambda: _check_before(run / BEFORE)
-
-
-def _check_data(run: Path) -> None:
-    record = read_json(run / "run.json", StartedRun)
-    dataset = data_of(run, record)
-    if data_hash(dataset) != record["hashes"]["data"]:
-        raise UserError(
-            f"the data in {dataset.folder} changed since {run} was trained; prepare the same data or train again"
-        )
 
 
 def _check_before(run: Path) -> None:
