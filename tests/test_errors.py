@@ -384,6 +384,14 @@ def test_runs_that_cannot_be_compared(tmp_path: Path) -> None:
         load_evaluation(one)
     with pytest.raises(UserError, match="log.jsonl, which is missing"):
         read_log(one)
+    row = '{"step": 1, "loss": 2.0}\n'
+    (one / "log.jsonl").write_text(row, encoding="utf-8")
+    known = {"bytes": len(row), "sha256": sha256_file(one / "log.jsonl")}
+    write_json(one / "run.json", read_json(one / "run.json") | {"log": known})
+    assert [r["step"] for r in read_log(one)] == [1]
+    (one / "log.jsonl").write_text(row.replace("2.0", "1.0"), encoding="utf-8")
+    with pytest.raises(UserError, match="log.jsonl is not the file that was written"):
+        read_log(one)
 
 
 def test_evaluations_of_different_rows() -> None:

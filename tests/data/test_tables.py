@@ -42,6 +42,7 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
         (b"", "which is empty; copy or download it again"),
         (b"a,b\n", "wanted rows in .*, found only a header"),
         (b"\n\n", "wanted rows in .*, which is empty; copy"),
+        (b"a,b\n,\n,\n", "wanted rows in .*, found only a header"),
         (b"x,b\n1,2\n", "wanted the column a in .*, found x, b; rename or add it"),
         (b"a,b\n1,2\n3\n", "row 2: wanted a value in column b, got an empty cell; fill it in"),
         (b'a,b\n1,2\n"",4\n', "row 2: wanted a value in column a, got an empty cell"),
