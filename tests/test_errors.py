@@ -41,7 +41,12 @@ PLACE = {
 }
 TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
 NO_ERRORS = "Lines on stderr that are no errors"
-RAISED = ("UserError", "ValueError", "KeyError", "_complain")  # `cli._complain` prints what is not raised
+RAISED = (
+    "UserError",
+    "ValueError",
+    "KeyError",
+    "_complain",
+)  # `commandline._complain` prints what is not raised
 
 # (module, wording) that no test of this process can reach, each with its reason.
 OUT_OF_REACH: dict[tuple[str, str], str] = {}

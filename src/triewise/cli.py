@@ -5,56 +5,31 @@ Heavy imports stay inside the commands, so that ``--help`` and a typing error an
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import gc
-import os
-import re
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from triewise.errors import UserError
-from triewise.options import with_data_options
-from triewise.plain import clean, json_line
-from triewise.progress import is_first_process, note
-
-app = typer.Typer(
-    name="triewise",
-    help="Recommend by writing the next item's title along the catalogue's prefix tree.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+from triewise.commandline import (
+    INTERRUPTED,
+    Changes,
+    Json,
+    Overwrite,
+    RecipeName,
+    Resume,
+    Run,
+    Search,
+    Trust,
+    app,
+    console,
+    main as main,
+    print_json,
+    say,
+    without_collections,
 )
-
-
-INTERRUPTED = 130
-# The base of every usage error, wherever this version of typer keeps it.
-USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", help="Change one key: --set training.steps=100 (repeatable).")
-]
-Run = Annotated[Path, typer.Argument(help="A run folder.")]
-Search = Annotated[
-    str | None, typer.Option(help="beam, exact, catalogue or grounding; default as the run's recipe says.")
-]
-RecipeName = Annotated[
-    str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Execute code that comes with the language model.")
-]
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", help="Start anew; the run that is there stays in OUT/before till the new one ends."
-    ),
-]
+from triewise.options import with_data_options
+from triewise.plain import clean
+from triewise.progress import note
 
 
 @app.command()
@@ -70,14 +45,14 @@ def demo(
 
     result = run_demo(out, quick=quick, seed=seed)
     if as_json:
-        _print_json(result.as_json())
+        print_json(result.as_json())
         return
-    console = _console()
-    print_rows(result.report.rows, result.report.comparisons, console)
-    print_examples(result.report.examples, console)
+    terminal = console()
+    print_rows(result.report.rows, result.report.comparisons, terminal)
+    print_examples(result.report.examples, terminal)
     for line in result.report.notes:
-        console.print(clean(line), markup=False, highlight=False)
-    console.print(
+        terminal.print(clean(line), markup=False, highlight=False)
+    terminal.print(
         f"\nReport: {clean(result.html)} ({result.seconds:.0f} s)",
         markup=False,
         highlight=False,
@@ -122,7 +97,7 @@ def prepare(
 
     settings = {"max_history": max_history, "clean": clean, "k_core": k_core, "split": split, **choices}
     made = prepare_data(source, out, **settings)
-    _print_json(made.info) if as_json else print_facts(what_was_prepared(made), _console())
+    print_json(made.info) if as_json else print_facts(what_was_prepared(made), console())
 
 
 @app.command()
@@ -156,7 +131,7 @@ def describe(
     from triewise.reports import print_facts
 
     numbers = describe_data(folder, tokenizer, template, identifier or ())
-    _print_json(numbers) if as_json else print_facts(numbers, _console())
+    print_json(numbers) if as_json else print_facts(numbers, console())
 
 
 @app.command()
@@ -180,11 +155,11 @@ def train(
     if not processes.finish():
         raise typer.Exit(INTERRUPTED if result.stopped == "interrupted" else 0)
     if as_json:
-        _print_json(read_json(out / "run.json"))
+        print_json(read_json(out / "run.json"))
     else:
-        _say(f"{out}: {result.steps_done} steps in {result.seconds:.0f} s, ended by {result.stopped}")
+        say(f"{out}: {result.steps_done} steps in {result.seconds:.0f} s, ended by {result.stopped}")
     if result.stopped == "interrupted":
-        _say(f"go on with: triewise train {out / 'recipe.toml'} --resume --out {out}", err=True)
+        say(f"go on with: triewise train {out / 'recipe.toml'} --resume --out {out}", err=True)
         raise typer.Exit(INTERRUPTED)
 
 
@@ -208,11 +183,11 @@ def evaluate(
     evaluations = [evaluate_run(run, settings, trust_remote_code=trust_remote_code), *others]
     differences = comparisons(evaluations)
     if as_json:
-        _print_json(
+        print_json(
             evaluations[0].metrics | ({"against": [vars(c) for c in differences]} if differences else {})
         )
     else:
-        print_rows(tuple(row(e) for e in evaluations), differences, _console())
+        print_rows(tuple(row(e) for e in evaluations), differences, console())
 
 
 @app.command()
@@ -230,7 +205,7 @@ def teach(
 
     settings = changed_evaluation(run, changes or (), search=search)
     facts = teach_with(run, out, settings, k, trust_remote_code=trust_remote_code)
-    _print_json(facts) if as_json else _say(f"{out}: the best {k} items of {facts['rows']} training rows")
+    print_json(facts) if as_json else say(f"{out}: the best {k} items of {facts['rows']} training rows")
 
 
 @app.command()
@@ -247,7 +222,7 @@ def reason(
     from triewise.recipe import load_recipe
 
     facts = reason_with(load_recipe(recipe, changes or ()), out)
-    _print_json(facts) if as_json else typer.echo(
+    print_json(facts) if as_json else typer.echo(
         f"{out}: {facts['chains']} chains of thought, {facts['by_template']} of them by the template"
     )
 
@@ -276,15 +251,15 @@ def run(
     if not processes.finish():
         raise typer.Exit(INTERRUPTED if result.stopped == "interrupted" else 0)
     if result.stopped == "interrupted":
-        _say(f"go on with: triewise run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
+        say(f"go on with: triewise run {folder / 'recipe.toml'} --resume --out {folder}", err=True)
         raise typer.Exit(INTERRUPTED)
     evaluate_run(folder, trust_remote_code=trust)
     report = report_runs([folder], folder / "report.html", trust_remote_code=trust)
     if as_json:
-        _print_json(read_json(folder / "metrics.json"))
+        print_json(read_json(folder / "metrics.json"))
     else:
-        print_rows(report.rows, report.comparisons, _console())
-        _say(f"Report: {folder / 'report.html'}")
+        print_rows(report.rows, report.comparisons, console())
+        say(f"Report: {folder / 'report.html'}")
 
 
 @app.command()
@@ -313,10 +288,10 @@ def recommend(
     from triewise import load
     from triewise.data import allowed_items
 
-    with _without_collections():
+    with without_collections():
         recommender = load(run, trust_remote_code=trust_remote_code)
-    from triewise.app.answer import answer
     from triewise.reports import print_recommendations
+    from triewise.serving import answer
 
     recommender = recommender if search is None else recommender.with_settings(search=search)
     answers = answer(
@@ -332,10 +307,10 @@ def recommend(
     if not answers.of_each[0].recommendations:
         note("no title is left to recommend: all that may be returned are excluded or in the history")
     if as_json:
-        _print_json(answers.of_each[0].as_json() | {"counters": answers.counters})
+        print_json(answers.of_each[0].as_json() | {"counters": answers.counters})
     else:
         recommended = answers.of_each[0].recommendations
-        print_recommendations([(r.title, r.score, r.explanation) for r in recommended], _console())
+        print_recommendations([(r.title, r.score, r.explanation) for r in recommended], console())
 
 
 @app.command()
@@ -357,7 +332,7 @@ def report(
 
     html = out or runs[0] / "report.html"
     report_runs(runs, html, trust_remote_code=trust_remote_code, anonymous=anonymous)
-    _print_json({"report": str(html)}) if as_json else _say(html)
+    print_json({"report": str(html)}) if as_json else say(html)
 
 
 @app.command()
@@ -373,10 +348,10 @@ def verify(
 
     found = look_at(folder)
     if as_json:
-        _print_json({"folder": str(folder), "kind": found.kind, "whole": found.whole, "parts": found.parts})
+        print_json({"folder": str(folder), "kind": found.kind, "whole": found.whole, "parts": found.parts})
     else:
         shown = {name: problem or "whole" for name, problem in found.parts.items()}
-        print_facts({str(folder): found.kind} | shown, _console())
+        print_facts({str(folder): found.kind} | shown, console())
     if not found.whole:
         raise typer.Exit(2)
 
@@ -402,80 +377,6 @@ def reproduce(
     how |= {"changes": changes or (), "trust_remote_code": trust_remote_code}
     made = reproduce_table(table, out, **how)
     if as_json:
-        _print_json(made.as_json() | {"report": str(made.html) if made.html else None})
+        print_json(made.as_json() | {"report": str(made.html) if made.html else None})
     else:
         typer.echo(f"{made.text}\nReport: {made.html}" if made.html else made.text)
-
-
-def main() -> None:
-    """Entry point: user errors are one line on stderr and exit status 2, an interrupt is 130."""
-    # Else Python looks through all of torch for cycles before it ends: a second and more.
-    atexit.register(gc.freeze)
-    for stream in (sys.stdout, sys.stderr):
-        # A Windows console in a legacy code page would stop at the first odd title.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        _check_words(sys.argv)
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-        if (
-            status == INTERRUPTED
-        ):  # as typer says that Ctrl-C was pressed, or a command that a training was stopped
-            raise KeyboardInterrupt
-    except UserError as error:
-        _complain(str(error))
-    except USAGE_ERROR as error:
-        _complain(f"{error.format_message()} (triewise COMMAND --help lists the options)")
-    except OSError as error:
-        _complain(f"{error.strerror or error}: {error.filename or 'no file named'}")
-    except (KeyboardInterrupt, typer.Abort) as stop:
-        if isinstance(stop.__cause__, EOFError):  # typer takes it for the end of what is typed in
-            raise stop.__cause__ from None
-        note("interrupted")
-        raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("polars", "safetensors", "safetensors_rust"):
-            raise
-        _complain(f"a file cannot be read ({error}); restore it or make it again")
-    raise SystemExit(status or 0)
-
-
-def _check_words(words: list[str]) -> None:
-    """Refuse what cannot be written into the files of a run, which are UTF-8."""
-    for word in words:
-        if re.search("[\ud800-\udfff]", word):
-            raise UserError(
-                f"wanted UTF-8 on the command line, got {word!r}; rename that file or correct the word"
-            )
-
-
-def _complain(message: str) -> NoReturn:
-    """Print one line and end with the exit status of a user's mistake."""
-    who = "error" if is_first_process() else f"error in process {os.environ.get('RANK')}"
-    print(f"{who}: {clean(' '.join(message.split()))}", file=sys.stderr)
-    raise SystemExit(2) from None
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Imports make much that stays and no garbage; looking for some meanwhile takes half a second."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def _say(text: object, err: bool = False) -> None:
-    """Print one line, in which what others wrote is cleaned."""
-    typer.echo(clean(text), err=err)
-
-
-def _print_json(value: Any) -> None:
-    print(json_line(value))

@@ -12,13 +12,13 @@ import pytest
 from tests import worlds
 from triewise import load
 from triewise.app import folders
-from triewise.app.answer import answer
 from triewise.cli import main
 from triewise.errors import UserError
 from triewise.ranking import Groups, MostPopular
 from triewise.recommenders import GenerativeRecommender, load as load_anything
 from triewise.recommenders.search_choice import choose_gamma
 from triewise.reports import addressed
+from triewise.serving import answer
 
 
 @pytest.fixture(scope="module")
