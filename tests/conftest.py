@@ -60,7 +60,7 @@ class Run:
     is_part: bool = False
 
     def is_whole(self, session: pytest.Session) -> bool:
-        """Whether every test of every file, slow ones apart, has run in this process and none failed."""
+        """Whether every test of every file, slow ones apart, has run and none failed."""
         config = session.config
         chosen = self.is_part or any("::" in argument for argument in config.args)
         return (
@@ -101,3 +101,37 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
         run = item.config.stash[RUN]
         run.files.add(item.path)
         run.is_part |= item.get_closest_marker("slow") is None
+
+
+# ---------------------------------------------------------------- several processes: pytest -n 2
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Take up what a worker of pytest-xdist has seen."""
+    run, seen = node.config.stash[RUN], getattr(node, "workeroutput", {}).get("run")
+    if seen is None:
+        return
+    for module, line, said in seen["raised"]:
+        run.raised[module, line] |= set(said)
+    run.files |= {Path(file) for file in seen["files"]}
+    run.is_part |= seen["is_part"]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells what it has seen; the process above them asks what the last test would ask."""
+    config, run = session.config, session.config.stash[RUN]
+    if hasattr(config, "workerinput"):
+        raised = [
+            (module, line, [text.encode("utf-8", "replace").decode() for text in said])
+            for (module, line), said in run.raised.items()
+        ]
+        files = sorted(map(str, run.files))
+        config.workeroutput["run"] = {"raised": raised, "files": files, "is_part": run.is_part}
+    elif getattr(config.option, "numprocesses", None) and run.is_whole(session):
+        from tests.test_errors import unprovoked
+
+        if silent := unprovoked(run.raised):
+            config.get_terminal_writer().line(
+                "\nFAILED errors that no test provokes; write a test for each:\n"
+                + "\n".join(map(str, silent))
+            )
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import SHARED
-from triewise.app.answer import answer
+from triewise.serving import answer
 from triewise.data import Dataset, prepare
 from triewise.errors import UserError
 
