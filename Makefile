@@ -6,6 +6,8 @@ else
 BIN := .venv/bin
 endif
 STAMP := .venv/.installed
+# A file of tests stays in one process, so that what it makes once is made once.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-quick test test-all check docs format clean
@@ -36,11 +38,11 @@ demo-quick: $(STAMP)
 	$(BIN)/triewise demo --quick
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,ray]"
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import SHARED
-from triewise.serving import answer
 from triewise.data import Dataset, prepare
 from triewise.errors import UserError
+from triewise.serving import answer
 
 CASES = SHARED.parent / "cases" / "data"
 pytestmark = pytest.mark.skipif(not CASES.is_dir(), reason=f"the cases are not beside the project ({CASES})")

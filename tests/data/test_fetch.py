@@ -234,7 +234,7 @@ def test_an_answer_of_the_wrong_kind_is_refused(cache: Path, monkeypatch: pytest
             "wanted a titles.tsv with sha256 [0-9a-f]{64}, got [0-9a-f]{64}",
         ),
     ],
-    ids=["no zip", "no films", "no table", "other rows", "other titles"],
+    ids=["no zip", "half a zip", "no films", "no rating", "other rows", "other titles"],
 )
 def test_other_contents_are_refused(
     cache: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str

@@ -14,7 +14,6 @@ import triewise
 from tests import worlds
 from tests.worlds import HISTORIES
 from triewise.app import changed_evaluation, evaluate_run, report_runs, train_run
-from triewise.serving import answer
 from triewise.cli import main
 from triewise.errors import UserError
 from triewise.files import read_json
@@ -24,6 +23,7 @@ from triewise.recipe import Recipe, parse_recipe
 from triewise.recommenders import GenerativeRecommender, SequentialRecommender, choose_search, choose_weight
 from triewise.recommenders.assistants import by_group, log_probabilities, title_log_probabilities
 from triewise.recommenders.search_choice import choose_gamma
+from triewise.serving import answer
 from triewise.settings import EncoderSettings
 from triewise.testing import RecommenderContract
 
