@@ -122,6 +122,8 @@ def test_changed_data_and_a_damaged_run_before_are_seen(recipe: Recipe, copy: Pa
     parts = verify(copy).parts
     assert "catalog.parquet is not the file that was written" in parts["the run before"]
     assert f"changed since {copy} was trained; prepare the same data or train again" in parts["data"]
+    with pytest.raises(UserError, match="changed since .* was trained"):
+        report_runs([copy], tmp_path / "report.html")
     with pytest.raises(
         UserError, match="wanted a folder for the teacher, but .* is a file; choose another --out"
     ):

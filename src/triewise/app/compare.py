@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from triewise.app.folders import consented, data_of, open_run
+from triewise.app.folders import consented, open_run, trained_data
 from triewise.data import Dataset, Split, allowed_items, first_rows, said_of_ties
 from triewise.errors import UserError
 from triewise.locks import one_writer
@@ -221,11 +221,11 @@ def collect(
     Paths of this machine are cut to their last part. Users are shown with their ids, or numbered (``anonymous``).
 
     Raises:
-        UserError: A run without evaluation, runs on different data, or one that asks to run code that comes with its
-            language model, which ``trust`` does not grant.
+        UserError: A run without evaluation, runs on different data or data that changed since, or one that asks to run
+            code that comes with its language model, which ``trust`` does not grant.
     """
     opened = _opened(runs)
-    dataset = data_of(runs[0], record := opened[0][1])
+    dataset = trained_data(runs[0], record := opened[0][1])
     evaluations = [load_evaluation(run) for run in runs]
     together = repeats([r for r, _ in opened], evaluations)
     first = [group[0] for group in together]
