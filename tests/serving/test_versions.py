@@ -223,7 +223,9 @@ def test_an_assistant_follows_or_says_that_it_cannot() -> None:
         live.change(NEW, [])
     fewer = live.change([], ["raw-1"]).recommender
     assert fewer.recommend([[0], [8]], 8, "history").items.max() < 8
-    alone = LiveCatalogue(worlds.recommender(assistant=MostPopular(fewer.groups), search="catalogue"))
+    made = worlds.recommender()
+    popular = MostPopular(made.groups, made.counts)
+    alone = LiveCatalogue(replace(made, assistant=popular))
     with pytest.raises(
         UserError, match="wanted an assistant whose catalogue can change too, got a MostPopular"
     ):
