@@ -75,11 +75,11 @@ class Catalog:
         Raises:
             UserError: If there is no such title; names the nearest ones.
         """
-        if self.spelled(title) in self._item_of:
-            return self._item_of[self.spelled(title)]
+        if self.spelled(title) in self.item_of_title:
+            return self.item_of_title[self.spelled(title)]
         near = [
             name for form, name in self._by_form.items() if form.casefold() == _form(title).casefold()
-        ] or difflib.get_close_matches(title, self._item_of, n=3, cutoff=0.5)
+        ] or difflib.get_close_matches(title, self.item_of_title, n=3, cutoff=0.5)
         there = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
         raise UserError(
             f"wanted a title of the catalogue ({self.n_titles} titles), got {title!r}{there}; "
@@ -110,17 +110,23 @@ class Catalog:
             raise ValueError("wanted an id and a title for each item")
         return cls.from_titles(frame["item_id"].to_list(), frame["title"].to_list())
 
+    @cached_property
+    def item_of_id(self) -> dict[str, int]:
+        """Items by raw id."""
+        return {raw: item for item, raw in enumerate(self.item_id)}
+
+    @cached_property
+    def item_of_title(self) -> dict[str, int]:
+        """Items by title as it stands; of several with one title the first."""
+        return {self.title[item]: item for item in np.unique(self.group).tolist()}
+
     def spelled(self, title: str) -> str:
         """The title as the catalogue has it, where its normal form and its outer space alone differ; else as it is."""
-        return title if title in self._item_of else self._by_form.get(_form(title), title)
+        return title if title in self.item_of_title else self._by_form.get(_form(title), title)
 
     @cached_property
     def _by_form(self) -> dict[str, str]:
-        return {_form(title): title for title in reversed(self._item_of)}
-
-    @cached_property
-    def _item_of(self) -> dict[str, int]:
-        return {self.title[item]: item for item in np.unique(self.group).tolist()}
+        return {_form(title): title for title in reversed(self.item_of_title)}
 
 
 def _form(title: str) -> str:
@@ -139,7 +145,7 @@ def allowed_items(path: Path, catalog: Catalog) -> NDArray[np.int32]:
         lines = decoded(path.read_bytes()).replace("\r\n", "\n").split("\n")  # ids may hold other line breaks
     except OSError as error:
         raise UserError(f"wanted a file of item ids in {path}, got: {error}; one raw id a line") from None
-    index = {raw: item for item, raw in enumerate(catalog.item_id)}
+    index = catalog.item_of_id
     ids = [
         line if line in index else line.strip() for line in lines if line.strip()
     ]  # an id may begin with a blank

@@ -216,10 +216,10 @@ def add_counters(total: dict[str, int], part: dict[str, int]) -> None:
         total[name] = max(old, value) if name.endswith("_peak") else old + value
 
 
-def check_histories(histories: ItemLists, groups: Groups) -> None:
-    """UserError when a history is not a list of items of the catalogue."""
+def check_histories(histories: ItemLists, groups: Groups, more: int = 0) -> None:
+    """UserError when a history is not a list of items of the catalogue, or of so many ``more`` behind them."""
     for history in histories:
-        checked_items(history, groups.n_items)
+        checked_items(history, groups.n_items + more)
 
 
 def resolve_filters(

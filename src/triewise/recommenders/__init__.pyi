@@ -1,4 +1,5 @@
 from .assistants import TitleTeacher as TitleTeacher
+from .changes import CatalogueChange as CatalogueChange
 from .generative import GenerativeRecommender as GenerativeRecommender, hashes as hashes
 from .grounding import GroundedRecommender as GroundedRecommender
 from .loader import load as load

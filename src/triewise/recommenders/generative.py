@@ -41,6 +41,7 @@ from triewise.recommenders.assistants import (
     once_a_title,
     title_log_probabilities,
 )
+from triewise.recommenders.changes import CatalogueChange, Changeable, changed_assistant
 from triewise.recommenders.grounding import GroundedRecommender
 from triewise.recommenders.saved import (
     IDENTIFIER,
@@ -60,6 +61,7 @@ from triewise.tokens import (
     Prompts,
     Trie,
     build_prompts,
+    changed_trie,
     gain_by,
     read_identifier,
     single_start,
@@ -68,6 +70,9 @@ from triewise.tokens import (
 if TYPE_CHECKING:
     from triewise.data import Catalog, Dataset
     from triewise.settings import EvaluationSettings
+
+
+LONGEST_TITLE = 256  # tokens of a new title, where none of the catalogue has more
 
 
 class _Prompt(Shape):
@@ -87,12 +92,13 @@ class _Manifest(_Searching):
 
 
 @dataclass(frozen=True)
-class GenerativeRecommender(SearchSettings, Assisted):
+class GenerativeRecommender(SearchSettings, Assisted, Changeable):
     """Ranks titles by the probability that the language model writes them.
 
     Scores are natural-log probabilities of titles; with ``grounding`` minus distances, see `GroundedRecommender`. A
     history may be empty where the template has a start token. How it searches is said by the attributes of
-    `SearchSettings`, and who assists it by those of `Assisted`; all of them are keywords here.
+    `SearchSettings`, who assists it by those of `Assisted`, and which items were removed by that of `Changeable`; all
+    of them are keywords here.
 
     Attributes:
         backbone: The language model and its tokenizer.
@@ -226,8 +232,10 @@ class GenerativeRecommender(SearchSettings, Assisted):
                 raise UserError(
                     "grounding compares free texts with titles, got a model that writes codes; search otherwise"
                 )
+            exclude = self.returned(exclude, histories, self.catalog.n_items)
             return self.grounded.recommend(histories, k, exclude, allow)
-        check_histories(histories, self.groups)
+        check_histories(histories, self.groups, self.n_former)
+        exclude = self.returned(exclude, histories, self.catalog.n_items)
         excluded, allowed = resolve_filters(histories, exclude, allow)
         helper = self.asked
         return self._search(
@@ -270,7 +278,7 @@ class GenerativeRecommender(SearchSettings, Assisted):
 
     def score(self, histories: ItemLists, candidates: ItemLists) -> NDArray[np.float32]:
         """(B, C) log-probabilities of given items after each history, by the model alone; see `decoding.score`."""
-        check_histories(histories, self.groups)
+        check_histories(histories, self.groups, self.n_former)
         check_lists(len(histories), candidates=candidates)
         return score(self.engine, [self.prompts.encode(history) for history in histories], candidates)
 
@@ -298,6 +306,44 @@ class GenerativeRecommender(SearchSettings, Assisted):
             return exact_search(self.engine, prompts, k, **settings)
         return beam_search(self.engine, prompts, k, max(k, self.beams), scope=self.scope, **settings)
 
+    def changed(self, change: CatalogueChange) -> GenerativeRecommender:
+        """The same with another catalogue, as if it had been built with it; this one stays as it is.
+
+        A new title can be recommended at once; its training targets are 0, so IGD-decoding leaves it as it is.
+
+        Raises:
+            UserError: A new item for a model that writes codes, any change for one that reads item vectors, a title too
+                long, or an assistant that cannot follow.
+        """
+        if slots_of(self.backbone.model) is not None:
+            raise UserError(
+                "a model that reads item vectors has those of its own catalogue: wanted no change of it; train on the "
+                "new one, or exclude what may not be returned"
+            )
+        assistant = changed_assistant(self.assistant, change)
+        n_items = change.catalog.n_items
+        titles = (*change.catalog.title, *change.former.title)
+        prompts = self.prompts.changed(titles, change.source, n_items)
+        source = np.where(change.source < self.catalog.n_items, change.source, -1)[:n_items]
+        added = prompts.title_tokens.take(np.flatnonzero(source < 0))
+        room = max(LONGEST_TITLE, int(self.trie.depth[-1]))
+        if added.lengths.max(initial=0) > room:
+            long = titles[np.flatnonzero(source < 0)[added.lengths.argmax()]]
+            raise UserError(
+                f"wanted titles of at most {room} tokens, got one of {added.lengths.max()} ({long[:40]!r}...); "
+                "shorten it"
+            )
+        return replace(
+            self,
+            catalog=change.catalog,
+            prompts=prompts,
+            trie=changed_trie(self.trie, source, added),
+            counts=change.counts,
+            former=change.former,
+            assistant=assistant,
+            folder=None,
+        )
+
     def merged(self) -> GenerativeRecommender:
         """The same with the adapter folded into the base, which decodes faster; see `Backbone.merged`."""
         return replace(self, backbone=self.backbone.merged())
@@ -321,7 +367,8 @@ class GenerativeRecommender(SearchSettings, Assisted):
             manifest["identifier"] = "codes+title" if identifier.titled else "codes"
         with saving(self, folder, manifest) as place:
             if identifier is not None:
-                identifier.save(place / IDENTIFIER, self.catalog.item_id)
+                own = replace(identifier, codes=identifier.codes[: self.catalog.n_items])
+                own.save(place / IDENTIFIER, self.catalog.item_id)
             self.backbone.save(place / "model")
             self.trie.save(place / TRIE)
 

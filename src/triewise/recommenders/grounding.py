@@ -103,7 +103,7 @@ class GroundedRecommender:
 
     def distances(self, histories: ItemLists, counters: Counters | None = None) -> NDArray[np.floating]:
         """L2 distances between the text for each history and every title, float32 (B, G)."""
-        check_histories(histories, self.groups)
+        check_histories(histories, self.groups, len(self.prompts.title) - self.groups.n_items)
         counters = counters or Counters()
         titles = self.title_embeddings(counters)
         texts = self.write(histories, counters)

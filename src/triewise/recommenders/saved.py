@@ -38,6 +38,7 @@ from triewise.reports import CardFacts, Recommendation, addressed, model_card
 
 if TYPE_CHECKING:
     from triewise.arrays import Float32, Int64
+    from triewise.recommenders.changes import CatalogueChange
     from triewise.settings import EvaluationSettings
     from triewise.tokens import Dropped
 
@@ -60,6 +61,10 @@ class SavedRecommender(Recommender, Protocol):
     @property
     def counts(self) -> Int64:
         """(I,) training targets of each item."""
+
+    @property
+    def former(self) -> Catalog | None:
+        """Items that were removed, which histories may hold; see `CatalogueChange`."""
 
     @property
     def card(self) -> str:
@@ -112,6 +117,9 @@ class SavedRecommender(Recommender, Protocol):
 
     def score(self, histories: ItemLists, candidates: ItemLists) -> Float32:
         """(B, C) scores of given items by the model alone; shorter lists end in -inf."""
+
+    def changed(self, change: CatalogueChange) -> Self:
+        """The same with another catalogue; UserError where it can have none."""
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write what `triewise.load` needs."""

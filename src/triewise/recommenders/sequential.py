@@ -21,7 +21,15 @@ from triewise.arrays import Int64, Ragged, padded
 from triewise.errors import UserError, reading
 from triewise.files import atomic_folder, read_json, write_json
 from triewise.models import SequentialModel, load_trained, resolve_device, sequential_model
-from triewise.ranking import Groups, ItemLists, Items, check_histories, check_lists, rank_items
+from triewise.ranking import (
+    Groups,
+    ItemLists,
+    Items,
+    Ranking,
+    check_histories,
+    check_lists,
+    rank_items,
+)
 from triewise.recommenders.assistants import (
     Assisted,
     Doubles,
@@ -29,6 +37,7 @@ from triewise.recommenders.assistants import (
     once_a_title,
     title_log_probabilities,
 )
+from triewise.recommenders.changes import CatalogueChange, Changeable, changed_assistant
 from triewise.recommenders.saved import Manifest, Saved, card_facts, hash_of, push, saving
 
 if TYPE_CHECKING:
@@ -43,11 +52,11 @@ class _Manifest(Manifest):
 
 
 @dataclass(frozen=True)
-class SequentialRecommender(Assisted):
+class SequentialRecommender(Assisted, Changeable):
     """Ranks items by the scores of a sequential model; a group of equal titles counts as its best member.
 
-    Scores are on no scale of their own; with an assistant (see `Assisted`, whose attributes are keywords here) they
-    are log-probabilities of titles, of the model and the assistant together.
+    Scores are on no scale of their own; with an assistant they are log-probabilities of titles, of the model and the
+    assistant together. The attributes of `Assisted` and `Changeable` are keywords here.
 
     Attributes:
         model: Encoder and head.
@@ -56,6 +65,7 @@ class SequentialRecommender(Assisted):
         batch_users: Histories of one forward.
         origin: What the model is, for ``run.json`` and the card.
         card: Text of its model card; empty where there is none.
+        rows: (I + R,) which item of the model each item and each former one is; None: the model has these I items.
     """
 
     model: SequentialModel
@@ -64,7 +74,7 @@ class SequentialRecommender(Assisted):
     batch_users: int = 256
     origin: dict[str, Any] = field(default_factory=dict)
     card: str = field(default="", repr=False)
-    recommend = rank_items
+    rows: Int64 | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse an assistant that does not belong here."""
@@ -74,6 +84,16 @@ class SequentialRecommender(Assisted):
     def groups(self) -> Groups:
         """Groups of items with the same title."""
         return Groups.from_labels(self.catalog.group, self.counts)
+
+    def recommend(
+        self,
+        histories: ItemLists,
+        k: int | None = 10,
+        exclude: ItemLists | str | None = None,
+        allow: ItemLists | None = None,
+    ) -> Ranking:
+        """The best ``k`` groups for each history; see `Recommender.recommend`."""
+        return rank_items(self, histories, k, self.returned(exclude, histories, self.catalog.n_items), allow)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -142,7 +162,9 @@ class SequentialRecommender(Assisted):
         before = beginnings(rows, n_context)
         if not (self.model.reads_along and len(before)) or before.lengths.max() > self.model.max_length:
             return self.log_probabilities(list(before))
-        check_histories(list(before), self.groups)
+        check_histories(list(before), self.groups, self.n_former)
+        if self.rows is not None:
+            rows = replace(rows, values=self.rows[rows.values].astype(np.int32))
         place = before.lengths - 1  # the state that has read a beginning; none has read nothing
         row = np.repeat(np.arange(len(rows)), rows.lengths - n_context)
         ids = torch.from_numpy(padded(rows)[:, : max(place.max() + 1, 1)].astype(np.int64)).to(
@@ -154,7 +176,8 @@ class SequentialRecommender(Assisted):
             states = self.model(ids)[torch.from_numpy(row), torch.from_numpy(place.clip(0))]
             scores = self.model.scores(states * torch.from_numpy(place >= 0)[:, None].to(states.device))
         self.model.train(was_training)
-        return once_a_title(self.groups, self.groups.scores(scores.cpu().numpy().astype(np.float64)))
+        found = scores.cpu().numpy().astype(np.float64)
+        return once_a_title(self.groups, self.groups.scores(found[:, self._columns]))
 
     def parts(self, histories: ItemLists) -> tuple[Doubles, Doubles]:
         """What the model and what its assistant say; see `SavedRecommender.parts`."""
@@ -181,7 +204,7 @@ class SequentialRecommender(Assisted):
     def item_vectors(self) -> NDArray[np.float32]:
         """(I, D) embeddings of the items."""
         vectors: NDArray[np.float32] = self.model.items.weight[1:-1].detach().float().cpu().numpy()
-        return vectors
+        return vectors[self._columns]
 
     def own_scores(self, histories: ItemLists) -> NDArray[np.float32]:
         """What the model alone says of all items, float32 (B, I), on no scale of its own.
@@ -192,20 +215,65 @@ class SequentialRecommender(Assisted):
         Raises:
             UserError: An item outside the catalogue.
         """
-        check_histories(histories, self.groups)
+        check_histories(histories, self.groups, self.n_former)
         scores = np.zeros((len(histories), self.catalog.n_items), dtype=np.float32)
         was_training = self.model.training
         self.model.eval()
         with torch.inference_mode():
             for start in range(0, len(histories), self.batch_users):
-                part = [np.asarray(h).tolist() for h in histories[start : start + self.batch_users]]
+                part = [self._read(h) for h in histories[start : start + self.batch_users]]
                 found = self.model.scores(self.model.states_after(part))
-                scores[start : start + len(part)] = found.cpu().numpy()
+                scores[start : start + len(part)] = found.cpu().numpy()[:, self._columns]
         self.model.train(was_training)
         return scores
 
+    @property
+    def _columns(self) -> slice | Int64:
+        """Which items of the model those of the catalogue are."""
+        return slice(None) if self.rows is None else self.rows[: self.catalog.n_items]
+
+    def _read(self, history: Items) -> list[int]:
+        """A history in the numbers of the model."""
+        items = np.asarray(history, dtype=np.int64)
+        found: list[int] = (items if self.rows is None else self.rows[items]).tolist()
+        return found
+
+    def changed(self, change: CatalogueChange) -> SequentialRecommender:
+        """The same with fewer items, or with removed ones again; this one stays as it is.
+
+        The model stays whole and goes on reading former items in histories.
+
+        Raises:
+            UserError: A new item, or an assistant that cannot follow.
+        """
+        new = np.flatnonzero(change.source < 0)
+        if len(new):
+            title = (*change.catalog.title, *change.former.title)[new[0]]
+            raise UserError(
+                f"a sequential model knows the items it was trained with: wanted no new one, got {title!r}; train with "
+                "it, or serve a model that writes titles"
+            )
+        return replace(
+            self,
+            catalog=change.catalog,
+            counts=change.counts,
+            former=change.former,
+            rows=change.source if self.rows is None else self.rows[change.source],
+            assistant=changed_assistant(self.assistant, change),
+            folder=None,
+        )
+
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent."""
+        """Write everything :meth:`from_pretrained` needs into ``folder``; each file is whole or absent.
+
+        Raises:
+            UserError: Its catalogue was changed.
+        """
+        if self.rows is not None:
+            raise UserError(
+                "wanted a sequential recommender with the catalogue of its model, got one whose catalogue was changed; "
+                "save the one it was made from"
+            )
         manifest = {"kind": "sequential", "batch_users": self.batch_users, "origin": self.origin}
         manifest |= self.saved_assistant
         with saving(self, folder, manifest) as place, atomic_folder(place / "model") as model:

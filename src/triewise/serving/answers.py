@@ -5,9 +5,9 @@ The one function behind ``triewise recommend``, and behind whatever else asks a 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,19 +116,17 @@ def answer(
             that this recommender cannot give.
     """
     catalog, of_item = recommender.catalog, recommender.groups.of_item
-    item = _items_by_name(catalog, by)
+    item = _items_by_name(recommender, by)
     if by == "title":
         histories = [list(map(catalog.spelled, names)) for names in histories]
         exclude = list(map(catalog.spelled, exclude))
     if strict:
-        _check(catalog, by, [name for names in histories for name in names])
-    _check(catalog, by, exclude)
+        _check(catalog, by, item, [name for names in histories for name in names])
+    _check(catalog, by, item, exclude)
     unwanted = [item[name] for name in exclude]
     known = [[item[name] for name in names if name in item] for names in histories]
-    without = [
-        np.flatnonzero(np.isin(of_item, of_item[unwanted + ([] if keep_history else items)]))
-        for items in known
-    ]
+    own = [[i for i in unwanted + ([] if keep_history else items) if i < len(of_item)] for items in known]
+    without = [np.flatnonzero(np.isin(of_item, of_item[items])) for items in own]
     only = None if allow is None else [allow] * len(histories)
     ranking = recommender.recommend(known, min(k, recommender.groups.n_groups), without, only)
     answers = []
@@ -145,16 +143,18 @@ def answer(
     return Answers(tuple(answers), ranking.counters)
 
 
-@functools.lru_cache(maxsize=8)
-def _items_by_name(catalog: Catalog, by: str) -> dict[str, int]:
-    """Items by raw id, or by title: of several with one title the first."""
-    names = catalog.item_id if by == "id" else catalog.title
-    return {names[i]: i for i in reversed(range(catalog.n_items))}
+def _items_by_name(recommender: SavedRecommender, by: str) -> Mapping[str, int]:
+    """What a history may hold by raw id, or by title: of several with one title the first, of former ones the last."""
+    catalog, former = recommender.catalog, recommender.former
+    items = catalog.item_of_id if by == "id" else catalog.item_of_title
+    if former is None or not former.n_items:
+        return items
+    names = former.item_id if by == "id" else former.title
+    return ChainMap(items, {name: catalog.n_items + n for n, name in enumerate(names)})
 
 
-def _check(catalog: Catalog, by: str, names: Sequence[str]) -> None:
-    """UserError for the first name that is not in the catalogue."""
-    item = _items_by_name(catalog, by)
+def _check(catalog: Catalog, by: str, item: Mapping[str, int], names: Sequence[str]) -> None:
+    """UserError for the first name that is not among the known ones."""
     for name in names:
         if name not in item and by == "title":
             catalog.index(name)  # knows the nearest titles

@@ -14,6 +14,7 @@ from .decisiveness import (
     zero_gain as zero_gain,
     zero_gain_share as zero_gain_share,
 )
+from .grafting import changed_trie as changed_trie
 from .identifiers import (
     Identifier as Identifier,
     read_identifier as read_identifier,

@@ -21,13 +21,15 @@ import itertools
 import json
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from triewise.arrays import Ragged
+import numpy as np
+
+from triewise.arrays import Int64, Ragged
 from triewise.errors import UserError, first_line
 from triewise.tokens.readback import ReadBack, read_back
 
@@ -148,6 +150,36 @@ class Prompts:
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts as they are, without template and terminator; what spells a special token is characters."""
         return _plain_ids(self.tokenizer, list(texts), self.special) if len(texts) else []
+
+    def changed(self, title: Sequence[str], source: Int64, n_items: int) -> Prompts:
+        """The same for other titles, of which those that are here already are not tokenised again.
+
+        Args:
+            title: Of the items, and behind them of those that only histories hold.
+            source: int64, which title here each of them is, -1 for a new one.
+            n_items: How many are items, for the hash.
+
+        Raises:
+            UserError: New titles beside codes, or a tokenizer that puts the terminator into a title.
+        """
+        new, identifier = np.flatnonzero(source < 0).tolist(), self.identifier
+        if identifier is not None:
+            if new:
+                raise UserError(
+                    f"a model that writes codes has none for a new item: wanted no {title[new[0]]!r}; make codes for "
+                    "the whole catalogue and train again"
+                )
+            identifier = replace(identifier, codes=tuple(identifier.codes[i] for i in source.tolist()))
+        made = _title_tokens(self.tokenizer, [title[i] for i in new], self.template, self.special)
+        rows = source.copy()
+        rows[new] = len(self.title_tokens) + np.arange(len(new))
+        other = replace(
+            self,
+            title=tuple(title),
+            title_tokens=self.title_tokens.then(made).take(rows),
+            identifier=identifier,
+        )
+        return replace(other, hash=_hash(other, n_items))
 
     def read_titles(self, rows: list[list[int]]) -> list[str]:
         """The titles that generated ids spell: texts without special tokens and without the template's frame."""
@@ -276,12 +308,8 @@ def build_prompts(
     lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
     sides = _chat_sides(tokenizer) if chat else ((), ())
     bos, said = _started(tokenizer, template, chat, start)
-    name = template.removesuffix("-reworded")
-    frame = [_AFTER.get(template), _TITLE[template], _IN_HISTORY.get(template), list(catalog.title), name]
     lengths = {"max_history": max_history, "max_tokens": max_tokens}
-    read = _read_beside(slots, identifier)
-    identity = [*frame, lead, *sides, bos, *lengths.values(), tokenizer_hash(tokenizer), *read]
-    return Prompts(
+    made = Prompts(
         tokenizer=tokenizer,
         title=catalog.title,
         template=template,
@@ -292,12 +320,31 @@ def build_prompts(
         lead=lead,
         max_history=max_history,
         max_tokens=max_tokens,
-        hash=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        hash="",
         settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat, **said},
         special=_special(tokenizer),
         slots=slots,
         identifier=identifier,
     )
+    return replace(made, hash=_hash(made, catalog.n_items))
+
+
+def _hash(made: Prompts, n_items: int) -> str:
+    """Hex SHA-256 of what prompts depend on, which names the first ``n_items`` titles."""
+    template, identifier = made.template, made.identifier
+    name = template.removesuffix("-reworded")
+    frame: list[Any] = [
+        _AFTER.get(template),
+        _TITLE[template],
+        _IN_HISTORY.get(template),
+        made.title[:n_items],
+        name,
+    ]
+    frame += [made.lead, made.before, made.after, made.bos, made.max_history, made.max_tokens]
+    coded = None if identifier is None else replace(identifier, codes=identifier.codes[:n_items])
+    read = _read_beside(made.slots, coded)
+    identity = [*frame, tokenizer_hash(made.tokenizer), *read]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def _check(tokenizer: Any, template: str, chat: bool) -> None:
@@ -385,7 +432,7 @@ def _code_ids(tokenizer: Any, identifier: Identifier | None) -> Ragged:
 
 
 def _title_tokens(tokenizer: Any, titles: Sequence[str], template: str, special: frozenset[int]) -> Ragged:
-    rows = _plain_ids(tokenizer, [_TITLE[template].format(title) for title in titles], special)
+    rows = _plain_ids(tokenizer, [_TITLE[template].format(t) for t in titles], special) if titles else []
     end = int(tokenizer.eos_token_id)
     for title, ids in zip(titles, rows, strict=True):
         if end in ids:
