@@ -324,6 +324,9 @@ def report(
     anonymous: Annotated[
         bool, typer.Option("--anonymous", help="Number the users that are shown, to send the page on.")
     ] = False,
+    users: Annotated[
+        int | None, typer.Option(min=0, help="Users to look up in it; default 40, 12 of a large model.")
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -331,7 +334,7 @@ def report(
     from triewise.app import report_runs
 
     html = out or runs[0] / "report.html"
-    report_runs(runs, html, trust_remote_code=trust_remote_code, anonymous=anonymous)
+    report_runs(runs, html, trust_remote_code=trust_remote_code, anonymous=anonymous, users=users)
     print_json({"report": str(html)}) if as_json else say(html)
 
 

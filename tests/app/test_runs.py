@@ -15,7 +15,8 @@ from tests.worlds import write_msl_folder
 from triewise import load
 from triewise.app import comparisons, evaluate_run, open_run, train_run
 from triewise.app.assemble import assemble
-from triewise.app.compare import collect, example_rows
+from triewise.app.compare import collect
+from triewise.app.exploring import example_rows
 from triewise.app.folders import open_data
 from triewise.decoding import rank_catalogue
 from triewise.errors import UserError

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from triewise.app.exploring import Looked, example, example_rows, explore
 from triewise.app.folders import consented, open_run, trained_data
 from triewise.data import Dataset, Split, allowed_items, first_rows, said_of_ties
 from triewise.errors import UserError
@@ -30,7 +31,7 @@ from triewise.ranking import (
     paired_p,
 )
 from triewise.recommenders import SETTINGS, SavedRecommender, load
-from triewise.reports import Comparison, Example, Report, Row, without_folders, write_report
+from triewise.reports import Comparison, Report, Row, without_folders, write_report
 from triewise.training import MAY_CHANGE, read_log
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ SHOWS_USERS = (
     "triewise report --anonymous, which numbers them."
 )
 MORE = ("HR@1", "HR@20", "NDCG@20", "MRR@10", "coverage@10")
+LARGE = 20e6  # parameters; of such models one alone is asked, since a user takes it a second on a CPU
+USERS = 40, 12  # that can be looked up, of small and of large models
 JUDGED = ("split", "exclude", "allow")  # what rows of one table have in common
 # How a row was ranked: runs that differ here are no repeats of each other.
 RANKED = (*SETTINGS, "adapter", "assistant", "assistant_weight")
@@ -186,39 +189,18 @@ def comparisons(
     return tuple(differences)
 
 
-def example_rows(evaluation: Evaluation, n: int = 3) -> list[int]:
-    """Rows worth a look, chosen by rule and not by taste: the first hit in the top 5, near miss, and miss."""
-    rank = evaluation.rank
-    hit, miss = (rank >= 0) & (rank < 5), (rank >= 100) | (rank < 0)
-    near, any_row = (rank >= evaluation.items.shape[1]) & (rank < 100), np.ones(len(rank), dtype=bool)
-    rows: list[int] = []
-    for kind in (hit, near, miss, any_row, any_row):
-        rows += [r for r in np.flatnonzero(kind).tolist() if r not in rows][:1]
-    return rows[:n]
-
-
-def example(
-    recommender: SavedRecommender, evaluation: Evaluation, split: Split, r: int, top: int = 5
-) -> Example:
-    """A user with history, target and the tokens that decided each of the top recommendations."""
-    title, target = recommender.catalog.title, int(split.target[r])
-    items = [int(i) for i in evaluation.items[r, :top] if i >= 0]
-    return Example(
-        str(split.user_id[r]),
-        evaluation.name,
-        tuple(title[i] for i in split.history[r]),
-        title[target],
-        int(evaluation.rank[r]),
-        recommender.explain(split.history[r], items, target),
-    )
-
-
 def collect(
-    runs: Sequence[Path], popular: bool = True, *, trust: bool = False, anonymous: bool = False
+    runs: Sequence[Path],
+    popular: bool = True,
+    *,
+    trust: bool = False,
+    anonymous: bool = False,
+    users: int | None = None,
 ) -> Report:
     """Everything a report shows about runs on one data set; the first run is compared with the others.
 
-    Paths of this machine are cut to their last part. Users are shown with their ids, or numbered (``anonymous``).
+    Paths of this machine are cut to their last part. Users are shown with their ids, or numbered (``anonymous``);
+    ``users`` of them can be looked up, by default `USERS`.
 
     Raises:
         UserError: A run without evaluation, runs on different data or data that changed since, or one that asks to run
@@ -246,12 +228,17 @@ def collect(
     if popular:
         named += baselines(dataset, evaluations[0])
         notes += ["neighbours of the history's items, of train", "counts of train"]
-    # Tokens, forced shares and decisions are those of the first run that writes titles, where there is one.
-    writes = next((i for i, (r, _) in enumerate(opened) if r.sequential is None), None)
-    looks = {}
-    if writes is not None:
-        how = {"trust": trust, "anonymous": anonymous}
-        looks = _looks(runs[writes], opened[writes][0], evaluations[writes], dataset, **how)
+    large = max(record["parameters"] for _, record in opened) > LARGE
+    writers: list[SavedRecommender | None] = []
+    for i in first:
+        writes = opened[i][0].sequential is None and not (large and any(writers))
+        trusted = writes and consented(opened[i][0], trust, runs[i])
+        writers.append(load(runs[i], assistant=False, trust_remote_code=trusted) if writes else None)
+    looked = [
+        Looked(e.runs[0] if isinstance(e, Repeats) else e, writer)
+        for e, writer in zip(named, [*writers, None, None], strict=False)
+    ]
+    looks = _looks(looked, dataset, USERS[large] if users is None else users, anonymous)
     return Report(
         title=f"{without_folders(dataset.info['source'])}: {', '.join(e.name for e in named)}",
         subtitle=_protocol(evaluations, dataset),
@@ -277,25 +264,31 @@ def _opened(runs: Sequence[Path]) -> list[tuple[Recipe, dict[str, Any]]]:
     return opened
 
 
-def _looks(
-    run: Path, recipe: Recipe, evaluation: Evaluation, dataset: Dataset, *, trust: bool, anonymous: bool
-) -> dict[str, Any]:
-    """The parts of a report that need a model that writes titles."""
-    recommender = load(run, assistant=False, trust_remote_code=consented(recipe, trust, run))
-    split = _rows(dataset, evaluation)
-    shown = tuple(example(recommender, evaluation, split, r) for r in example_rows(evaluation))
+def _looks(looked: Sequence[Looked], dataset: Dataset, users: int, anonymous: bool) -> dict[str, Any]:
+    """The parts of a report that need a model that writes titles; those of the first, where there is one."""
+    writer = next((each for each in looked if each.recommender is not None), None)
+    if writer is None or writer.recommender is None:
+        return {}
+    recommender, split = writer.recommender, _rows(dataset, writer.evaluation)
     if anonymous:
-        shown = tuple(replace(user, user=str(n)) for n, user in enumerate(shown, 1))
-    figures = recommender.title_figures(dataset) | {"examples": shown}
+        split = replace(split, user_id=np.arange(1, split.n_rows + 1).astype(str).astype(object))
+    rows = example_rows(writer.evaluation)
+    figures = recommender.title_figures(dataset)
     figures["facts"] |= {"source": without_folders(dataset.info["source"])}
-    return figures
+    figures["examples"] = tuple(example(recommender, writer.evaluation, split, r) for r in rows)
+    return figures | {"explorer": explore(looked, dataset, split, users, rows) if users else None}
 
 
 def report_runs(
-    runs: Sequence[Path], out: Path, *, trust_remote_code: bool = False, anonymous: bool = False
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    trust_remote_code: bool = False,
+    anonymous: bool = False,
+    users: int | None = None,
 ) -> Report:
-    """Write one HTML report of several runs; ``anonymous`` numbers the users it shows."""
-    report = collect(runs, trust=trust_remote_code, anonymous=anonymous)
+    """Write one HTML report of several runs; ``anonymous`` and ``users`` as in `collect`."""
+    report = collect(runs, trust=trust_remote_code, anonymous=anonymous, users=users)
     with one_writer(out.parent) if (out.parent / "run.json").is_file() else contextlib.nullcontext():
         write_report(out, report)
     return report

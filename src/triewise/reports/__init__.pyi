@@ -11,6 +11,13 @@ from .explanation import (
     explain as explain,
     pieces as pieces,
 )
+from .explorer import (
+    Explored as Explored,
+    Explorer as Explorer,
+    Method as Method,
+    Ranked as Ranked,
+    look as look,
+)
 from .report import Comparison as Comparison, Report as Report, Row as Row, write_report as write_report
 from .terminal import (
     clean as clean,

@@ -1,7 +1,7 @@
-"""One self-contained HTML page about a few runs: no script, no other file, the same bytes for the same input.
+"""One self-contained HTML page about a few runs: no other file, the same bytes for the same input.
 
 A section whose numbers are missing is left out. Titles are untrusted text: every string goes through
-`escape`, and the page forbids scripts and requests.
+`escape`, and the page forbids requests, and scripts but that of `explorer`, which nothing else depends on.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from triewise.files import write_text
 from triewise.reports.description import fact_lines, percent
 from triewise.reports.explanation import Example, Recommendation, Token, pieces
+from triewise.reports.explorer import Explorer, explorer_section, look, script_policy
 from triewise.reports.figures import POSITIONS, Dot, curve_panel, dot_panel, escape, forced_bars, tree_drawing
 
 # The field's four; other metrics are shown only where none of these is.
@@ -101,6 +102,7 @@ class Report:
         facts: Numbers of `triewise.reports.description.describe`.
         forced: What `triewise.reports.description.forced_by_position` gives.
         examples: Users; the decoding paths of the first two are drawn.
+        explorer: Users to look up.
         notes: Sentences on the method.
         provenance: Versions, commit, seeds, hashes, command.
     """
@@ -113,6 +115,7 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     forced: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
     examples: tuple[Example, ...] = ()
+    explorer: Explorer | None = None
     notes: tuple[str, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -133,8 +136,13 @@ def write_report(path: Path, report: Report) -> None:
         ("Where this comes from", _definitions(origins)),
     )
     parts = [f"<section><h2>{escape(heading)}</h2>{part}</section>" for heading, part in sections if part]
+    policy = ""
+    if report.explorer is not None:
+        policy = script_policy()
+        parts.append(explorer_section(report.explorer, colour, NOTES["explorer"]))
     body = "\n".join([f"<header>{head}</header>", *parts])
     page, rest = _HERE.joinpath("report.html").read_text(encoding="utf-8").split("{title}")
+    page, rest = page.replace("{scripts}", policy), rest.replace("{look}", look("css"))
     write_text(path, page + escape(report.title) + rest.replace("{body}", body))
 
 
