@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from triewise.app.answer import answer
 
 from tests.conftest import SHARED
-from triewise.app.answer import answer
 from triewise.data import Dataset, prepare
 from triewise.errors import UserError
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from triewise.app.answer import answer
 
 import triewise
 from tests import worlds
 from tests.worlds import HISTORIES
 from triewise.app import changed_evaluation, evaluate_run, report_runs, train_run
-from triewise.app.answer import answer
 from triewise.cli import main
 from triewise.errors import UserError
 from triewise.files import read_json
