@@ -146,6 +146,9 @@ class BackboneSettings(Section):
         None, "default: plain for tiny, else msl"
     )
     chat: bool = key(False, "the prompt is put into the tokenizer's chat template")
+    layers: int | None = key(
+        None, "only the first so many of a pre-trained model, then its last norm and head (SLMRec)", ge=1
+    )
     max_tokens: int | None = key(None, "of a prompt; default: 1024, or the model's positions", ge=8)
     device: str = key("auto", "auto: cuda, mps, cpu in this order; or cpu, cuda, cuda:1, mps")
     dtype: str = key("auto", "auto: bfloat16 where the device computes in it, else float32")
@@ -160,6 +163,8 @@ class BackboneSettings(Section):
     def _trainable(self) -> BackboneSettings:
         if self.quantisation != "none" and not self.lora.rank:
             raise ValueError("a quantised base is frozen: wanted lora.rank > 0 to train, got 0")
+        if self.layers is not None and self.name == "tiny":
+            raise ValueError("layers is of a pre-trained model, got 'tiny': set tiny.layers")
         return self
 
 

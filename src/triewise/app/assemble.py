@@ -90,6 +90,7 @@ _OF_LOADING = {
     "dtype",
     "quantisation",
     "trust_remote_code",
+    "layers",
 }  # keys that say how a backbone is loaded
 MAX_TOKENS = 1024  # of a prompt, where a recipe leaves it open
 
@@ -211,7 +212,7 @@ def _reference_backbone(recipe: Recipe, dataset: Dataset, reference: Path, how: 
         )
     ours, theirs, folder = recipe.backbone, started_from.backbone, reference / "model"
     adapted = (folder / BASE_FACTS).is_file()
-    for key in ("name", "tiny", *(("quantisation", "lora") if adapted else ())):
+    for key in ("name", "tiny", "layers", *(("quantisation", "lora") if adapted else ())):
         if getattr(ours, key) != getattr(theirs, key):
             raise UserError(
                 f"wanted backbone.{key} = {getattr(theirs, key)} as in the reference {reference}, got "
@@ -223,6 +224,7 @@ def _reference_backbone(recipe: Recipe, dataset: Dataset, reference: Path, how: 
             "reference for this recipe"
         )
     lora = None if adapted or recipe.identifier.kind != "title" else ours.lora
+    how.pop("layers")  # which the folder knows
     backbone = load_backbone(str(folder), seed=recipe.seed, lora=lora, **how)
     if adapted:
         unfreeze_lora(backbone.model)

@@ -45,6 +45,7 @@ def load_backbone(
     lora: LoraSettings | None = None,
     base: str | Path | None = None,
     trust_remote_code: bool = False,
+    layers: int | None = None,
 ) -> Backbone:
     """Load ``name`` in evaluation mode.
 
@@ -63,19 +64,18 @@ def load_backbone(
         lora: Adds a new adapter of this rank, if it is not 0.
         base: Where ``name`` is an adapter: folder of its base, if that is no longer where it was.
         trust_remote_code: Passed to transformers; executes code of the model's repository.
+        layers: Only the first so many layers of a checkpoint, see `first_layers`; None: all.
 
     Raises:
-        UserError: Unknown device, dtype or quantisation, a model that cannot be found or reached, an adapter whose
-            base is absent or another one, targets that are no layers, or a model that the checks of
-            `triewise.models.checks` refuse: no causal LM, weights that are missing, another tokenizer.
+        UserError: Unknown device, dtype or quantisation, a model that cannot be found or that `checks` refuses, too many
+            ``layers`` or those of no checkpoint, another base than an adapter's, or targets that are no layers.
     """
     target = resolve_device(device)
-    how = How(target, resolve_dtype(dtype, target), quantisation, trust_remote_code)
+    how = How(target, resolve_dtype(dtype, target), quantisation, trust_remote_code, layers)
     if Path(name, BASE_FACTS).is_file():
         backbone = _load_adapted(Path(name), base, how)
     elif name == "tiny":
-        backbone = build_tiny(titles, tiny or TinyModel(), seed, how.dtype)
-        backbone = backbone if quantisation == "none" else quantised(backbone, how)
+        backbone = _built(titles, tiny or TinyModel(), seed, how)
     elif name == "smollm2-135m":
         backbone = smollm2(how)
     elif name == "smollm2-135m-q4":
@@ -92,6 +92,19 @@ def load_backbone(
         backbone = with_adapter(backbone, lora, seed)
     load_slots(backbone.model, Path(name))
     return backbone
+
+
+def _built(titles: Sequence[str], tiny: TinyModel, seed: int, how: How) -> Backbone:
+    _check_whole("tiny", how.layers)
+    backbone = build_tiny(titles, tiny, seed, how.dtype)
+    return backbone if how.quantisation == "none" else quantised(backbone, how)
+
+
+def _check_whole(name: str, layers: int | None) -> None:
+    if layers is not None:
+        raise UserError(
+            f"wanted a checkpoint to take the first {layers} layers of, got {name!r}; leave layers out"
+        )
 
 
 def load_tokenizer(name: str, *, titles: Sequence[str] = (), tiny: TinyModel | None = None) -> Any:
@@ -146,6 +159,7 @@ def _foreign_adapter(name: str, folder: Path, base: str | Path | None, how: How)
         dtype=str(how.dtype).removeprefix("torch."),
         quantisation=how.quantisation,
         trust_remote_code=how.trust,
+        layers=how.layers,
     )
     model = load_lora(inner.model, folder, ours=False)
     tokenizer = inner.tokenizer
@@ -157,6 +171,7 @@ def _foreign_adapter(name: str, folder: Path, base: str | Path | None, how: How)
 
 def _load_adapted(folder: Path, base: str | Path | None, how: How) -> Backbone:
     """An adapter that :meth:`Backbone.save` wrote, on its own base and no other."""
+    _check_whole(str(folder), how.layers)
     facts = read_json(folder / BASE_FACTS)
     origin, name = facts["origin"], str(base) if base else None
     kind = origin.get("quantisation", "none")
@@ -180,6 +195,7 @@ def _load_adapted(folder: Path, base: str | Path | None, how: How) -> Backbone:
         dtype=str(how.dtype).removeprefix("torch."),
         quantisation=kind,
         trust_remote_code=how.trust,
+        layers=None if facts["saved"] else origin.get("layers"),
     )
     wanted = {"sha256": facts["saved"]} if facts["saved"] else origin
     _check_base(inner.origin, wanted, folder, given=base is not None)

@@ -12,6 +12,7 @@ import torch
 from triewise.files import atomic_folder, read_json, sha256_file, write_json
 from triewise.models.adapters import freeze, quantisation_config, save_lora
 from triewise.models.checks import check_config, check_vocabulary, check_weights
+from triewise.models.depth import first_layers, of_first_layers
 from triewise.models.hub import from_hub, silence
 from triewise.models.item_slots import save_slots, without_slots
 from triewise.models.merging import is_adapted, is_quantised, merged, without_adapter
@@ -99,6 +100,7 @@ class How:
     dtype: torch.dtype
     quantisation: str
     trust: bool
+    layers: int | None = None
 
 
 def tokenizer_of(name: str, revision: str | None = None, trust: bool = False) -> Any:
@@ -116,8 +118,11 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    check_config(name, from_hub(AutoConfig.from_pretrained, name, revision, trust_remote_code=how.trust))
+    config = from_hub(AutoConfig.from_pretrained, name, revision, trust_remote_code=how.trust)
+    check_config(name, config)
     options: dict[str, Any] = {"trust_remote_code": how.trust, "dtype": how.dtype}
+    if how.layers is not None:
+        options["config"] = first_layers(shown, config, how.layers)
     if how.quantisation != "none":
         options["quantization_config"] = quantisation_config(how.quantisation, how.dtype)
         options["device_map"] = {"": how.device}
@@ -125,6 +130,8 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
     # A shape that does not fit is told from the report, not raised with a table.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = from_hub(AutoModelForCausalLM.from_pretrained, name, revision, **options)
+    if how.layers is not None:  # those of later layers are left out on purpose
+        found["unexpected_keys"] = of_first_layers(found.get("unexpected_keys") or (), how.layers)
     check_weights(name, found)
     check_vocabulary(model, tokenizer)
     if is_quantised(model):
@@ -136,6 +143,7 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
         origin |= {n: v for n, v in read_json(Path(name, "origin.json")).items() if n != "files"}
     elif Path(name).is_dir():
         origin["place"] = str(Path(name).resolve())
+    origin |= {} if how.layers is None else {"layers": how.layers}
     return Backbone(model, tokenizer, shown, origin)
 
 
