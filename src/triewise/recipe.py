@@ -45,7 +45,7 @@ _TAGS = ("dllm2rec", "llm-cf")  # kinds that pydantic names in the place of a pr
 
 # What only a language model has a use for; the values that change nothing.
 OF_LANGUAGE_MODELS = {
-    "training": ("accumulation", "log_parts", "order", "packing", "gradient_checkpointing", "workers"),
+    "training": ("log_parts", "order", "packing", "gradient_checkpointing", "workers"),
     "evaluation": (
         *("search", "choose", "support", "length_penalty", "alpha", "measure", "scope"),
         *("gamma", "against_exact", "pruned", "merge_adapter"),
@@ -118,7 +118,7 @@ class Recipe(Section):
             return self
         if self.sequential is None or self.sequential.loss == "cloze":
             raise ValueError(
-                "[enhance] needs a [sequential] encoder that reads forwards: gru4rec, sasrec or lrurec"
+                "[enhance] needs a [sequential] encoder that reads forwards: gru4rec, sasrec, esasrec or lrurec"
             )
         for key, wanted in (("supervision", "last"), ("rows", "train")):
             if getattr(self.training, key) != wanted:

@@ -354,10 +354,10 @@ class EvaluationSettings(Section):
 class EncoderSettings(Section):
     """Shape of an encoder of item ids."""
 
-    encoder: Literal["gru4rec", "sasrec", "bert4rec", "lrurec"]
+    encoder: Literal["gru4rec", "sasrec", "esasrec", "bert4rec", "lrurec"]
     width: int = key(64, "of item embeddings and states", ge=1)
     blocks: int = key(2, "layers", ge=1)
-    heads: int = key(2, "of attention: sasrec and bert4rec", ge=1)
+    heads: int = key(2, "of attention: sasrec, esasrec and bert4rec", ge=1)
     dropout: float = key(0.2, "of embeddings, attention and layers, in training", ge=0, lt=1)
     head: Literal["tied", "linear"] = key(
         "tied", "tied: scores with the item embeddings; linear: with weights of its own"
@@ -367,10 +367,10 @@ class EncoderSettings(Section):
         "sasrec: norm of queries alone (first pmixer code); inner: and after the feed-forward layer, no output "
         "projection (DROS, DLLM2Rec); post: after each layer (pmixer today); pre: before each",
     )
-    last_norm: bool = key(True, "bert4rec: norm before the head (its code: false)")
+    last_norm: bool = key(True, "bert4rec, esasrec: norm before the head (their codes: false)")
     scaled: bool = key(False, "item embeddings are multiplied by sqrt(width) at the input (pmixer)")
     positions: Literal["oldest", "newest"] = key(
-        "oldest", "sasrec, bert4rec: places are counted from there; newest: as padding on the left"
+        "oldest", "sasrec, esasrec, bert4rec: places are counted from there; newest: as padding on the left"
     )
     initial: Literal["normal", "truncated", "xavier"] = key(
         "normal",
@@ -382,7 +382,7 @@ class EncoderSettings(Section):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> EncoderSettings:
-        if self.encoder in ("sasrec", "bert4rec") and self.width % self.heads:
+        if self.encoder in ("sasrec", "esasrec", "bert4rec") and self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
         return self
 

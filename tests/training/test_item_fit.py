@@ -36,7 +36,7 @@ from triewise.training.item_tasks import (
     task_loss,
 )
 
-KINDS = ("gru4rec", "sasrec", "bert4rec", "lrurec")
+KINDS = ("gru4rec", "sasrec", "esasrec", "bert4rec", "lrurec")
 
 
 def small(
@@ -62,6 +62,10 @@ def recommender(kind: str = "sasrec", **changes: Any) -> SequentialRecommender:
 
 class TestSASRec(RecommenderContract):
     make = staticmethod(recommender)
+
+
+class TestESASRec(RecommenderContract):
+    make = staticmethod(functools.partial(recommender, "esasrec"))
 
 
 class TestGRU4Rec(RecommenderContract):
@@ -90,6 +94,7 @@ def test_padding_and_what_comes_later_change_nothing(kind: str) -> None:
 FORMS: list[tuple[str, dict[str, Any]]] = [
     *(("sasrec", {"norm": norm, "scaled": True}) for norm in ("query", "inner", "post", "pre")),
     ("sasrec", {"positions": "newest", "initial": "xavier"}),
+    ("esasrec", {"positions": "newest", "last_norm": False}),
     ("bert4rec", {"positions": "newest", "last_norm": False, "item_std": 1.0, "position_std": 1.0}),
     ("lrurec", {"initial": "truncated"}),
 ]
@@ -185,6 +190,31 @@ def test_the_scan_equals_the_recurrence() -> None:
 
 
 # ---------------------------------------------------------------- losses
+def test_a_gated_encoder_equals_its_formulas_place_by_place() -> None:
+    """LiGR layers as loops over places and heads, with nothing but products of a vector and a matrix."""
+    model = recommender("esasrec").model
+    body, rows = model.body, torch.tensor([[3, 1, 4, 2, 7]])
+    x = [model.items.weight[i] + body.positions.position.weight[n] for n, i in enumerate(rows[0])]
+    for block in range(2):
+        attention = body.attention[block]
+        normed = [body.before[block](v) for v in x]
+        q, k, v = ([layer(y).view(2, 4) for y in normed] for layer in (attention.q, attention.k, attention.v))
+        for n in range(len(x)):
+            heads = []
+            for h in range(2):
+                share = torch.stack([q[n][h] @ k[m][h] / 2 for m in range(n + 1)]).softmax(0)
+                heads.append(sum(share[m] * v[m][h] for m in range(n + 1)))
+            mixed = attention.out(torch.cat(heads))
+            x[n] = x[n] + torch.sigmoid(body.attention_gate[block](x[n])) * mixed
+        for n, each in enumerate(x):
+            wide = body.up[block].weight @ body.between[block](each)
+            value, gate = wide[:32], wide[32:]
+            fed = body.down[block].weight @ (gate / (1 + torch.exp(-gate)) * value)
+            x[n] = each + torch.sigmoid(body.feed_gate[block](each)) * fed
+    expected = torch.stack([body.last_norm(each) for each in x])
+    torch.testing.assert_close(model(rows)[0], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_dros_worked_by_hand() -> None:
     """Three items, target first: ln( e^(.9 * .2^2) + e^(.8 * .09) + e^(.85 * .25) ) = 1.2084."""
     scores = torch.tensor([[1.2, -0.3, 0.5]])
@@ -366,6 +396,7 @@ def hit_rate(
 LEARNERS = [
     ("gru4rec", {}),
     ("sasrec", {}),
+    ("esasrec", {}),
     ("lrurec", {}),
     ("bert4rec", {"mask_last": 0.9}),
     ("sasrec", {"loss": "bce", "negatives": 4}),
@@ -429,6 +460,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind: str, tmp_path: Path) ->
     assert [row for row in again if row["step"] > 3] == [row for row in without if row["step"] > 3]
 
 
+@pytest.mark.parametrize("kind", ["esasrec", "bert4rec"])
+def test_micro_batches_of_like_length_change_no_step(kind: str, tmp_path: Path) -> None:
+    """Their targets are weighed as in one batch: the loss, the gradient and the weights are the same."""
+    lengths = [(str(u), [u % N_ITEMS] * (1 + u % 5), (u + 1) % N_ITEMS) for u in range(40)]
+    windows = make_windows(make_split(lengths), "last")
+    data, counts = Sequences.from_windows(windows), target_counts(windows, N_ITEMS)
+    masks = {"mask_last": 1.0} if kind == "bert4rec" else {}
+    base = sequential(encoder=kind, loss="cloze" if masks else "cross-entropy", **masks)
+    ends, logs = [], []
+    for parts in (1, 4):
+        model = small(kind, N_ITEMS)
+        settings = {**vars(CONFIG), "evaluate_every": 0, "log_every": 1, "accumulation": parts, "steps": 3}
+        result = fit(model, data, counts, base, TrainingSettings(**settings), tmp_path / str(parts))
+        ends.append(dict(model.named_parameters()))
+        logs.append([(row["loss"], row["grad_norm"]) for row in result.history if "loss" in row])
+    if not masks:  # what is masked is drawn for each part
+        assert logs[0] == pytest.approx(np.array(logs[1]), rel=1e-4)
+        for name, weight in ends[0].items():
+            torch.testing.assert_close(ends[1][name], weight, atol=1e-5, rtol=1e-4)
+    assert len(logs[0]) == len(logs[1]) == 3
+
+
 def test_patience_ends_a_run_with_its_best_weights(tmp_path: Path) -> None:
     seen: list[float] = []
 
@@ -477,7 +530,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     run_of(tmp_path / "run", "sasrec", time_limit_s=1e-9)
     with pytest.raises(UserError, match=r"wanted to resume with learning_rate = 0.003 as in .*, got 0.1"):
         run_of(tmp_path / "run", "sasrec", resume=True, learning_rate=0.1)
-    with pytest.raises(ValueError, match="encoder\n.*'gru4rec', 'sasrec', 'bert4rec' or 'lrurec'"):
+    with pytest.raises(ValueError, match="encoder\n.*'gru4rec', 'sasrec', 'esasrec', 'bert4rec' or 'lrurec'"):
         small("x")
     with pytest.raises(ValueError, match="width must be a multiple of heads, got 8 and 3"):
         small(heads=3)

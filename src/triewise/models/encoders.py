@@ -2,7 +2,7 @@
 
 Items are 0..I-1 outside. Inside, a row holds ``item + 1``; 0 is padding and I + 1 the mask of BERT4Rec, so
 padding is never an item and the first item is one like any other. Rows are padded on the right: the state at
-a place depends on that place and those before it (GRU4Rec, SASRec, LRURec), or on all that is no padding
+a place depends on that place and those before it (GRU4Rec, SASRec, eSASRec, LRURec), or on all that is no padding
 (BERT4Rec), so padding changes nothing.
 
 Shape key: B rows, L places, D width, H state of a recurrence, I items, M target places.
@@ -106,7 +106,7 @@ class SequentialModel(nn.Module):
 
         Not where places are counted from the row's newest item.
         """
-        from_newest = self.settings.encoder == "sasrec" and self.settings.positions == "newest"
+        from_newest = self.settings.encoder in ("sasrec", "esasrec") and self.settings.positions == "newest"
         return not (self.bidirectional or from_newest)
 
     @property
@@ -274,6 +274,36 @@ class _SASRec(nn.Module):
         return states
 
 
+class _ESASRec(nn.Module):
+    """Causal attention and SwiGLU, each after a norm; what either adds passes a gate, a sigmoid of what came in.
+
+    The LiGR layer (arXiv:2502.03417) as eSASRec has it (arXiv:2508.06450), with a feed-forward width of 4 D.
+    """
+
+    def __init__(self, settings: EncoderSettings, max_length: int) -> None:
+        super().__init__()
+        d, n = settings.width, settings.blocks
+        self.positions = _Positions(settings, max_length)
+        self.attention = nn.ModuleList(_Attention(settings) for _ in range(n))
+        self.before, self.between = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
+        self.attention_gate, self.feed_gate = (nn.ModuleList(nn.Linear(d, d) for _ in range(n)) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(d, 8 * d, bias=False) for _ in range(n))  # values, then their gates
+        self.down = nn.ModuleList(nn.Linear(4 * d, d, bias=False) for _ in range(n))
+        self.last_norm = nn.LayerNorm(d) if settings.last_norm else nn.Identity()
+        self.dropout = nn.Dropout(settings.dropout)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        x = self.positions(x, real)
+        for n, attention in enumerate(self.attention):
+            y = self.before[n](x)
+            x = x + self.attention_gate[n](x).sigmoid() * self.dropout(attention(y, y, None))
+            value, gate = self.up[n](self.between[n](x)).chunk(2, dim=-1)
+            fed = self.down[n](self.dropout(F.silu(gate) * value))
+            x = x + self.feed_gate[n](x).sigmoid() * self.dropout(fed)
+        states: Tensor = self.last_norm(x)
+        return states
+
+
 class _BERT4Rec(nn.Module):
     """Attention to every place that is no padding; one place more than a history, for the mask."""
 
@@ -355,4 +385,4 @@ def _feed_forward(
     )
 
 
-BODIES = {"gru4rec": _GRU, "sasrec": _SASRec, "bert4rec": _BERT4Rec, "lrurec": _LRURec}
+BODIES = {"gru4rec": _GRU, "sasrec": _SASRec, "esasrec": _ESASRec, "bert4rec": _BERT4Rec, "lrurec": _LRURec}

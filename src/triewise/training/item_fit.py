@@ -25,7 +25,15 @@ from triewise.training.checkpoints import (
     seed_others,
     set_random_state,
 )
-from triewise.training.item_tasks import ItemLoss, Sequences, cloze_task, item_loss, shifted_task, task_loss
+from triewise.training.item_tasks import (
+    ItemLoss,
+    Sequences,
+    Task,
+    cloze_task,
+    item_loss,
+    shifted_task,
+    task_loss,
+)
 from triewise.training.rates import floor_cosine
 from triewise.training.state import TrainingState, TrainResult, Validate
 from triewise.training.windows import batch_order
@@ -135,25 +143,39 @@ class _Steps:
         ours = [processes.rank()] if processes.count() > 1 else []
         rng = np.random.default_rng([self.state.seed, 1, self.state.step, *ours])
         index = processes.part(index[None])[0]
-        if self.model.bidirectional:
-            task = cloze_task(self.sequences, index, self.sequential, self.model.mask, rng)
-        else:
-            task = shifted_task(self.sequences, index)
+        tasks = [self.task(rows, rng) for rows in self.micro_batches(index)]
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, self.state.step)
-        loss = task_loss(self.model, task, self.loss, rng)
-        if processes.count() > 1:  # a mean over the targets of all
-            weights = [weight for (weight,) in processes.gather([float(task.weight.sum())])]
-            loss = loss * (weights[processes.rank()] / max(sum(weights), 1e-30))
+        weights = [float(task.weight.sum()) for task in tasks]
+        total = sum(weight for (weight,) in processes.gather([sum(weights)]))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        loss = loss.detach().clone()
+        losses = []
+        for task, weight in zip(tasks, weights, strict=True):
+            loss = task_loss(self.model, task, self.loss, rng)
+            if len(tasks) * processes.count() > 1:  # a mean over the targets of all
+                loss = loss * (weight / max(total, 1e-30))
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        loss = torch.stack(losses).sum()
         processes.add_up([loss, *(p.grad for p in self.model.parameters() if p.grad is not None)])
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.sums += torch.stack([loss, norm.detach()])
         self.summed += 1
+
+    def micro_batches(self, index: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The rows of a step in ``accumulation`` parts; of several, rows of like length share one and pad less."""
+        if self.settings.accumulation == 1:
+            return [index]
+        by_length = np.argsort(np.count_nonzero(self.sequences.ids[index], axis=1), kind="stable")
+        return np.array_split(index[by_length], self.settings.accumulation)
+
+    def task(self, index: NDArray[np.int64], rng: np.random.Generator) -> Task:
+        """What some rows are asked."""
+        if self.model.bidirectional:
+            return cloze_task(self.sequences, index, self.sequential, self.model.mask, rng)
+        return shifted_task(self.sequences, index)
 
     def save(self) -> None:
         """Write a checkpoint."""
