@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triewise.app.answer import answer
 
 import triewise
 from tests import worlds

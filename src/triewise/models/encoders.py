@@ -286,7 +286,9 @@ class _ESASRec(nn.Module):
         self.positions = _Positions(settings, max_length)
         self.attention = nn.ModuleList(_Attention(settings) for _ in range(n))
         self.before, self.between = (nn.ModuleList(nn.LayerNorm(d) for _ in range(n)) for _ in range(2))
-        self.attention_gate, self.feed_gate = (nn.ModuleList(nn.Linear(d, d) for _ in range(n)) for _ in range(2))
+        self.attention_gate, self.feed_gate = (
+            nn.ModuleList(nn.Linear(d, d) for _ in range(n)) for _ in range(2)
+        )
         self.up = nn.ModuleList(nn.Linear(d, 8 * d, bias=False) for _ in range(n))  # values, then their gates
         self.down = nn.ModuleList(nn.Linear(4 * d, d, bias=False) for _ in range(n))
         self.last_norm = nn.LayerNorm(d) if settings.last_norm else nn.Identity()
