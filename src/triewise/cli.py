@@ -314,6 +314,56 @@ def recommend(
 
 
 @app.command()
+def batch(
+    run: Run,
+    source: Annotated[
+        Path,
+        typer.Option(
+            "--input", help=".parquet or .jsonl with user_id and titles or ids: lists, oldest first."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of part-*.parquet and, last, manifest.json.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="Titles for each user.")] = 10,
+    engine: Annotated[str, typer.Option(help="local (processes) or ray (a Ray cluster).")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes or actors; default one a GPU, else one a core.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the input that become one part.")] = 4096,
+    resume: Annotated[bool, typer.Option("--resume", help="Make only the parts that are not there.")] = False,
+    keep_history: Annotated[
+        bool, typer.Option("--keep-history", help="Titles of a history may be returned.")
+    ] = False,
+    allow: Annotated[
+        Path | None,
+        typer.Option("--allow", help="Text file of raw item ids, one a line: only these are returned."),
+    ] = None,
+    search: Search = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """The most probable next titles for every user of a file."""
+    from triewise.serving import recommend_file
+
+    how: dict[str, Any] = {"search": search, "keep_history": keep_history, "allow": allow, "engine": engine}
+    how |= {"workers": workers, "rows": rows, "resume": resume, "trust_remote_code": trust_remote_code}
+    done = recommend_file(run, source, out, k, **how)
+    if done["bad_rows"]["count"]:
+        first = done["bad_rows"]["named"][0]
+        note(
+            f"{done['bad_rows']['count']} rows are no users: row {first['row']}: {first['problem']}; see manifest.json"
+        )
+    if done["unknown"]["count"]:
+        note(
+            f"{done['unknown']['count']} unknown {done['column']}, such as {done['unknown']['named'][0]!r}, "
+            "were left out"
+        )
+    if as_json:
+        print_json({name: value for name, value in done.items() if name != "sha256"})
+    else:
+        say(f"{out}: {done['users']} users in {len(done['sha256'])} parts")
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Evaluated run folders; the first is compared with the others.")

@@ -48,8 +48,8 @@ class Catalog:
         """
         if len(item_id) != len(title):
             raise ValueError(f"wanted a title for each item, got {len(item_id)} ids and {len(title)} titles")
-        first: dict[str, int] = {}
-        group = np.array([first.setdefault(text, item) for item, text in enumerate(title)], dtype=np.int32)
+        first = dict(zip(reversed(title), reversed(range(len(title))), strict=True))
+        group = np.fromiter(map(first.__getitem__, title), np.int32, len(title))
         return cls(tuple(item_id), tuple(title), group)
 
     @property
@@ -77,8 +77,9 @@ class Catalog:
         """
         if self.spelled(title) in self.item_of_title:
             return self.item_of_title[self.spelled(title)]
+        form = _form(title).casefold()
         near = [
-            name for form, name in self._by_form.items() if form.casefold() == _form(title).casefold()
+            name for name in reversed(self.item_of_title) if _form(name).casefold() == form
         ] or difflib.get_close_matches(title, self.item_of_title, n=3, cutoff=0.5)
         there = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
         raise UserError(
@@ -113,20 +114,30 @@ class Catalog:
     @cached_property
     def item_of_id(self) -> dict[str, int]:
         """Items by raw id."""
-        return {raw: item for item, raw in enumerate(self.item_id)}
+        return dict(zip(self.item_id, range(self.n_items), strict=True))
 
     @cached_property
     def item_of_title(self) -> dict[str, int]:
         """Items by title as it stands; of several with one title the first."""
-        return {self.title[item]: item for item in np.unique(self.group).tolist()}
+        items = np.unique(self.group).tolist()
+        return dict(zip(map(self.title.__getitem__, items), items, strict=True))
 
     def spelled(self, title: str) -> str:
         """The title as the catalogue has it, where its normal form and its outer space alone differ; else as it is."""
-        return title if title in self.item_of_title else self._by_form.get(_form(title), title)
+        form = _form(title)
+        known = form if form in self.item_of_title else title
+        return title if title in self.item_of_title else self._of_form.get(form, known)
 
     @cached_property
-    def _by_form(self) -> dict[str, str]:
-        return {_form(title): title for title in reversed(self.item_of_title)}
+    def _of_form(self) -> dict[str, str]:
+        """Titles that are not their own form, by that; of all with one form the first."""
+        items = self.item_of_title
+        unlike: dict[str, str] = {}
+        for title, item in items.items():
+            if not (title.isascii() and title == title.strip()) and (form := _form(title)) != title:
+                own = items.get(form, item)
+                unlike.setdefault(form, title if item <= own else form)
+        return unlike
 
 
 def _form(title: str) -> str:

@@ -270,6 +270,10 @@ class TrieEngine:
     def _room(self) -> int | None:
         return place_limit(self.model)
 
+    def forget(self) -> None:
+        """Drop what earlier calls left, so that the next one's results depend on it alone, to the last bit."""
+        self._recent, self._prefix = [], None
+
     @torch.inference_mode()
     def shared_prefix(self, prompts: TokenLists, counters: Counters) -> Prefix | None:
         """The instruction that prompts start with, run once; None where they share too little.

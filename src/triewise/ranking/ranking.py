@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from triewise.arrays import blank_lists, nth_largest
+from triewise.arrays import blank_lists, nth_largest, ranges
 from triewise.errors import UserError
 
 if TYPE_CHECKING:
@@ -146,6 +146,12 @@ class Groups:
         """Items (I,) group by group, in each by `preference`, and where each group begins (G+1,)."""
         member = self.preference[np.argsort(self.of_item[self.preference], kind="stable")]
         return member, np.searchsorted(self.of_item[member], np.arange(self.n_groups + 1))
+
+    def members(self, items: Sequence[int]) -> NDArray[np.int64]:
+        """All items of the groups of some, ascending; numbers behind the items are of no group."""
+        member, start = self.by_group
+        group = np.unique(self.of_item[[item for item in items if item < self.n_items]])
+        return np.sort(member[ranges(start[group], start[group + 1] - start[group]).at])
 
     def total(self, counts: NDArray[np.integer]) -> NDArray[np.float64]:
         """(I,) sum of ``counts`` (I,) over the group of each item."""

@@ -1,4 +1,5 @@
 from .answers import Answer as Answer, Answers as Answers, Recommended as Recommended, answer as answer
+from .batch import recommend_file as recommend_file
 from .versions import LiveCatalogue as LiveCatalogue, Version as Version
 
 __all__ = ["answer"]

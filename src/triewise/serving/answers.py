@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from triewise.errors import UserError
 from triewise.reports import Recommendation, pieces
 
@@ -115,7 +113,7 @@ def answer(
         UserError: An unknown title or id in ``exclude``, with ``strict`` also in a history; ``k < 1``; an explanation
             that this recommender cannot give.
     """
-    catalog, of_item = recommender.catalog, recommender.groups.of_item
+    catalog, groups = recommender.catalog, recommender.groups
     item = _items_by_name(recommender, by)
     if by == "title":
         histories = [list(map(catalog.spelled, names)) for names in histories]
@@ -125,8 +123,7 @@ def answer(
     _check(catalog, by, item, exclude)
     unwanted = [item[name] for name in exclude]
     known = [[item[name] for name in names if name in item] for names in histories]
-    own = [[i for i in unwanted + ([] if keep_history else items) if i < len(of_item)] for items in known]
-    without = [np.flatnonzero(np.isin(of_item, of_item[items])) for items in own]
+    without = [groups.members(unwanted + ([] if keep_history else items)) for items in known]
     only = None if allow is None else [allow] * len(histories)
     ranking = recommender.recommend(known, min(k, recommender.groups.n_groups), without, only)
     answers = []

@@ -193,8 +193,12 @@ class LiveCatalogue:
         return [(base.item_id[i], base.title[i]) if i < n else self._met[i - n] for i in numbers.tolist()]
 
     def _catalog(self, numbers: Int64) -> Catalog:
-        pairs = self._pairs(numbers)
-        return Catalog.from_titles([item_id for item_id, _ in pairs], [title for _, title in pairs])
+        """The catalogue of some items, of which those that the model was trained with mostly come first."""
+        base, n = self._base, self._base.n_items
+        first = numbers[: (np.append(numbers, n) >= n).argmax()].tolist()
+        pairs = self._pairs(numbers[len(first) :])
+        ids = [*map(base.item_id.__getitem__, first), *(item_id for item_id, _ in pairs)]
+        return Catalog.from_titles(ids, [*map(base.title.__getitem__, first), *(title for _, title in pairs)])
 
     def _read(self, folder: Path, number: int) -> _Content:
         """A version from its files."""

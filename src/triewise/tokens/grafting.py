@@ -74,18 +74,25 @@ def _places(trie: Trie, own: Trie) -> tuple[Bool, Int64]:
 
     A node that belongs behind all nodes of its level comes before the first of the next one.
     """
-    width = int(max(trie.token.max(), own.token.max())) + 1
-    edge_N = trie.parent[1:] * np.int64(width) + trie.token[1:]  # ascends: what breadth first means
     known_M, place_M = np.zeros(own.n_nodes, dtype=bool), np.zeros(own.n_nodes, dtype=np.int64)
     known_M[0] = True
     for low, high in pairwise(own.level_ptr[1:]):
-        above = own.parent[low:high]
-        edge = place_M[above] * width + own.token[low:high]
-        at = np.searchsorted(edge_N, edge)
-        same = known_M[above] & (edge_N[np.minimum(at, len(edge_N) - 1)] == edge)
-        known_M[low:high] = same
-        place_M[low:high] = np.where(known_M[above], at + 1, trie.child_ptr[place_M[above]])
+        above, token = own.parent[low:high], own.token[low:high]
+        node, is_known = place_M[above], known_M[above]
+        end = trie.child_ptr[np.where(is_known, node + 1, node)]
+        at = _first_from(trie.token, trie.child_ptr[node], end, token)
+        known_M[low:high] = (at < end) & (trie.token[np.minimum(at, trie.n_nodes - 1)] == token)
+        place_M[low:high] = at
     return known_M, place_M
+
+
+def _first_from(token_N: Ints, low: Ints, high: Ints, wanted: Ints) -> Ints:
+    """The first place in each range, whose tokens ascend, with at least the token wanted; else its end."""
+    while (low < high).any():
+        middle = (low + high) // 2
+        less = (low < high) & (token_N[np.minimum(middle, len(token_N) - 1)] < wanted)
+        low, high = np.where(less, middle + 1, low), np.where(less | (low == high), high, middle)
+    return low
 
 
 def _assembled(token_T: Ints, parent_T: Ints, count_T: Int64, levels: Int64, leaf_J: Ints) -> Trie:
