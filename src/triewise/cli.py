@@ -364,6 +364,48 @@ def batch(
 
 
 @app.command()
+def serve(
+    run: Run,
+    host: Annotated[str, typer.Option(help="Address; the default is reached from here alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_keys: Annotated[
+        Path | None, typer.Option("--api-key-file", help="File of keys, one a line; who asks must have one.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Users that are decoded together.")] = 32,
+    wait_ms: Annotated[float, typer.Option(min=0, help="Milliseconds to wait for others.")] = 2.0,
+    queue: Annotated[int, typer.Option(min=1, help="Users that may wait; more are sent away.")] = 256,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request is given up.")] = 30.0,
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request.")] = 1 << 20,
+    max_k: Annotated[int, typer.Option(min=1, help="Titles for one history.")] = 1000,
+    items: Annotated[
+        list[str] | None,
+        typer.Option("--items", help="NAME=FILE of raw ids, a set for exclude and allow (repeatable)."),
+    ] = None,
+    search: Search = None,
+    log_titles: Annotated[bool, typer.Option("--log-titles", help="Log histories too.")] = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Answer over HTTP: recommendations, scores, a catalogue that changes, a page; extra: serve."""
+    from triewise import load
+    from triewise.serving import Limits, named_sets, serve as answer_requests
+
+    with without_collections():
+        recommender = load(run, trust_remote_code=trust_remote_code)
+    limits = Limits(max_batch, wait_ms, queue, timeout, max_body, max_k)
+    answer_requests(
+        recommender if search is None else recommender.with_settings(search=search),
+        name=run.resolve().name,
+        host=host,
+        port=port,
+        api_keys=api_keys,
+        limits=limits,
+        sets=named_sets(items or (), recommender.catalog),
+        catalogue=run / "catalogue",
+        log_titles=log_titles,
+    )
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Evaluated run folders; the first is compared with the others.")

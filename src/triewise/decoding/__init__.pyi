@@ -3,6 +3,7 @@ from .growth import edges_on_paths as edges_on_paths
 from .search import (
     GainOver as GainOver,
     Scope as Scope,
+    Together as Together,
     beam_search as beam_search,
     exact_search as exact_search,
     rank_catalogue as rank_catalogue,

@@ -59,7 +59,12 @@ class Beams:
 
     def start(self, user: Int64) -> None:
         """Begin with some users: those who may get nothing are done after one round."""
+        self.discards.bound[user], self.discards.any[user], self.lost[user] = -np.inf, False, False
         self.live = self.live.then(Hypotheses.roots(user))
+
+    def forget(self, user: Int64) -> None:
+        """Drop what there is of some users (n,), whose numbers others may get."""
+        self.live, self.done = self.live.without(user), self.done.without(user)
 
     def request(self) -> tuple[Int64, Int64]:
         """The live prefixes."""

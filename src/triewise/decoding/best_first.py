@@ -57,10 +57,17 @@ class BestFirst:
 
     def start(self, user: Int64) -> None:
         """Begin with some users, in vocabulary support with a beam search."""
+        self.proven[user], self.expanded[user] = True, 0
+        self.dropped[user] = self.threshold[user] = -np.inf
         if self.growth.engine.support == "vocabulary":
             self.first.start(user)
         else:
             self.open = self.open.then(Hypotheses.roots(user))
+
+    def forget(self, user: Int64) -> None:
+        """Drop what there is of some users (n,), whose numbers others may get."""
+        self.first.forget(user)
+        self.open, self.done, self.beams = (part.without(user) for part in (self.open, self.done, self.beams))
 
     def request(self) -> tuple[Int64, Int64]:
         """The open prefixes whose bounds are among the best 2 k of open prefixes and finished titles; at least one."""

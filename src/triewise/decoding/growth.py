@@ -11,7 +11,7 @@ Dimension key: B users, R requested nodes, N trie nodes, E edges, C nodes of one
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -73,6 +73,7 @@ class Growth:
             if self._fits[side]
         }
         self._cache: TreeCache | None = None
+        self._rows: int | None = None  # users that its cache has room for; None: those of the first forward
         self._row = np.full(len(prompts), NOTHING, dtype=np.int64)  # of each user in the cache
         # user -> node -> log-probabilities of its edges
         self._scored: dict[int, dict[int, Float32]] = {}
@@ -98,11 +99,11 @@ class Growth:
             if self._cache is None or not len(staying):
                 self._cache = None  # before the next one is made
                 self._cache = TreeCache(
-                    self.engine.model, self.trie, prompts, self.counters, self._prefix[side]
+                    self.engine.model, self.trie, prompts, self.counters, self._prefix[side], rows=self._rows
                 )
                 self._row[fresh] = np.arange(len(fresh))
             else:
-                self._row[fresh] = np.setdiff1d(np.arange(self._cache.n_users), staying)[: len(fresh)]
+                self._row[fresh] = np.setdiff1d(np.arange(self._cache.rows), staying)[: len(fresh)]
                 self._cache.admit(self._row[fresh], prompts)
         return fresh
 
@@ -192,6 +193,58 @@ class Growth:
         paths = [self.trie.token[self.trie.path_to(n)].tolist() for n in node.tolist()]
         _, log_p = self.engine.plain_edges(prompts, paths, node[:, None], self.counters)
         self._keep(user, node, log_p.numpy())
+
+
+class OpenGrowth(Growth):
+    """Trees of users who join while others are decoded: each has a number, which another one gets after him.
+
+    Args:
+        engine: Model, trie and support; as many users as it takes at once have a number.
+        counters: Receives the work done.
+    """
+
+    def __init__(self, engine: TrieEngine, counters: Counters) -> None:
+        super().__init__(engine, [], counters)
+        self._rows = n = engine.at_once
+        self._row = np.full(n, NOTHING, dtype=np.int64)
+        self._side = [0] * n
+        self.prompts: list[Sequence[int]] = [()] * n
+
+    @property
+    def inside(self) -> set[int]:
+        """Users who are in, or wait for the next round."""
+        return {*self._scored, *self._waiting}
+
+    @torch.inference_mode()
+    def join(self, prompt: Sequence[int]) -> int | None:
+        """The number of a user more; None where he has to wait till others, or all others, have gone.
+
+        Raises:
+            UserError: An empty prompt, or one too long for the model.
+        """
+        engine, inside = self.engine, self.inside
+        fits, side = engine.fits_tree([prompt]), engine.sides([prompt])[0]
+        if not inside:
+            shared = engine.shared_prefix([prompt], self.counters) if fits else None
+            self._fits, self._prefix = {side: fits}, {side: shared}
+        prefix = self._prefix.get(side)
+        n = 0 if prefix is None else len(prefix.tokens)
+        if inside:
+            alike = self._fits.get(side) == fits and (prefix is None or tuple(prompt[:n]) == prefix.tokens)
+            room = self._cache is None or not self._scored or len(prompt) <= self._cache.n_prompt
+            if len(inside) == engine.at_once or not alike or len(prompt) == n or not room:
+                return None
+        number = next(b for b in range(engine.at_once) if b not in inside)
+        self.prompts[number], self._side[number] = prompt, side
+        self._waiting.append(number)
+        return number
+
+    def leave(self, user: int) -> None:
+        """Let a user go who may not have come in yet."""
+        if user in self._scored:
+            self.release(np.array([user]))
+        else:
+            self._waiting.remove(user)
 
 
 def edges_on_paths(

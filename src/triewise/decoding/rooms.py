@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -91,7 +90,7 @@ class Rooms:
 
     def __init__(self, like: Layers, n_users: int, n_places: int) -> None:
         self.rooms = [Room(keys, values, n_users, n_places) for keys, values in like]
-        self.n_places = n_places
+        self.n_users, self.n_places = n_users, n_places
 
     @property
     def nbytes(self) -> int:
@@ -122,14 +121,16 @@ class Rooms:
         for held in self._all():
             held[:, first : first + len(place)] = held[:, place]
 
-    def widen(self, n_places: int) -> None:
-        """Make all places anew, so many for each user: the one copy of all that is held."""
+    def widen(self, *, n_users: int | None = None, n_places: int | None = None) -> None:
+        """Make all places anew, for so many users, so many for each: the one copy of all that is held."""
+        n_users, n_places = n_users or self.n_users, n_places or self.n_places
         for room in self.rooms:
-            room.keys, room.values = (
-                torch.cat([held, held.new_zeros(len(held), n_places - self.n_places, *held.shape[2:])], 1)
-                for held in (room.keys, room.values)
-            )
-        self.n_places = n_places
+            for name in ("keys", "values"):
+                held = getattr(room, name)
+                more = held.new_zeros(n_users, n_places, *held.shape[2:])
+                more[: self.n_users, : self.n_places] = held
+                setattr(room, name, more)
+        self.n_users, self.n_places = n_users, n_places
 
     def _all(self) -> list[Tensor]:
         return [held for room in self.rooms for held in (room.keys, room.values)]

@@ -79,7 +79,7 @@ class Rule:
         if alpha and gain is not None:  # also checks the gain for scope "step"
             edge_weight = decoding_weights(trie, gain, alpha, counts).astype(np.float32)
         if assistant is not None and weight < 1:
-            share = _mass_shares(trie, np.asarray(assistant), n_users)
+            share = mass_shares(trie, np.asarray(assistant), n_users)
         by_step = alpha if scope == "step" else 0.0
         trained = is_trained(trie, counts) if by_step and counts is not None else None
         return cls(trie, None if by_step else edge_weight, by_step, gain, trained, share, weight)
@@ -118,7 +118,7 @@ def path_sums(trie: Trie, edges: Float32) -> Float32:
     return total
 
 
-def _mass_shares(trie: Trie, assistant: NDArray[np.floating], n_users: int) -> Float32:
+def mass_shares(trie: Trie, assistant: NDArray[np.floating], n_users: int) -> Float32:
     """(B, N) log of mass under a node over mass under its parent, <= 0; -inf where the node has none."""
     if assistant.shape != (n_users, trie.n_items):
         raise UserError(
@@ -169,6 +169,10 @@ class Hypotheses:
     def parted(self, chosen: Bool) -> tuple[Hypotheses, Hypotheses]:
         """Those of a mask, and the others."""
         return self.take(chosen), self.take(~chosen)
+
+    def without(self, user: Int64) -> Hypotheses:
+        """Those of other users."""
+        return self.take(~np.isin(self.user, user))
 
     @classmethod
     def joined(cls, parts: Sequence[Hypotheses]) -> Hypotheses:

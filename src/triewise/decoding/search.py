@@ -24,8 +24,15 @@ from triewise.decoding.best_first import BestFirst
 from triewise.decoding.draws import Draws
 from triewise.decoding.engine import TrieEngine, edge_log_probabilities
 from triewise.decoding.filters import TitleFilter
-from triewise.decoding.growth import Growth, drive, edges_on_paths
-from triewise.decoding.scoring import Hypotheses, Rule, best_of_each, path_sums, tied_places
+from triewise.decoding.growth import Growth, OpenGrowth, drive, edges_on_paths
+from triewise.decoding.scoring import (
+    Hypotheses,
+    Rule,
+    best_of_each,
+    mass_shares,
+    path_sums,
+    tied_places,
+)
 from triewise.decoding.treecache import Counters, Prefix, TokenLists
 from triewise.errors import UserError
 from triewise.models import is_precise, max_positions
@@ -229,6 +236,103 @@ def exact_search(
     tolerance = _tolerance(engine, length_penalty, rule)
     items, scores = _returned(trie, search.results, k + bool(tolerance), filters, counts)
     return _ranking(items, scores, k, search.proven, counters, tolerance, search.dropped)
+
+
+class Together:
+    """A search that users join and leave while it runs: each gets what `exact_search` or `beam_search` give him alone.
+
+    Of one thread at a time. Arguments are those of the two, and:
+
+    * ``beams``: Of a beam search; None for the exact one.
+    * ``assisted``: Whether each user brings log-probabilities of an assistant.
+
+    Attributes:
+        counters: Work done for all users so far.
+        joined: How many there were.
+    """
+
+    def __init__(
+        self,
+        engine: TrieEngine,
+        k: int,
+        beams: int | None,
+        *,
+        length_penalty: float = 0.0,
+        alpha: float = 0.0,
+        scope: Scope = "node",
+        gain: Float64 | None = None,
+        assisted: bool = False,
+        assistant_weight: float = 1.0,
+        counts: Int64 | None = None,
+        gain_over: GainOver = "trained",
+    ) -> None:
+        _check([], k, length_penalty, None, None)
+        trie, n = engine.trie, engine.at_once
+        self._engine, self._k, self._scope, self._counts = engine, k, scope, counts
+        rule = Rule.of(trie, n, alpha, scope, gain, None, 1.0, _among(counts, gain_over))
+        if assisted and assistant_weight < 1:
+            share = np.zeros((n, trie.n_nodes), dtype=np.float32)
+            rule = replace(rule, share=share, weight=assistant_weight)
+        self._rule, self._tolerance = rule, _tolerance(engine, length_penalty, rule)
+        self._filters: list[TitleFilter | None] = [None] * n
+        self.counters, self.joined = Counters(), 0
+        self._growth = OpenGrowth(engine, self.counters)
+        first = Beams(trie, rule, self._filters, beams or k, length_penalty)
+        limit = MAX_EXPANSIONS if engine.support == "vocabulary" else None
+        exact = BestFirst(self._growth, rule, self._filters, k, length_penalty, limit, first)
+        self._search: Beams | BestFirst = exact if beams is None else first
+
+    @property
+    def inside(self) -> int:
+        """Users who are in now."""
+        return len(self._growth.inside)
+
+    def join(
+        self,
+        prompt: Sequence[int],
+        exclude: Items | None = None,
+        allow: Items | None = None,
+        assistant: NDArray[np.floating] | None = None,
+    ) -> int | None:
+        """Let a user in: his number till he is done, or None where he has to wait; ``assistant`` is (I,)."""
+        own = TitleFilter.of(self._engine.trie, exclude, allow)
+        number = self._growth.join(prompt)
+        if number is not None:
+            self.joined += 1
+            self._filters[number] = own
+            if self._rule.share is not None and assistant is not None:
+                self._rule.share[number] = mass_shares(self._engine.trie, assistant[None], 1)[0]
+        return number
+
+    def leave(self, user: int) -> None:
+        """Let a user go who is not done."""
+        self._search.forget(np.array([user]))
+        self._growth.leave(user)
+
+    def step(self) -> dict[int, Ranking]:
+        """One round for everybody: the rankings (1, k) of those who are done with it."""
+        fresh = self._growth.admit()
+        if len(fresh):
+            self._search.start(fresh)
+        user, node = self._search.request()
+        through = self._search.update(self._growth.expand(user, node, self._search.foreseen))
+        self._growth.release(through)
+        results, self._search.results = self._search.results, []
+        if not len(through):
+            return {}
+        trie, k, tolerance = self._engine.trie, self._k, self._tolerance
+        items, scores = _returned(trie, results, k + bool(tolerance), self._filters, self._counts)
+        if isinstance(self._search, Beams):
+            certified = self._search.discards.certify(scores[:, k - 1]) & (self._scope == "node")
+            bound = self._search.discards.bound
+        else:
+            certified, bound = self._search.proven, self._search.dropped
+        found = {}
+        for b in through.tolist():
+            row = slice(b, b + 1)
+            one = items[row], scores[row], k, certified[row].copy()
+            found[b] = _ranking(*one, self.counters, tolerance, bound[row])
+        return found
 
 
 def score(engine: TrieEngine, prompts: TokenLists, candidates: ItemLists) -> Float32:

@@ -107,6 +107,7 @@ class TreeCache:
         counters: Receives the work done.
         prefix: What every prompt starts with; reused, not run.
         n_nodes: Places for nodes to begin with.
+        rows: Users that there is room for, longer prompts than these too; None: these alone.
 
     Attributes:
         root_hidden: (B, D) hidden states after the prompts: what the root's children are scored with.
@@ -122,10 +123,14 @@ class TreeCache:
         counters: Counters,
         prefix: Prefix | None = None,
         n_nodes: int = ROOM,
+        rows: int | None = None,
     ) -> None:
         self.model, self.trie, self.counters, self.prefix = model, trie, counters, prefix
         self.device = head_weight(model).device
         self.n_prompt, self.n_users = max(map(len, prompts)), len(prompts)
+        self.rows = rows or self.n_users
+        if rows is not None:
+            self.n_prompt = 1 << self.n_prompt.bit_length()
         self.length: Int64 = np.zeros(self.n_users, dtype=np.int64)
         self.held: Int64 = np.zeros(1, dtype=np.int64)
         # (B, T) of each node held: where it comes in depth-first order, and where the items under it end.
@@ -136,10 +141,12 @@ class TreeCache:
         self.admit(np.arange(self.n_users), prompts)
 
     def admit(self, row: Int64, prompts: TokenLists) -> None:
-        """Run prompts, none longer than the longest of the first, and forget who had these rows (n,) before."""
+        """Run prompts, no longer than there is room for, and forget who had these rows (n,) before."""
         n_shared = 0 if self.prefix is None else len(self.prefix.tokens)
         length = np.array([len(prompt) for prompt in prompts])
         assert length.max() <= self.n_prompt
+        if row.max() >= self.n_users:
+            self._more(int(row.max()) + 1 - self.n_users)
         for users in blocks(length - n_shared, START.get(self.device.type, START["cuda"])):
             self._run(row[users], [prompts[u][n_shared:] for u in users.tolist()], n_shared)
         self.length[row] = length
@@ -265,6 +272,22 @@ class TreeCache:
         self._order, self._end = self._order[:n], self._end[:n]
         return now
 
+    def _more(self, n: int) -> None:
+        """Rows for users more."""
+        self._part()
+        self.n_users += n
+        if self._rooms is not None and self.n_users > self._rooms.n_users:
+            self._rooms.widen(n_users=min(self.rows, max(self.n_users, 2 * self._rooms.n_users)))
+            self._see_bytes()
+        nobody, places = np.zeros(n, dtype=np.int64), self._order.shape[1]
+        self.length, self.held = np.append(self.length, nobody), np.append(self.held, nobody)
+        free = torch.full((n, places), FREE, device=self.device)
+        self._order = torch.cat([self._order, free])
+        self._end = torch.cat([self._end, torch.zeros_like(free)])
+        self.root_hidden = torch.cat(
+            [self.root_hidden, self.root_hidden.new_zeros(n, self.root_hidden.shape[1])]
+        )
+
     def _part(self) -> None:
         """From here on users may hold different nodes."""
         if len(self.held) < self.n_users:
@@ -278,7 +301,7 @@ class TreeCache:
         if n_nodes > self._order.shape[1]:
             self._order = torch.nn.functional.pad(self._order, (0, more), value=FREE)
             self._end = torch.nn.functional.pad(self._end, (0, more))
-            self._rooms.widen(self._rooms.n_places + more)
+            self._rooms.widen(n_places=self._rooms.n_places + more)
             self._see_bytes()
         return self._rooms
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import create_model
 
 from triewise.decoding import (
+    Together,
     TokenLists,
     TrieEngine,
     beam_search,
@@ -252,6 +253,33 @@ class GenerativeRecommender(SearchSettings, Assisted, Changeable):
             gain_over=self.gain_over,
             **({} if watch is None else {"watch": watch}),
         )
+
+    def together(self, k: int) -> Together | None:
+        """A search that users join and leave while it runs, see `Together`; None where its search is no such one."""
+        if self.search not in ("exact", "beam") or (self.search, self.scope) == ("exact", "step"):
+            return None
+        return Together(
+            self.engine,
+            k,
+            max(k, self.beams) if self.search == "beam" else None,
+            length_penalty=self.length_penalty,
+            alpha=self.alpha,
+            scope=self.scope,
+            gain=self.gain if self.alpha else None,
+            assisted=self.asked is not None,
+            assistant_weight=self.assistant_weight,
+            counts=self.counts,
+            gain_over=self.gain_over,
+        )
+
+    def join(
+        self, search: Together, history: Items, exclude: Items | None, allow: Items | None
+    ) -> int | None:
+        """Let a user join a search that `together` gave; see `Together.join`."""
+        check_histories([history], self.groups, self.n_former)
+        helper = self.asked
+        theirs = None if helper is None else log_probabilities(helper, [history])[0]
+        return search.join(self.prompts.encode(history), exclude, allow, theirs)
 
     def log_probabilities(self, histories: ItemLists) -> Doubles:
         """(B, I) log-probabilities of titles under this model alone; see `Probabilistic`.

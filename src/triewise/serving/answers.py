@@ -15,8 +15,9 @@ from triewise.errors import UserError
 from triewise.reports import Recommendation, pieces
 
 if TYPE_CHECKING:
+    from triewise.arrays import Int64
     from triewise.data import Catalog
-    from triewise.ranking import Items
+    from triewise.ranking import Items, Ranking
     from triewise.recommenders import SavedRecommender
 
 
@@ -48,6 +49,23 @@ class Recommended:
             for piece in pieces(self.explanation.tokens)
         ]
         return values | {"tokens": tokens}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one user asks, in item indices.
+
+    Attributes:
+        known: The history, without what is not in the catalogue.
+        unknown: What is not.
+        without: Items that may not be returned.
+        only: The only ones that may; None for all.
+    """
+
+    known: tuple[int, ...]
+    unknown: tuple[str, ...]
+    without: Int64
+    only: Items | None = None
 
 
 @dataclass(frozen=True)
@@ -113,34 +131,61 @@ def answer(
         UserError: An unknown title or id in ``exclude``, with ``strict`` also in a history; ``k < 1``; an explanation
             that this recommender cannot give.
     """
-    catalog, groups = recommender.catalog, recommender.groups
-    item = _items_by_name(recommender, by)
+    catalog, item = recommender.catalog, items_by_name(recommender, by)
     if by == "title":
-        histories = [list(map(catalog.spelled, names)) for names in histories]
         exclude = list(map(catalog.spelled, exclude))
     if strict:
-        _check(catalog, by, item, [name for names in histories for name in names])
+        spelled = catalog.spelled if by == "title" else str
+        _check(catalog, by, item, [spelled(name) for names in histories for name in names])
     _check(catalog, by, item, exclude)
     unwanted = [item[name] for name in exclude]
-    known = [[item[name] for name in names if name in item] for names in histories]
-    without = [groups.members(unwanted + ([] if keep_history else items)) for items in known]
-    only = None if allow is None else [allow] * len(histories)
-    ranking = recommender.recommend(known, min(k, recommender.groups.n_groups), without, only)
-    answers = []
-    for b, items in enumerate(known):
-        best = [int(i) for i in ranking.items[b] if i >= 0]
-        told = recommender.explain(items, best) if explain else [None] * len(best)
-        titles = tuple(
-            Recommended(i, catalog.item_id[i], catalog.title[i], float(s), why)
-            for i, s, why in zip(best, ranking.scores[b], told, strict=False)
-        )
-        unknown = tuple(name for name in histories[b] if name not in item)
-        tied = 0 if ranking.tied is None else int(ranking.tied[b])
-        answers.append(Answer(titles, bool(ranking.certified[b]), unknown, tied))
+    asked = [question(recommender, names, by, item, unwanted, keep_history, allow) for names in histories]
+    return answered(recommender, asked, k, [explain] * len(asked))
+
+
+def question(
+    recommender: SavedRecommender,
+    names: Sequence[str],
+    by: Literal["title", "id"],
+    item: Mapping[str, int],
+    unwanted: Sequence[int] = (),
+    keep_history: bool = False,
+    allow: Items | None = None,
+) -> Question:
+    """What one user asks; arguments as those of `answer`, ``item`` is `items_by_name`, ``unwanted`` are indices."""
+    if by == "title":
+        names = list(map(recommender.catalog.spelled, names))
+    known = tuple(item[name] for name in names if name in item)
+    without = recommender.groups.members([*unwanted, *(() if keep_history else known)])
+    return Question(known, tuple(name for name in names if name not in item), without, allow)
+
+
+def answered(
+    recommender: SavedRecommender, asked: Sequence[Question], k: int, explain: Sequence[bool]
+) -> Answers:
+    """The answers to some questions, of which some are explained."""
+    known = [one.known for one in asked]
+    only = [one.only for one in asked] if any(one.only is not None for one in asked) else None
+    k = min(k, recommender.groups.n_groups)
+    # A list that holds None is for searches that are asked by users with and without `only`.
+    ranking = recommender.recommend(known, k, [one.without for one in asked], only)  # type: ignore[arg-type]
+    answers = [told(recommender, one, ranking, b, explain[b]) for b, one in enumerate(asked)]
     return Answers(tuple(answers), ranking.counters)
 
 
-def _items_by_name(recommender: SavedRecommender, by: str) -> Mapping[str, int]:
+def told(recommender: SavedRecommender, asked: Question, ranking: Ranking, b: int, explain: bool) -> Answer:
+    """One row of a ranking as an answer."""
+    catalog, best = recommender.catalog, [int(i) for i in ranking.items[b] if i >= 0]
+    why = recommender.explain(asked.known, best) if explain else [None] * len(best)
+    titles = tuple(
+        Recommended(i, catalog.item_id[i], catalog.title[i], float(s), tokens)
+        for i, s, tokens in zip(best, ranking.scores[b], why, strict=False)
+    )
+    tied = 0 if ranking.tied is None else int(ranking.tied[b])
+    return Answer(titles, bool(ranking.certified[b]), asked.unknown, tied)
+
+
+def items_by_name(recommender: SavedRecommender, by: str) -> Mapping[str, int]:
     """What a history may hold by raw id, or by title: of several with one title the first, of former ones the last."""
     catalog, former = recommender.catalog, recommender.former
     items = catalog.item_of_id if by == "id" else catalog.item_of_title

@@ -1,0 +1,167 @@
+"""The process that serves: sockets, signals, and clients that are slow, many or rude."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from triewise.data import allowed_items
+from triewise.errors import UserError
+from triewise.progress import note
+from triewise.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from triewise.data import Catalog
+    from triewise.recommenders import SavedRecommender
+
+HEADER_SECONDS = 10.0  # for the first line and the headers of a request
+HEADER_BYTES = 32 << 10
+CONNECTIONS = 1000
+KEEP_SECONDS = 20  # of a connection on which nothing is asked
+DRAIN_SECONDS = 60
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    recommender: SavedRecommender,
+    *,
+    name: str = "triewise",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_keys: Path | None = None,
+    limits: Limits | None = None,
+    sets: Mapping[str, Sequence[str]] | None = None,
+    catalogue: Path | None = None,
+    log_titles: bool = False,
+) -> None:
+    """Answer HTTP requests until the process is told to stop; those that run are finished then.
+
+    Args:
+        recommender: What answers.
+        name: What ``/v1/models`` calls it.
+        host: Address to listen on; the default is reached from this machine alone.
+        port: To listen on.
+        api_keys: A file of keys, one a line; None: everybody may ask.
+        limits: What it takes on.
+        sets: Named sets of raw ids, for ``exclude`` and ``allow`` of a request.
+        catalogue: Folder in which versions of the catalogue are kept; None: in memory alone.
+        log_titles: Whether the log has the histories of requests.
+
+    Raises:
+        UserError: The extra is missing, the file of keys is wrong, or the port is taken.
+    """
+    missing = [
+        part for part in ("fastapi", "uvicorn", "prometheus_client") if not importlib.util.find_spec(part)
+    ]
+    if missing:
+        raise UserError(f"serving needs {', '.join(missing)}; run: pip install 'triewise[serve]'")
+    from triewise.serving.guard import read_keys
+    from triewise.serving.service import Service, create_app
+    from triewise.serving.versions import LiveCatalogue
+
+    limits = limits or Limits()
+    keys = [] if api_keys is None else read_keys(api_keys)
+    if host not in LOOPBACK and not keys:
+        note(
+            f"everybody who reaches {host} may ask, and change the catalogue: --api-key-file wants a key of them"
+        )
+    if hasattr(
+        recommender, "engine"
+    ):  # decodes as many users together as a batch has; no ranking depends on it
+        recommender = recommender.with_settings(batch_users=limits.max_batch)
+    service = Service(LiveCatalogue(recommender, catalogue), limits, sets or {}, name)
+    run(create_app(service, keys=keys, log_titles=log_titles), host, port)
+
+
+def named_sets(given: Sequence[str], catalog: Catalog) -> dict[str, list[str]]:
+    """Sets of raw ids from ``NAME=FILE``.
+
+    Raises:
+        UserError: It is said otherwise, or the file is not as `allowed_items` wants it.
+    """
+    sets: dict[str, list[str]] = {}
+    for one in given:
+        name, _, file = one.partition("=")
+        if not name or not file or name in sets:
+            raise UserError(f"wanted --items NAME=FILE, each name once, got {one!r}")
+        sets[name] = [catalog.item_id[i] for i in allowed_items(Path(file), catalog)]
+    return sets
+
+
+def run(app: FastAPI, host: str, port: int) -> None:
+    """Serve an application with uvicorn.
+
+    Raises:
+        UserError: The address cannot be used.
+    """
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=_patient(),
+        ws="none",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=KEEP_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        backlog=CONNECTIONS,
+    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        door = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error}); choose another --port or --host"
+        ) from None
+    note(f"http://{host}:{door.getsockname()[1]} answers; /docs says what can be asked")
+    # Told to stop it stops listening and finishes what runs; the signal, which uvicorn raises again, is then of no use.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[door])
+
+
+def _patient() -> type[asyncio.Protocol]:
+    """Uvicorn's protocol, which does not wait for ever for headers, and has a limit of connections."""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Patient(H11Protocol):
+        deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > CONNECTIONS:
+                transport.abort()
+            else:
+                self._expect()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.conn.their_state.__name__ == "IDLE":
+                if self.deadline is None:
+                    self._expect()
+            else:
+                self._forget()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        def _expect(self) -> None:
+            self.deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+        def _forget(self) -> None:
+            if self.deadline is not None:
+                self.deadline.cancel()
+            self.deadline = None
+
+    return Patient
