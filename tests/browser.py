@@ -13,6 +13,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
+TIMEOUT_MS = 8_000
 WIDTHS, SCHEMES = (390, 1400), ("light", "dark")
 # Of every text: its colour against the first background below it that is no tint, as WCAG 2 counts contrast.
 CONTRAST = """() => {
@@ -53,14 +54,17 @@ def chromium() -> Iterator[Any]:
         pytest.skip("no chromium on this machine")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=place, args=FLAGS)
-        yield browser
-        browser.close()
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 @contextmanager
 def opened(browser: Any, url: str, width: int = 1400, scheme: str = "light") -> Iterator[Any]:
     """A page whose console stays silent, and that asks nobody but its own address for anything."""
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(TIMEOUT_MS)
     page, said = context.new_page(), list[str]()
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: said.append(str(error)))
@@ -69,10 +73,12 @@ def opened(browser: Any, url: str, width: int = 1400, scheme: str = "light") -> 
     page.on(
         "request", lambda asked: asked.url.split("/", 3)[:3] == start or said.append(f"asked {asked.url}")
     )
-    page.goto(url)
-    yield page
-    assert not said, said
-    context.close()
+    try:
+        page.goto(url)
+        yield page
+        assert not said, said
+    finally:
+        context.close()
 
 
 def check_look(page: Any) -> None:

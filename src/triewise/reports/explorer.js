@@ -84,7 +84,7 @@
     const missed = of.found.map((found) => Boolean(other) && !other.has(found.t));
     const lines = of.found.map((found, i) => line(found, count(i + 1), method, missed[i], focus));
     if (of.target) lines.push(line(of.target, of.rank < 0 ? "–" : count(of.rank + 1), method, false, focus));
-    const place = of.rank < 0 ? "true next: not ranked" : `true next: place ${count(of.rank + 1)}`;
+    const place = of.rank < 0 ? "not ranked" : `at place ${count(of.rank + 1)}`;
     return el("details.method" + (writes ? ".writes" : ""), {open: wide.matches || writes},
       el("summary", null, el(`i.key.${method.colour}`), el("b", null, method.name), el("span", null, place)),
       el("ol.recs", null, ...(lines.length ? lines : [el("li", null, "nothing")])),
@@ -100,6 +100,7 @@
       earlier.length ? el("details", null, el("summary", null, `${earlier.length} earlier`), el("ol.chips", null, ...earlier)) : null,
       el("ol.chips", null, ...(recent.length ? recent : [el("li", null, "nothing yet")])),
       el("h4", null, "True next title"), el("p.next", null, title(user.target)),
+      el("h4", null, "Where it stands, and what stands first"),
       el("div.methods", null, ...user.ranked.map((of, i) => column(of, data.methods[i]))));
   }
 

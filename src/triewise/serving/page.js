@@ -9,9 +9,9 @@
     grounding: "Writes freely, and returns the titles nearest to that.",
   };
   const COSTS = {
-    token_forwards: "tokens run", prompt_tokens: "of prompts", shared_prompt_tokens: "of prompts, shared",
-    tree_tokens: "of titles", expansions: "prefixes expanded", rounds: "rounds", head_rows: "rows of the head",
-    cache_bytes_peak: "cache at most, MiB", users: "users together",
+    token_forwards: "tokens run", prompt_tokens: "– of the prompt", tree_tokens: "– of titles",
+    shared_prompt_tokens: "tokens that prompts share", expansions: "beginnings tried", rounds: "rounds",
+    head_rows: "rows of the head", cache_bytes_peak: "cache at most, MiB", users: "users decoded together",
   };
   const state = {history: [], excluded: [], model: null, key: "", unknown: new Set(), answered: false};
   const number = (n) => n.toLocaleString("en");
@@ -38,6 +38,7 @@
     const told = (values && values.error && values.error.message) || `It answered with status ${response.status}.`;
     if (response.status === 401) {
       $("keys").hidden = false;
+      $("key").focus();
       throw new Refused(state.key ? "The service does not know this key." : "This service asks for an API key.");
     }
     if (response.status === 429 || response.status === 503) {
@@ -72,7 +73,7 @@
   }
 
   function describe(model) {
-    $("model").textContent = `${model.id} · ${number(model.n_items)} titles · catalogue ${model.catalog_version}`;
+    $("model").textContent = `${model.id} · ${number(model.n_items)} items · catalogue ${model.catalog_version}`;
     const choices = model.searches.map((name) => el("label.choice", null,
       el("input", {type: "radio", name: "search", value: name, checked: name === model.search, onchange: () => { explainSearch(); recommend(); }}),
       el("span", null, name)));
@@ -129,7 +130,6 @@
   function exclude(item) {
     state.excluded.push(item);
     listed();
-    $("answer").focus({preventScroll: true});
     recommend(`${item.title} left out. `);
   }
 
@@ -261,11 +261,16 @@
     const notes = left ? ` ${left} ${left > 1 ? "titles are" : "title is"} not in the catalogue and left out.` : "";
     $("status").textContent = `${before}${n} titles in ${took(answer)} ms.${notes}`;
     const there = against && new Set(against.items.map((item) => item.id));
-    const rows = result.items.map((item, i) => row(item, i, there && !there.has(item.id)));
+    const shown = result.items.map((item) => ({...item, whole: item.tokens && item.tokens.reduce((p, token) => p * token.probability, 1)}));
+    const most = Math.max(...shown.map((item) => item.whole || 0));
+    const opened = new Set([...document.querySelectorAll(".recs details[open]")].map((details) => details.dataset.id));
+    const rows = shown.map((item, i) => row(item, i, there && !there.has(item.id), most, opened));
+    const place = document.activeElement.dataset.place;
     $("results").replaceChildren(proof(result),
       el("ol.recs", null, ...(rows.length ? rows : [el("li.empty", null, "Nothing is left to recommend.")])),
       state.model.explains && n ? legend() : "",
       el("div.facts", null, against ? compared(result, against) : null, cost(answer, beside)));
+    if (place) (document.querySelector(`[data-place="${place}"]`) || $("answer")).focus({preventScroll: true});
   }
 
   const took = (answer) => answer.took_ms.toFixed(answer.took_ms < 10 ? 1 : 0);
@@ -290,28 +295,35 @@
     return joined.filter((step) => step.decided || step.text);
   }
 
-  function row(item, i, missed) {
+  function row(item, i, missed, most, opened) {
     const parts = item.tokens ? steps(item.tokens) : null;
-    const whole = item.tokens ? item.tokens.reduce((p, token) => p * token.probability, 1) : null;
     const name = el("bdi", null, ...(parts ? parts.map((part) => piece(part.text, part.probability, part.decided)) : [item.title]));
     if (parts && parts.map((part) => part.text).join("") !== item.title) name.append(" ", item.title);
-    if (missed) name.append(el("em.off", {role: "img", "aria-label": `missed by ${other()} search`, title: `missed by ${other()} search`}, "○"));
-    const value = el("span.val", null, whole === null ? item.score.toFixed(2) : percent(whole));
+    const said = `missed by ${other()} search`;
+    if (missed) name.append(el("em.off", {role: "img", "aria-label": said, title: said}, "○"));
+    const value = el("span.val", null, parts ? percent(item.whole) : item.score.toFixed(2), parts ? bar(item.whole / most) : null);
     const head = [el("b", null, String(i + 1)), name, value];
+    const tool = (sign, label, title, place, onclick) =>
+      el("button.icon", {type: "button", "aria-label": label, title, "data-place": place + i, onclick}, sign);
     return el("li", null,
-      parts ? el("details", null, el("summary", null, ...head), way(parts, whole)) : el("div", null, el("summary.plain", null, ...head)),
+      parts ? el("details", {"data-id": item.id, open: opened.has(item.id)}, el("summary", {"data-place": "way" + i}, ...head), way(parts, item.whole))
+        : el("div.head", null, ...head),
       el("div.tools", null,
-        el("button.icon", {type: "button", "aria-label": `Add ${item.title} to the history`, title: "Add to the history", onclick: () => add(item.title)}, "+"),
-        el("button.icon", {type: "button", "aria-label": `Leave ${item.title} out`, title: "Leave out", onclick: () => exclude({id: item.id, title: item.title})}, "×")));
+        tool("+", `Add ${item.title} to the history`, "Add to the history", "add", () => add(item.title)),
+        tool("×", `Leave ${item.title} out`, "Leave out", "out", () => exclude({id: item.id, title: item.title}))));
+  }
+
+  function bar(part) {
+    const filled = el("i");
+    filled.style.width = Math.max(100 * part, 1.5) + "%";
+    return el("span.bar", {"aria-hidden": "true"}, filled);
   }
 
   function way(parts, whole) {
     const rows = parts.map((part) => {
       if (!part.decided) return el("li.forced", null, el("i.node"), el("bdi.f", null, part.text.trim()), el("small", null, "forced"));
-      const filled = el("i");
-      filled.style.width = Math.max(100 * part.probability, 1.5) + "%";
       const line = el("li", null, el("i.node"), el("bdi", null, part.text.trim() || "(end)"),
-        el("span.val", null, percent(part.probability), el("span.bar", {"aria-hidden": "true"}, filled)));
+        el("span.val", null, percent(part.probability), bar(part.probability)));
       line.style.setProperty("--thick", 1.5 + 5 * Math.sqrt(part.probability) + "px");
       return line;
     });
@@ -339,9 +351,9 @@
 
   function cost(answer, beside) {
     const both = beside ? [answer, beside] : [answer];
-    const names = Object.keys(answer.counters).filter((name) => both.some((one) => one.counters[name]));
-    const shown = (name, value = 0) => number(name.includes("bytes") ? Math.round(value / 1048.576) / 1000 : value);
-    const rows = names.map((name) => el("tr", null, el("th", {scope: "row"}, COSTS[name] || name.replaceAll("_", " ")),
+    const names = Object.keys(COSTS).filter((name) => both.some((one) => one.counters[name]));
+    const shown = (name, value = 0) => name.includes("bytes") ? (value / 2 ** 20).toFixed(1) : number(value);
+    const rows = names.map((name) => el("tr", null, el("th", {scope: "row"}, COSTS[name]),
       ...both.map((one) => el("td", null, shown(name, one.counters[name])))));
     const heads = ["", search() || "this", ...(beside ? [other()] : [])];
     const times = both.map((one) => el("td", null, took(one)));
@@ -356,6 +368,7 @@
     event.preventDefault();
     if (document.activeElement === $("key")) return $("unlock").click();
     state.answered = true;
+    if (document.activeElement === $("go")) $("answer").scrollIntoView();
     recommend();
   });
   $("unlock").addEventListener("click", () => {
