@@ -150,7 +150,7 @@ def train(
     from triewise.recipe import load_recipe
     from triewise.training import processes
 
-    how = {"resume": resume, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "trust_remote_code": trust_remote_code}
     result = train_run(load_recipe(recipe, changes or ()), out, **how)
     if not processes.finish():
         raise typer.Exit(INTERRUPTED if result.stopped == "interrupted" else 0)
@@ -475,3 +475,40 @@ def reproduce(
         print_json(made.as_json() | {"report": str(made.html) if made.html else None})
     else:
         typer.echo(f"{made.text}\nReport: {made.html}" if made.html else made.text)
+
+
+@app.command()
+def tune(
+    recipe: RecipeName,
+    space: Annotated[Path, typer.Option(help="TOML file of what may change; see docs/tuning.md.")],
+    trials: Annotated[
+        int, typer.Option(min=1, help="Of each step that does not say; all processes together.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the study.")],
+    changes: Changes = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the study in OUT, also beside another process.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Choose settings on validation rows with Optuna; writes OUT/best.toml and OUT/trials.html."""
+    from triewise.app import tune as tune_with
+    from triewise.recipe import load_recipe
+
+    how = {"resume": resume, "trust_remote_code": trust_remote_code}
+    made = tune_with(load_recipe(recipe, changes or ()), space, trials, out, **how)
+    if as_json:
+        print_json(made.as_json())
+    else:
+        for step in made.steps:
+            best = step["best"]
+            chosen = (
+                ", ".join(f"{key} = {value}" for key, value in best["values"].items()) if best else "none"
+            )
+            value = f"{step['metric']} {best['value']:.4f}, " if best else ""
+            say(f"{step['name']}: {step['trials']} trials, {value}best: {chosen}")
+        say(f"{out / 'best.toml'}  {out / 'trials.html'}")
+    if made.interrupted:
+        say("go on with the same command and --resume", err=True)
+        raise typer.Exit(INTERRUPTED)

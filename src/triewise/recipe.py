@@ -210,7 +210,7 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise UserError(
             f"wanted a recipe file or one of {', '.join(known)}, got {str(path)!r}; check the path"
         )
-    return parse_recipe(_read(file), str(file), changes)
+    return parse_recipe(read_toml(file), str(file), changes)
 
 
 def run_recipe(run: Path, changes: Iterable[str] = ()) -> Recipe:
@@ -219,14 +219,19 @@ def run_recipe(run: Path, changes: Iterable[str] = ()) -> Recipe:
     Arguments and errors as `load_recipe`.
     """
     file = run / "recipe.toml"
-    values = _read(file)
+    values = read_toml(file)
     for section, before in _BEFORE.items():
         if isinstance(given := values.get(section, {}), dict):
             values[section] = before | given
     return parse_recipe(values, str(file), changes)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_toml(file: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        UserError: It is none.
+    """
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and lists in lists

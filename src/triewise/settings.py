@@ -280,6 +280,9 @@ class TrainingSettings(Section):
     checkpoint_every: int = key(0, "steps between checkpoints, and one at the end; 0: only that", ge=0)
     keep_checkpoints: int = key(2, "so many of the newest stay", ge=1)
     time_limit_s: float | None = key(None, "seconds of one call, looked at after each step", gt=0)
+    report_to: tuple[Literal["tensorboard", "trackio", "mlflow", "wandb"], ...] = key(
+        (), "who is told of settings, losses and validations; default: nobody, nothing leaves the run folder"
+    )
 
     @model_validator(mode="after")
     def _together(self) -> TrainingSettings:

@@ -91,7 +91,7 @@ def test_a_run_that_was_stopped_says_so_and_at_which_step(
             raise ends.pop()
         return {"NDCG@10": 0.2}
 
-    monkeypatch.setattr("triewise.app.runs._validator", lambda *args: validate)
+    monkeypatch.setattr("triewise.app.runs.validator", lambda *args: validate)
     settings = recipe(cycle, "pruned", training={"steps": 8, "evaluate_every": 2})
     train_run(settings, tmp_path / "run")
     record = read_json(tmp_path / "run" / "run.json")

@@ -236,7 +236,7 @@ def test_a_stopped_trial_keeps_nothing_of_before(
     def stop(model: Any) -> dict[str, float]:
         raise Stop("pruned", {"NDCG@10": 0.1})
 
-    monkeypatch.setattr("triewise.app.runs._validator", lambda *args: stop)
+    monkeypatch.setattr("triewise.app.runs.validator", lambda *args: stop)
     train_run(recipe, copy, overwrite=True)
     assert verify(copy).kind == "a run, stopped"
     assert not (copy / BEFORE).exists()

@@ -13,6 +13,7 @@ from .runs import (
     train_run as train_run,
 )
 from .teaching import teach as teach
+from .tuning import Tuned as Tuned, tune as tune
 from .verifying import verify as verify
 
 __all__ = [

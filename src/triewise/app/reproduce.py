@@ -228,8 +228,9 @@ def _trained(recipe: Recipe, run: Path) -> None:
         return
     if not there:
         (run / TRIAL).unlink(missing_ok=True)
-    how = {"resume": there, "overwrite": not there, "trust_remote_code": recipe.backbone.trust_remote_code}
-    if train_run(recipe, run, **how).stopped == "interrupted":
+    trust = recipe.backbone.trust_remote_code
+    result = train_run(recipe, run, resume=there, overwrite=not there, trust_remote_code=trust)
+    if result.stopped == "interrupted":
         raise KeyboardInterrupt
 
 

@@ -61,7 +61,17 @@ from triewise.recommenders import (
     load,
 )
 from triewise.reports import model_card
-from triewise.training import BEST, BY_ITSELF, LOG, MAY_CHANGE, TrainResult, link, processes, resume_point
+from triewise.training import (
+    BEST,
+    BY_ITSELF,
+    LOG,
+    MAY_CHANGE,
+    TrainResult,
+    Watch,
+    link,
+    processes,
+    resume_point,
+)
 
 if TYPE_CHECKING:
     from triewise.settings import EvaluationSettings
@@ -76,6 +86,7 @@ def train_run(
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    watch: Watch | None = None,
 ) -> TrainResult:
     """Train a recipe into a run folder; in several processes each calls it, and the first one writes.
 
@@ -86,6 +97,7 @@ def train_run(
         overwrite: Start anew in a folder that holds a run; an ended one stays in its folder ``before`` till the new
             one has ended.
         trust_remote_code: Execute code that comes with language models. A recipe can ask for it, not grant it.
+        watch: Told each row of the log; a reason that it gives after a validation ends the training.
 
     Raises:
         UserError: The folder holds a run and neither ``resume`` nor ``overwrite`` is given; another recipe on
@@ -106,10 +118,12 @@ def train_run(
             held.enter_context(one_writer(out))
             return _check_folder(recipe, out, resume, overwrite)
 
-        return _train_run(recipe, out, processes.on_first(enter))
+        return _train_run(recipe, out, processes.on_first(enter), watch)
 
 
-def _train_run(recipe: Recipe, out: Path, going_on: dict[str, Any] | None) -> TrainResult:
+def _train_run(
+    recipe: Recipe, out: Path, going_on: dict[str, Any] | None, watch: Watch | None
+) -> TrainResult:
     """A run in a folder that was checked; ``going_on`` is its ``run.json``, None for a new one."""
     dataset = processes.first_then_others(lambda: open_data(recipe))
     if recipe.evaluation.exclude == "seen" and dataset.test.seen is None:
@@ -124,7 +138,7 @@ def _train_run(recipe: Recipe, out: Path, going_on: dict[str, Any] | None) -> Tr
     learner = processes.first_then_others(lambda: learner_of(recipe, dataset))
     started = time.time()
     record, recommender = _record(recipe, out, dataset, learner), learner.recommender
-    validate = _validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
+    validate = validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
     if going_on is None:
         processes.on_first(lambda: _begin(recipe, out, record))
     elif going_on["hashes"] != record["hashes"]:
@@ -133,7 +147,8 @@ def _train_run(recipe: Recipe, out: Path, going_on: dict[str, Any] | None) -> Tr
         raise UserError(
             f"the {changed} changed since {out} was started; restore it, or start anew with --overwrite"
         )
-    result = learner.fit(out, validate=validate, resume=going_on is not None, title=recipe.name)
+    how: dict[str, Any] = {"title": recipe.name, "watch": watch, "facts": recipe.model_dump(mode="json")}
+    result = learner.fit(out, validate=validate, resume=going_on is not None, **how)
     training = {
         "steps": result.steps_done,
         "stopped": result.stopped,
@@ -413,7 +428,7 @@ def _against(evaluation: Evaluation, exact: Evaluation) -> dict[str, Any]:
     }
 
 
-def _validator(
+def validator(
     recipe: Recipe, dataset: Dataset, recommender: SavedRecommender
 ) -> Callable[[Any], dict[str, float]]:
     """Metrics of the model as it is now on rows of the validation split, drawn once."""

@@ -67,9 +67,8 @@ def load_backbone(
         layers: Only the first so many layers of a checkpoint, see `first_layers`; None: all.
 
     Raises:
-        UserError: Unknown device, dtype or quantisation, a model that cannot be found or that `checks` refuses, more
-            ``layers`` than it has or those of no checkpoint, another base than an adapter's, or targets that are
-            no layers.
+        UserError: Unknown device, dtype or quantisation, a model that cannot be found or `checks` refuses, too many
+            ``layers`` or those of no checkpoint, another base than an adapter's, or targets that are no layers.
     """
     target = resolve_device(device)
     how = How(target, resolve_dtype(dtype, target), quantisation, trust_remote_code, layers)

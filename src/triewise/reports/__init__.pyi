@@ -26,6 +26,7 @@ from .terminal import (
     print_recommendations as print_recommendations,
     print_rows as print_rows,
 )
+from .trials import StepOfTrials as StepOfTrials, TrialShown as TrialShown, write_trials as write_trials
 
 __all__ = [
     "CardFacts",

@@ -34,6 +34,7 @@ from .state import (
     MAY_CHANGE as MAY_CHANGE,
     Stop as Stop,
     TrainResult as TrainResult,
+    Watch as Watch,
 )
 from .temperature import AdaptiveTemperature as AdaptiveTemperature
 from .token_losses import Apao as Apao, Bear as Bear, FrontGreater as FrontGreater

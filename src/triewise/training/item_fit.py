@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ from triewise.training.item_tasks import (
     task_loss,
 )
 from triewise.training.rates import floor_cosine
-from triewise.training.state import TrainingState, TrainResult, Validate
+from triewise.training.state import TrainingState, TrainResult, Validate, Watch
 from triewise.training.windows import batch_order
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def fit(
     validate: Validate | None = None,
     resume: bool = False,
     title: str = "",
+    watch: Watch | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place; of several processes each takes a part of every batch.
 
@@ -89,7 +91,7 @@ def fit(
     state = TrainingState(model, model.bias.device, learned, settings, seed, out, validate)
     loss = item_loss(model, sequential, counts) if loss is None else loss
     steps = _Steps(model, sequences, sequential, loss, state)
-    return state.conduct(steps.go_on, steps.take, resume, title)
+    return state.conduct(steps.go_on, steps.take, resume, title, watch, facts)
 
 
 def learning_rate(settings: TrainingSettings, step: int) -> float:

@@ -43,6 +43,7 @@ from triewise.training.checkpoints import (
     set_random_state,
     signals_set,
 )
+from triewise.training.tracking import tracked
 
 if TYPE_CHECKING:
     from triewise.settings import TrainingSettings
@@ -51,11 +52,13 @@ if TYPE_CHECKING:
 # A resumed run may change these: they decide when to look, when to stop and what memory it takes, not what is computed.
 MAY_CHANGE = {
     *("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"),
-    *("gradient_checkpointing", "workers"),
+    *("gradient_checkpointing", "workers", "report_to"),
 }
 BY_ITSELF = ("steps", "patience", "time limit")  # how a run ends that nobody stopped
 _OF_THE_DATA = {"supervision", "rows", "sample", "valid_users"}  # what is learned and validated shows them
 Validate = Callable[[Any], Mapping[str, float]]
+# Told each row of the log; what it says of one with ``valid`` ends the run as a `Stop` does, None goes on.
+Watch = Callable[[Mapping[str, Any]], str | None]
 
 
 class Stop(Exception):
@@ -132,6 +135,8 @@ class TrainingState:
         history: The rows of ``log.jsonl``.
         asked_to_stop: Set by a signal.
         shards: The weights, where they are spread over the processes and not in the model.
+        watch: What is told of each row, while steps are taken.
+        said: What it said of the last one.
 
     Raises:
         UserError: ``evaluate_every`` > 0 and nothing to validate with.
@@ -163,6 +168,8 @@ class TrainingState:
         self.history: list[dict[str, Any]] = []
         self.asked_to_stop = threading.Event()
         self.shards: Shards | None = None
+        self.watch: Watch | None = None
+        self.said: str | None = None
 
     def conduct(
         self,
@@ -170,6 +177,8 @@ class TrainingState:
         take_steps: Callable[[Callable[..., None]], None],
         resume: bool,
         title: str,
+        watch: Watch | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> TrainResult:
         """A run from its start, or from its newest whole checkpoint, to its end.
 
@@ -178,6 +187,8 @@ class TrainingState:
             take_steps: Takes steps until `stopped` says why not; it is given ``advance`` of `progress`.
             resume: As of `trainer.train`.
             title: As of `trainer.train`.
+            watch: As of `trainer.train`.
+            facts: As of `trainer.train`.
 
         Returns:
             How it ended; the model has the weights of the best validation, where there was one.
@@ -188,8 +199,15 @@ class TrainingState:
         seconds = self.earlier_seconds
         if self.stopped is None:
             left = self.settings.steps - self.step
-            with signals_set(self.asked_to_stop), progress(title or "training", left, "steps") as advance:
+            with (
+                signals_set(self.asked_to_stop),
+                tracked(
+                    self.settings.report_to, self.out, title, facts or self.identity, watch, self.step
+                ) as self.watch,
+                progress(title or "training", left, "steps") as advance,
+            ):
                 take_steps(advance)
+            self.watch = watch
             # After the checkpoint was written, so that a resumed run does not know of this validation.
             late = self.settings.evaluate_every > 0 and self.stopped == "time limit"
             if late and self.validated != self.step:
@@ -238,7 +256,7 @@ class TrainingState:
             self.stopped = "time limit"
 
     def write_row(self, row: dict[str, Any]) -> None:
-        """Add one line to ``log.jsonl`` and to the history.
+        """Add one line to ``log.jsonl`` and to the history, and tell `watch` of it.
 
         Raises:
             UserError: Its loss is not finite.
@@ -252,6 +270,7 @@ class TrainingState:
         log = self.out / LOG
         with writes(log), log.open("a", encoding="utf-8", newline="\n") as file:
             file.write(json.dumps(row) + "\n")
+        self.said = None if self.watch is None else self.watch(row)
 
     def validate(self) -> dict[str, float]:
         """Validate, keep the weights if they are the best, and see whether patience or a `Stop` ends the run.
@@ -268,6 +287,7 @@ class TrainingState:
             if values or reason is None:
                 self.write_row({"step": self.step, "valid": values})
                 self._compare(values)
+                reason = reason or processes.on_first(lambda: self.said)
         if self.stopped is None and reason is not None:
             self.stopped = reason
         if self.stopped is None and 0 < self.settings.patience <= self.waited:

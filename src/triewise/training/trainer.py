@@ -19,7 +19,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +49,7 @@ from triewise.training.objective import Learned, MicroBatches, Objective
 from triewise.training.packing import packing_works
 from triewise.training.rates import floor_cosine
 from triewise.training.sharding import Shards, shardable_twin
-from triewise.training.state import TrainingState, TrainResult, Validate
+from triewise.training.state import TrainingState, TrainResult, Validate, Watch
 from triewise.training.temperature import AdaptiveTemperature
 from triewise.training.windows import batch_order, chains
 
@@ -73,6 +73,8 @@ def train(
     validate: Validate | None = None,
     resume: bool = False,
     title: str = "",
+    watch: Watch | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place.
 
@@ -97,6 +99,8 @@ def train(
             ``model`` and ``objective`` as they were when the run was started. False: start anew; what an
             earlier run left in ``out`` is removed.
         title: What the progress line calls this run.
+        watch: Told each row of the log; a reason that it gives after a validation ends the run as a `Stop` does.
+        facts: Hyper-parameters for `training.report_to`; None: those that a resumed run must share.
 
     Raises:
         UserError: ``evaluate_every`` without ``validate``, a checkpoint of another run, a batch that
@@ -107,7 +111,7 @@ def train(
     with processes.together():
         check_model(model, examples.prompts.tokenizer)
         trainer = TrieTrainer(model, examples, objective, settings, out, seed, validate, autocast)
-        result = trainer.run.conduct(trainer.go_on, trainer.take_steps, resume, title)
+        result = trainer.run.conduct(trainer.go_on, trainer.take_steps, resume, title, watch, facts)
         if settings.gradient_checkpointing:
             compute_again(model, False)
         return result
