@@ -17,8 +17,18 @@ from typing import Any
 import numpy as np
 
 from triewise.app.compare import RANKED, Repeats
-from triewise.app.folders import consented, open_run, trained_data
-from triewise.app.paper_tables import SCALES, PaperTable, RowPlan, Scale, data_name, read_table, table_names
+from triewise.app.folders import consented, describe_data, open_data, open_run, trained_data
+from triewise.app.paper_tables import (
+    SCALES,
+    Finding,
+    PaperTable,
+    RowPlan,
+    Scale,
+    data_name,
+    read_table,
+    table_names,
+    verdict,
+)
 from triewise.app.runs import evaluate_run, train_run
 from triewise.app.tabulating import METRIC, SUPPORTS, ReproducedTable, TableRow, Wish, write_table
 from triewise.errors import UserError
@@ -81,16 +91,7 @@ def reproduce_table(
     if not resume and next(out.glob("*/*/run.json"), None):
         raise UserError(f"{out} holds runs of a table; choose another --out, or leave --no-resume out")
     data = data or (known.data if scale == "paper" else "") or "ml-100k"
-    common = [f"data.source={data}"]
-    if known.published:  # recipes name folders of their own
-        common.append(f"data.folder={(out / 'prepared').absolute().as_posix()}")
-    if data.startswith(("msl:", "d3:")):
-        common += ["data.max_history=10", "evaluation.exclude=none"]
-    elif known.published:
-        common.append("data.max_history=20")
-    common += [f"training.steps={steps}"] if steps else []
-    common += [f"backbone.name={backbone}"] if backbone else []
-    common += changes
+    common = _common(known, out, data, steps, backbone) + list(changes)
     asked = [change for change in common if change.strip().startswith("backbone.")]
     asking = load_recipe(known.rows[known.against].recipe, asked)
     if consented(asking, trust_remote_code, f"the table {table}"):
@@ -98,16 +99,33 @@ def reproduce_table(
     wish = Wish(known, scale, out, data_name(data), tuple(common), seeds, trials)
     found: list[TableRow] = []
     for plan in [known.rows[name] for name in rows or known.rows]:
-        try:
-            found.append(
-                TableRow(plan.name, plan.title, failed=plan.missing) if plan.missing else _row(wish, plan)
-            )
-        except Exception as error:  # one row that fails does not take the others with it
-            note(f"{plan.title} failed: {error}")
-            why = " ".join(str(error).split()) or type(error).__name__
-            found.append(TableRow(plan.name, plan.title, failed=why))
-        made = write_table(wish, tuple(found), data)
-    return made
+        found.append(_made(wish, plan))
+        so_far = write_table(wish, tuple(found), data)
+    return so_far
+
+
+def _made(wish: Wish, plan: RowPlan) -> TableRow:
+    """A row, or why there is none; one that fails does not take the others with it."""
+    if plan.missing:
+        return TableRow(plan.name, plan.title, failed=plan.missing)
+    try:
+        return (_counted if wish.table.measure == "zero-gain" else _row)(wish, plan)
+    except Exception as error:
+        note(f"{plan.title} failed: {error}")
+        return TableRow(plan.name, plan.title, failed=" ".join(str(error).split()) or type(error).__name__)
+
+
+def _common(table: PaperTable, out: Path, data: str, steps: int | None, backbone: str | None) -> list[str]:
+    """Changes of the recipes of all rows."""
+    common = [f"data.source={data}"]
+    if table.published:  # recipes name folders of their own
+        common.append(f"data.folder={(out / 'prepared').absolute().as_posix()}")
+    if data.startswith(("msl:", "d3:")):
+        common += ["data.max_history=10", "evaluation.exclude=none"]
+    elif table.published:
+        common.append("data.max_history=20")
+    common += [f"training.steps={steps}"] if steps else []
+    return common + ([f"backbone.name={backbone}"] if backbone else [])
 
 
 def _check(
@@ -173,6 +191,18 @@ def _row(wish: Wish, plan: RowPlan) -> TableRow:
         recipe=recipe,
         times=times,
     )
+
+
+def _counted(wish: Wish, plan: RowPlan) -> TableRow:
+    """The share of target tokens without gain, counted in the training rows; no model is run."""
+    recipe = load_recipe(plan.recipe, [*plan.changes, *wish.common])
+    folder = open_data(recipe).folder
+    facts = describe_data(folder, recipe.backbone.name, recipe.backbone.template)
+    share, paper = 100 * facts["zero_gain_share"], wish.table.number(plan.name, wish.data, "zero-gain")
+    told = f"zero-gain tokens of {recipe.backbone.name}'s tokenizer, %"
+    exact = round(share, 2)  # as many digits as the paper prints
+    one = Finding(told, share, exact, exact, paper, verdict(paper, exact, exact))
+    return TableRow(plan.name, plan.title, findings=(one,), recipe=recipe)
 
 
 def _together(title: str, runs: Sequence[Evaluation]) -> Evaluation | Repeats:

@@ -71,6 +71,8 @@ class ReproducedTable:
         """JSON values."""
         return {
             r.name: {"failed": r.failed}
+            if r.failed
+            else {"findings": [vars(one) for one in r.findings]}
             if r.evaluation is None
             else {
                 "chosen": r.chosen,
