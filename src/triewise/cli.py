@@ -453,22 +453,40 @@ def verify(
 
 @app.command()
 def reproduce(
-    table: Annotated[str, typer.Argument(help="ledger: every token loss, tuned alike, against MSL.")],
+    table: Annotated[
+        str,
+        typer.Argument(
+            help="ledger: every token loss, tuned alike, against MSL; msl-table-6, igd-table-3, ..."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of all runs; finished ones in it are used again.")],
-    data: Annotated[str, typer.Option(help="Source of all rows: ml-100k, msl:DIR, ...")] = "ml-100k",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Source of all rows: ml-100k, msl:DIR, ...; default the paper's, small and ledger ml-100k."
+        ),
+    ] = None,
+    scale: Annotated[
+        str, typer.Option(help="paper: the authors' models; small: what a CPU trains.")
+    ] = "paper",
+    backbone: Annotated[str | None, typer.Option(help="Language model of all rows that have one.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of each training; default the recipes'.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row with what was chosen.")] = 3,
     rows: Annotated[str, typer.Option(help="Only these, with commas between; default all.")] = "",
     trials: Annotated[int | None, typer.Option(min=1, help="Values tried of each row; default all.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Use what is in OUT; --no-resume refuses a folder with runs.")
+    ] = True,
     changes: Changes = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """A table of many runs: choose on validation, repeat with seeds, rank exactly and with beams, compare."""
+    """A table of many runs: choose on validation, repeat with seeds, rank, compare, beside the paper's numbers."""
     from triewise.app import reproduce_table
 
     names = [name.strip() for name in rows.split(",") if name.strip()]
     how: dict[str, Any] = {"data": data, "steps": steps, "seeds": seeds, "rows": names, "trials": trials}
+    how |= {"scale": scale, "backbone": backbone, "resume": resume}
     how |= {"changes": changes or (), "trust_remote_code": trust_remote_code}
     made = reproduce_table(table, out, **how)
     if as_json:

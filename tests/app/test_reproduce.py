@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 from typer.testing import CliRunner
 
 from tests.worlds import write_msl_folder
-from triewise.app import evaluate_run, open_run
+from triewise.app import evaluate_run, open_run, row
+from triewise.app.paper_tables import SCALES, deviation, read_table, table_names, verdict
 from triewise.app.reproduce import TableRow, reproduce_table as reproduce
+from triewise.app.runs import train_run
 from triewise.cli import app
 from triewise.errors import UserError
 from triewise.files import read_json
@@ -156,7 +161,6 @@ def test_a_row_that_fails_is_a_line(
 ) -> None:
     """One trial that fails is one trial less; a row of which all fail says why, and the others go on."""
     ask = world | {"seeds": 1, "rows": ["msl", "pos"], "trials": 2}
-    from triewise.app.runs import train_run
 
     def fail(recipe: Any, run: Path, **how: Any) -> Any:
         if run.parent.name == "pos" or run.name == "trial-0":
@@ -199,7 +203,8 @@ def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ask", "line"),
     [
-        ({"table": "msl-table-9"}, "wanted a table among ledger, got 'msl-table-9'"),
+        ({"table": "msl-table-9"}, "wanted a table among ledger, igd-table-1, .*, got 'msl-table-9'"),
+        ({"scale": "large"}, "wanted a scale among paper, small, got 'large'"),
         ({"rows": ["msl", "ipo"]}, "wanted rows among msl, .*, got 'ipo'"),
         (
             {"changes": ["training.learning_rate=0.02"], "rows": ["msl", "pos"]},
@@ -211,3 +216,182 @@ def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
 def test_wrong_wishes(ask: dict[str, Any], line: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=line):
         reproduce(ask.pop("table", "ledger"), tmp_path, **ask)
+
+
+# ---------------------------------------------------------------- tables of papers
+PUBLISHED = [name for name in table_names() if name != "ledger"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("table", PUBLISHED)
+def test_every_row_of_a_paper_is_a_recipe_that_can_be_read(table: str, scale: Any) -> None:
+    known = read_table(table, scale)
+    assert known.published and known.claim and known.against in known.rows
+    assert len({plan.title for plan in known.rows.values()}) == len(known.rows)
+    for data, numbers in known.numbers.items():
+        assert set(numbers) <= set(known.rows), data
+        assert all(len(each) == len(known.metrics) for each in numbers.values()), data
+    for plan in known.rows.values():
+        if plan.missing:
+            continue
+        assert plan.values and (plan.key, plan.recipe) != ("", "")
+        for value in plan.values:
+            needed = [f"{key}=somewhere" for key in plan.needs]
+            load_recipe(plan.recipe, [*plan.changes, *needed, f"{plan.key}={value}"])
+        for needed_recipe in plan.needs.values():
+            load_recipe(needed_recipe)
+    of_small = [len(plan.values) for plan in known.rows.values() if not plan.missing]
+    if scale == "small" and table != "msl-table-6":  # whose plain MSL is the row that is not tuned
+        assert len(set(of_small)) == 1, "equally many trials a row"
+
+
+def test_numbers_are_those_of_the_notes_and_gains_are_shares_of_the_row_against() -> None:
+    known = read_table("msl-table-6", "small")
+    assert known.number("msl-ats", "office") == 0.0438 and known.number("msl-ats", "office", "HR@10") is None
+    assert known.number("msl-ats", "ml-100k") is None
+    assert known.gain("msl-ats", "office") == pytest.approx(0.0438 / 0.0220 - 1)
+    every = [0.0288 / 0.0182, 0.0172 / 0.0137, 0.0120 / 0.0073, 0.0438 / 0.0220]
+    assert known.gain("msl-ats", "ml-100k") == pytest.approx(sum(every) / 4 - 1), (
+        "data the paper has not: the mean"
+    )
+    igd = read_table("igd-table-2")
+    assert igd.number("d3-pos", "toy") == 0.0702 and igd.number("d3-pos", "toy", "HR@10") is None
+    assert igd.number("d3-cft", "toy") is None and igd.gain("d3-cft", "toy") is None
+
+
+def test_a_verdict_says_where_an_interval_lies() -> None:
+    """The last are the control: what is said of one side would be wrong of the other."""
+    assert verdict(0.30, 0.28, 0.32) == "within"
+    assert verdict(0.28, 0.28, 0.32) == verdict(0.32, 0.28, 0.32) == "within"
+    assert verdict(0.27, 0.28, 0.32) == "above" and verdict(0.33, 0.28, 0.32) == "below"
+    assert verdict(None, 0.28, 0.32) == "the paper's number is not recorded"
+    assert verdict(0.3, float("nan"), float("nan")) == "ours has no interval"
+    for number in (0.27, 0.33):
+        assert verdict(number, 0.28, 0.32) != "within" and verdict(number, -0.32, -0.28) == "below"
+
+
+def test_the_deviation_over_seeds_covers_the_true_one() -> None:
+    """Of 200 tables of three normal seeds with a deviation of 10 %, the interval misses it about one time in twenty."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for _ in range(200):
+        s, low, high = deviation(rng.normal(1, 0.1, 3).tolist())
+        assert low < s < high
+        missed += not low <= 10 <= high
+    assert 2 <= missed <= 22
+    assert all(math.isnan(value) for value in deviation([0.3]))
+
+
+def test_a_table_of_a_paper_has_its_number_beside_ours_in_both_supports(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [change for change in world["changes"] if not change.startswith("data.folder")]
+    ask = world | {"changes": changes, "seeds": 2, "rows": ["lml", "msl-ats"], "trials": 2, "scale": "small"}
+    made = reproduce("msl-table-6", tmp_path, **ask)
+    lml, ats = made.rows
+    assert not lml.failed and not ats.failed, (lml.failed, ats.failed)
+    found = {one.what: one for one in ats.findings}
+    assert list(found) == [
+        "NDCG@10, trie",
+        "NDCG@10, trie, over LML",
+        "NDCG@10, vocabulary",
+        "NDCG@10, vocabulary, over LML",
+    ]
+    assert found["NDCG@10, trie"].paper == 0.0438
+    assert found["NDCG@10, trie"].verdict == "of llama-3-8b: not comparable"
+    difference, gain = made.differences["msl-ats"]["NDCG@10"], found["NDCG@10, trie, over LML"]
+    level = row(lml.evaluation).metrics["NDCG@10"]
+    assert gain.ours == pytest.approx(difference.difference / level)
+    assert gain.low == pytest.approx(difference.low / level) and gain.paper == pytest.approx(
+        0.0438 / 0.0220 - 1
+    )
+    assert gain.verdict == verdict(gain.paper, gain.low, gain.high)
+    for name in ("trial-0", "seed-1"):
+        folders = [p for p in (tmp_path / "lml").iterdir() if p.name.endswith("-vocabulary")]
+        assert len(folders) == 2 and name
+    other = load_evaluation(folders[0]).metrics
+    assert other["support"] == "vocabulary" and other["split"] == "test"
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "Table 6" in page and "not comparable" in page and "Masking alone" in page
+    assert "| MSL + ATS | adaptive.eta = " in made.text
+
+    def never(*args: Any, **how: Any) -> None:
+        raise AssertionError("trained or ranked again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("triewise.app.reproduce.train_run", never)
+        patch.setattr("triewise.app.reproduce.evaluate_run", never)
+        assert reproduce("msl-table-6", tmp_path, **ask).text == made.text
+    assert made.as_json()["msl-ats"]["findings"][0]["what"] == "NDCG@10, trie"
+    with pytest.raises(
+        UserError, match="holds runs of a table; choose another --out, or leave --no-resume out"
+    ):
+        reproduce("msl-table-6", tmp_path, **ask, resume=False)
+
+
+def test_values_that_only_rank_share_one_training(world: dict[str, Any], tmp_path: Path) -> None:
+    changes = [change for change in world["changes"] if not change.startswith("data.folder")]
+    ask = world | {"changes": changes, "seeds": 1, "rows": ["no-training"], "scale": "small"}
+    made = reproduce("igd-table-3", tmp_path, **ask)
+    assert not made.rows[0].failed and made.rows[0].chosen.startswith("alpha = ")
+    assert [p.parent.name for p in (tmp_path / "no-training").glob("*/run.json")] == ["trial-0"]
+    assert len(list((tmp_path / "no-training" / "trial-0").glob("trial*.json"))) == 3
+    chosen = float(made.rows[0].chosen.partition("= ")[2])
+    assert load_evaluation(tmp_path / "no-training" / "trial-0").metrics["alpha"] == chosen
+
+
+def test_a_table_that_was_killed_repeats_nothing(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its second row: what is done is neither trained nor ranked again, what is not is, once."""
+    changes = [change for change in world["changes"] if not change.startswith("data.folder")]
+    ask = world | {"changes": changes, "seeds": 1, "rows": ["lml", "msl"], "trials": 1, "scale": "small"}
+    done: list[str] = []
+
+    def train(recipe: Any, run: Path, **how: Any) -> Any:
+        if "msl" in run.parts and not done.count("killed"):
+            done.append("killed")
+            raise KeyboardInterrupt
+        done.append(f"{run.parent.name}/{run.name}")
+        return train_run(recipe, run, **how)
+
+    monkeypatch.setattr("triewise.app.reproduce.train_run", train)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce("msl-table-6", tmp_path, **ask)
+    made = reproduce("msl-table-6", tmp_path, **ask)
+    assert done == ["lml/trial-0", "killed", "msl/trial-0"] and not any(r.failed for r in made.rows)
+    prepared = tmp_path / "prepared" / "train.parquet"
+    pl.read_parquet(prepared).head(40).write_parquet(prepared)  # other data under the same recipe
+    (tmp_path / "prepared" / "dataset.json").touch()
+    again = reproduce("msl-table-6", tmp_path, **ask)
+    assert again.rows[0].failed or len(done) > 3, "runs of other data are no runs of this table"
+
+
+def test_what_is_not_run_says_why(world: dict[str, Any], tmp_path: Path) -> None:
+    made = reproduce("msl-table-5", tmp_path, data=world["data"], rows=["dllm2rec"], scale="small")
+    assert "triewise teach" in made.rows[0].failed and made.html is None
+    assert "| not run: its teacher's files are written first" in made.text
+    assert made.as_json() == {"dllm2rec": {"failed": made.rows[0].failed}}
+
+
+def test_a_table_of_shares_is_counted(world: dict[str, Any], tmp_path: Path) -> None:
+    made = reproduce(
+        "igd-table-1", tmp_path, data=world["data"], scale="small", changes=["backbone.tiny.vocabulary=300"]
+    )
+    (found,) = made.rows[0].findings
+    assert 0 < found.ours < 100 and found.verdict == "the paper's number is not recorded"
+    assert made.as_json()["titles"]["findings"][0]["ours"] == found.ours
+
+
+def test_time_and_deviation_of_seeds_stand_beside_the_papers(world: dict[str, Any], tmp_path: Path) -> None:
+    changes = [change for change in world["changes"] if not change.startswith("data.folder")]
+    ask = world | {"changes": changes, "seeds": 2, "rows": ["msl-ats", "lml"], "trials": 1, "scale": "small"}
+    times = reproduce("msl-figure-7", tmp_path, **ask)
+    first = times.rows[1].findings[0]
+    assert (
+        first.what.startswith("time of training, times that of MSL + ATS")
+        and first.low <= first.ours <= first.high
+    )
+    spread = reproduce("msl-table-3", tmp_path, **ask)
+    each = [run.metrics["NDCG@10"] for run in spread.rows[0].evaluation.runs]  # type: ignore[union-attr]
+    assert spread.rows[0].findings[0].ours == pytest.approx(deviation(each)[0])
