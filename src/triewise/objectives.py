@@ -136,6 +136,15 @@ class ObjectiveSettings(Section):
     soft_form: Literal["cross-entropy", "likelihood"] = key(
         "cross-entropy", "-sum y log p; likelihood: -log sum y p (TCA4Rec)"
     )
+    soft_scope: Literal["path", "tree"] = key(
+        "path", "which decisions are taught: those of the true title, or of the tree (KL over the catalogue)"
+    )
+    soft_share: float = key(
+        0.5,
+        "tree: of the teacher's mass at all decisions, which the fewest hold that are taught; 1: all",
+        gt=0,
+        le=1,
+    )
     contrast: ContrastSettings = ContrastSettings()
     preference: PreferenceSettings = PreferenceSettings()
     bear: BearSettings = BearSettings()
@@ -177,6 +186,16 @@ class ObjectiveSettings(Section):
             raise ValueError(
                 "apao.form = 'pairwise' below depth 1 needs support = 'trie' and apao.temperature = 1: set "
                 "apao.levels = 1"
+            )
+        own = self.temperature == "adaptive" and self.adaptive.scope == "token"
+        if self.soft_scope == "tree" and (self.support, self.soft_form, own) != (
+            "trie",
+            "cross-entropy",
+            False,
+        ):
+            raise ValueError(
+                "soft_scope = 'tree' is a divergence over the catalogue: it needs support = 'trie', soft_form = "
+                "'cross-entropy' and one temperature for all tokens"
             )
         if self.flow is not None and self.temperature != 1:
             raise ValueError("flow is about probabilities at temperature 1; leave temperature at 1")

@@ -57,6 +57,24 @@ def test_a_taught_run_is_resumed_as_if_it_had_not_stopped(raw: Path, teacher: Pa
     assert plain.history[0]["loss"] != whole.history[0]["loss"]
 
 
+def test_over_the_tree_other_things_are_learned(raw: Path, teacher: Path, tmp_path: Path) -> None:
+    """Unless the teacher has no weight: then it is the plain run, number by number."""
+    learned = {}
+    for name, changes in (
+        ("path", {}),
+        ("tree", {"soft_scope": "tree"}),
+        ("all", {"soft_scope": "tree", "soft_share": 1.0}),
+        ("none", {"soft_scope": "tree", "soft_alpha": 0.0}),
+    ):
+        learned[name] = train_run(recipe(raw, teacher, objective=changes), tmp_path / name).history
+    values = recipe(raw, teacher).model_dump(mode="json", exclude_none=True)
+    plain = parse_recipe(values | {"objective": {}}, "test")
+    learned["plain"] = train_run(plain, tmp_path / "plain").history
+    losses = {name: [entry.get("loss") for entry in history] for name, history in learned.items()}
+    assert losses["none"] == losses["plain"]
+    assert len({str(losses[name]) for name in ("path", "tree", "all", "none")}) == 4
+
+
 def test_a_language_model_may_teach(raw: Path, teacher: Path, tmp_path: Path) -> None:
     train_run(recipe(raw, teacher), tmp_path / "words")
     result = train_run(

@@ -15,7 +15,7 @@ from triewise.decoding import TrieEngine, sample
 from triewise.files import sha256_file
 from triewise.progress import note
 from triewise.recommenders import TitleTeacher, load
-from triewise.training import Flow, Learned, Objective, SoftTargets, history_prior
+from triewise.training import Flow, Learned, Objective, SoftTargets, TreeTargets, history_prior
 
 if TYPE_CHECKING:
     from triewise.app.assemble import Assembly
@@ -39,6 +39,8 @@ def guide_of(
     if objective.soft_targets is not None:
         teacher, key = _teacher(recipe, dataset, objective.soft_targets)
         numbers = (objective.soft_alpha, objective.soft_temperature, objective.soft_form, key)
+        if objective.soft_scope == "tree":
+            return lambda plain: TreeTargets(plain, teacher, *numbers, share=objective.soft_share)
         return lambda plain: SoftTargets(plain, teacher, *numbers)
     if flow is None:
         return None

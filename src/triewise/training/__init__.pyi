@@ -29,6 +29,7 @@ from .losses import trie_nll as trie_nll, vocabulary_nll as vocabulary_nll
 from .objective import Learned as Learned, Objective as Objective
 from .preferences import Preferences as Preferences, kept_reference as kept_reference
 from .soft_targets import SoftTargets as SoftTargets
+from .soft_trees import TreeTargets as TreeTargets
 from .state import (
     BY_ITSELF as BY_ITSELF,
     MAY_CHANGE as MAY_CHANGE,

@@ -279,6 +279,7 @@ class TitleLoss(nn.Module):
     per_target: tuple[
         str, ...
     ] = ()  # further arrays (M,) of a micro-batch that `losses` gives to ``score``, last
+    many_rows = False  # whether a window becomes several rows, which have their beginnings in common
 
     def __init__(self, model: Any, objective: Objective, trie: Trie) -> None:
         super().__init__()

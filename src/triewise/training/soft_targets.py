@@ -186,11 +186,11 @@ class SoftTargets:
         """That of the objective."""
         return self.objective.divisor(total)
 
-    def module(self, model: Any, trie: Trie) -> SoftLoss:
+    def module(self, model: Any, trie: Trie) -> TitleLoss:
         """See `objective.Learned`."""
         return SoftLoss(model, self, trie)
 
-    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> SoftBatches:
+    def batches(self, examples: Examples, rows: NDArray[np.int64], packing: bool) -> MicroBatches:
         """See `objective.Learned`."""
         return SoftBatches(examples, self, rows, packing)
 

@@ -152,7 +152,9 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self.run = TrainingState(model, self.args.device, learned, settings, seed, out, validate)
         if settings.gradient_checkpointing:
             compute_again(trained, True)
-        self.packing = settings.packing and self.titles.by_hand and packs(model, examples)
+        self.packing = (
+            settings.packing and self.titles.by_hand and packs(model, examples, self.titles.many_rows)
+        )
         self.loader: Ahead | None = None
         if processes.sharded():
             self.run.shards = Shards(model, self.titles)
@@ -323,9 +325,15 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self.meter.since = time.monotonic()
 
 
-def packs(model: Any, examples: Examples) -> bool:
-    """Whether rows of these examples may be packed for this model; those of several targets share nothing."""
-    if int((examples.windows.items.lengths - examples.windows.n_context).max(initial=0)) > 1:
+def packs(model: Any, examples: Examples, many_rows: bool = False) -> bool:
+    """Whether rows of these examples may be packed for this model; those of several targets share nothing.
+
+    Unless ``many_rows``: each becomes several rows.
+    """
+    if (
+        not many_rows
+        and int((examples.windows.items.lengths - examples.windows.n_context).max(initial=0)) > 1
+    ):
         return False
     return packing_works(model, np.unique(examples.trie.token[1:]), _longest_row(model, examples))
 
@@ -341,7 +349,8 @@ def _longest_row(model: Any, examples: Examples) -> int:
     limit = min(window or 1 << 62, switch.tokens if switch else 1 << 62)
     most = most[:LONG_ROWS] if limit >= prompts.max_tokens + title else most
     start = windows.items.offsets[most]
-    contexts = (windows.items.values[s : s + n] for s, n in zip(start, windows.n_context[most], strict=True))
+    n_before = windows.items.lengths[most] - 1
+    contexts = (windows.items.values[s : s + n] for s, n in zip(start, n_before, strict=True))
     return max(len(prompts.encode(context.tolist())) for context in contexts) + title
 
 
