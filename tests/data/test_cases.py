@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from triewise.app.answer import answer
 
 from tests.conftest import SHARED
 from triewise.data import Dataset, prepare

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from triewise.app.answer import answer
 
 import triewise
 from tests import worlds
