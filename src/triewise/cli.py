@@ -431,6 +431,38 @@ def report(
 
 
 @app.command()
+def statistics(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders and prepared folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for the page and the tables.")],
+    only: Annotated[
+        str,
+        typer.Option(help="Names or places, with commas between: prefix-entropy,msl-figure-6; default all."),
+    ] = "",
+    users: Annotated[int, typer.Option(min=2, help="Test rows that models are run for.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of their drawing.")] = 0,
+    export: Annotated[str, typer.Option(help="Files of each: csv, svg, png, with commas between.")] = "csv",
+    tokenizer: Annotated[str, typer.Option(help="Of prepared folders; runs have their own.")] = "tiny",
+    template: Annotated[str | None, typer.Option(help="Of prepared folders, as in describe.")] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Tables and figures of both papers from runs and data: what they show here, in numbers, drawings and words."""
+    from triewise.app import study
+    from triewise.reports import PLACES
+
+    asked, formats = ([word.strip() for word in words.split(",") if word.strip()] for words in (only, export))
+    how: dict[str, Any] = {"users": users, "seed": seed, "tokenizer": tokenizer, "template": template}
+    how |= {"export": formats, "trust_remote_code": trust_remote_code}
+    found = study(folders, out, only=asked, **how)
+    if as_json:
+        print_json({one.name: {"says": one.sentence, "rows": one.table.to_dicts()} for one in found})
+        return
+    for one in found:
+        say(f"{PLACES[one.name][0]}: {one.sentence}")
+    say(f"Page: {out / 'statistics.html'}")
+
+
+@app.command()
 def verify(
     folder: Annotated[
         Path, typer.Argument(help="A run, prepared data, a saved recommender, a teacher or the cache.")

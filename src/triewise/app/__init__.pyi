@@ -12,6 +12,7 @@ from .runs import (
     evaluate_run as evaluate_run,
     train_run as train_run,
 )
+from .studying import study as study
 from .teaching import teach as teach
 from .tuning import Tuned as Tuned, tune as tune
 from .verifying import verify as verify

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from triewise.app.exploring import Looked, example, example_rows, explore
 from triewise.app.folders import consented, open_run, trained_data
+from triewise.app.studying import IN_REPORT, studied_runs
 from triewise.data import Dataset, Split, allowed_items, first_rows, said_of_ties
 from triewise.errors import UserError
 from triewise.locks import one_writer
@@ -31,7 +32,7 @@ from triewise.ranking import (
     paired_p,
 )
 from triewise.recommenders import SETTINGS, SavedRecommender, load
-from triewise.reports import Comparison, Report, Row, without_folders, write_report
+from triewise.reports import Comparison, Report, Row, make_statistics, without_folders, write_report
 from triewise.training import MAY_CHANGE, read_log
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ def collect(
         comparisons=comparisons(named),
         curves=curves,
         **looks,
+        statistics=make_statistics(IN_REPORT, studied_runs([runs[i] for i in first], names[: len(first)])),
         notes=_notes(dataset, opened, shows_users=bool(looks) and not anonymous),
         provenance=_provenance(record, [r.seed for r, _ in opened]),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from triewise.data import (
@@ -31,7 +32,7 @@ from triewise.progress import note
 from triewise.recipe import Recipe, run_recipe
 from triewise.recommenders import IDENTIFIER, SequentialRecommender
 from triewise.reports import compared, describe
-from triewise.tokens import Identifier, Trie, build_prompts, read_identifier
+from triewise.tokens import Identifier, Prompts, Trie, build_prompts, read_identifier
 
 
 def open_data(recipe: Recipe) -> Dataset:
@@ -87,12 +88,7 @@ def describe_data(
         template: Prompt template; None: ``plain`` for ``tiny``, else ``msl``.
         identifiers: Files of codes, or runs with codes, to compare with titles; see `triewise.reports.compared`.
     """
-    dataset = load_dataset(folder)
-    template = template or ("plain" if tokenizer == "tiny" else "msl")
-    tokens = load_tokenizer(tokenizer, titles=dataset.catalog.title)
-    prompts = build_prompts(tokens, dataset.catalog, template, dataset.info["noun"], dataset.info["verb"])
-    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
-    counts = np.bincount(dataset.train.target, minlength=dataset.catalog.n_items)
+    dataset, prompts, trie, counts = titles_of(folder, tokenizer, template)
     for line in prompts.readback.warnings():
         note(line)
     facts: dict[str, Any] = describe(dataset, prompts, trie, counts)
@@ -102,6 +98,18 @@ def describe_data(
         return facts
     coded = {path.name: read_codes(path, dataset).sequences for path in identifiers}
     return facts | compared({"title": trie} | {n: Trie.from_sequences(s) for n, s in coded.items()}, counts)
+
+
+def titles_of(
+    folder: Path, tokenizer: str, template: str | None
+) -> tuple[Dataset, Prompts, Trie, NDArray[np.int64]]:
+    """Data, prompts, trie and training targets (I,) of a prepared folder; arguments as of `describe_data`."""
+    dataset = load_dataset(folder)
+    template = template or ("plain" if tokenizer == "tiny" else "msl")
+    tokens = load_tokenizer(tokenizer, titles=dataset.catalog.title)
+    prompts = build_prompts(tokens, dataset.catalog, template, dataset.info["noun"], dataset.info["verb"])
+    trie = Trie.from_sequences((prompts.title_tokens.values, prompts.title_tokens.offsets))
+    return dataset, prompts, trie, np.bincount(dataset.train.target, minlength=dataset.catalog.n_items)
 
 
 def read_codes(place: Path, dataset: Dataset, titled: bool = False) -> Identifier:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from triewise.files import atomic_folder, read_json, sha256_file, write_json
-from triewise.models.adapters import freeze, quantisation_config, save_lora
+from triewise.models.adapters import freeze, quantisation_config, save_lora, unfreeze_lora
 from triewise.models.checks import check_config, check_vocabulary, check_weights
 from triewise.models.depth import first_layers, of_first_layers
 from triewise.models.hub import from_hub, silence
@@ -57,6 +57,14 @@ class Backbone:
         if not (self.adapted or self.quantised):
             return self
         return replace(self, model=merged(self.model), origin=self.origin | {"merged": True})
+
+    def unfreeze(self) -> None:
+        """Let weights have gradients again: those of the adapter where there is one, else all."""
+        if self.adapted:
+            unfreeze_lora(self.model)
+            return
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
 
     def save(self, folder: Path) -> None:
         """Write a folder that :func:`load_backbone` takes, atomically.

@@ -18,13 +18,27 @@ from .explorer import (
     Ranked as Ranked,
     look as look,
 )
+from .pictures import standalone as standalone, to_png as to_png
 from .report import Comparison as Comparison, Report as Report, Row as Row, write_report as write_report
+from .run_statistics import make_statistics as make_statistics
+from .statistics import (
+    PLACES as PLACES,
+    Statistic as Statistic,
+    StudiedData as StudiedData,
+    StudiedRun as StudiedRun,
+)
 from .terminal import (
     clean as clean,
     print_examples as print_examples,
     print_facts as print_facts,
     print_recommendations as print_recommendations,
     print_rows as print_rows,
+)
+from .tidy import (
+    first_word_repetition as first_word_repetition,
+    item_score_entropy as item_score_entropy,
+    logit_density as logit_density,
+    prefixes as prefixes,
 )
 from .trials import StepOfTrials as StepOfTrials, TrialShown as TrialShown, write_trials as write_trials
 

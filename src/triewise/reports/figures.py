@@ -89,6 +89,76 @@ def curve_panel(title: str, lines: Mapping[str, NDArray[np.float64]], colour: Ma
     return svg(WIDTH, 212, f"{title}: {'; '.join(said)}", "".join(marks))
 
 
+def series_panel(
+    title: str, across: str, lines: Mapping[str, NDArray[np.float64]], colour: Mapping[str, str]
+) -> str:
+    """Numbers against other numbers, where either may be negative, with the intervals that are known.
+
+    Args:
+        title: What is drawn.
+        across: What the horizontal axis is.
+        lines: (P, 2) places and values of each name, or (P, 4) with the ends of an interval behind them; places ascend.
+            A line of one point is a dot with its name beside it. One without points is left out.
+        colour: Colour class of each name.
+    """
+    lines = {name: points for name, points in lines.items() if len(points)}
+    if not lines:
+        return ""
+    places, values = (
+        np.concatenate([p[:, part].ravel() for p in lines.values()]) for part in (0, slice(1, None))
+    )
+    low, high = float(values.min()), float(values.max())
+    ticks = round_ticks(0.0 if 0 < low < high / 2 else low, 0.0 if low / 2 < high < 0 else high)
+    first, last = float(places.min()), float(places.max())
+    beside = all(len(points) == 1 for points in lines.values())
+    steps = [
+        t for t in round_ticks(0.0 if 0 < first < last / 2 else first, last) if beside or first <= t <= last
+    ]
+    widest = max(text_width(elide(name, 16), 12.5) * BOLD for name in lines)
+    right = 390.0 if beside else 390 - widest
+    ends = (steps[0], steps[-1]) if beside else (first, max(last, first + 1e-9))
+    x, y = scale(*ends, 44, right), scale(ticks[0], ticks[-1], 186, 34)
+    marks = [_text(0, 16, title, "head"), _text(right, 219, across, "lab end")]
+    marks += [_level(44, right, y(t), f"{t:g}", t == 0) for t in ticks]
+    marks += [_text(x(t), 203, f"{t:g}", "tick mid") for t in steps]
+    free = 0.0
+    for name, points in sorted(lines.items(), key=lambda line: y(line[1][-1, 1])):
+        css, at = colour[name], x(float(points[-1, 0]))
+        marks.append(_series(points, css, x, y))
+        end = free = max(y(points[-1, 1]) + 4, free + 14)
+        turned = beside and at + widest > 380
+        place = at - 9 if turned else at + 9 if beside else right + 6
+        marks.append(_text(place, end, elide(name, 16), f"{css} name{' end' if turned else ''}"))
+    said = [
+        f"{name} from {p[0, 1]:.3g} at {p[0, 0]:.3g} to {p[-1, 1]:.3g} at {p[-1, 0]:.3g}"
+        for name, p in lines.items()
+    ]
+    return svg(WIDTH, 226, f"{title} against {across}: {'; '.join(said)}", "".join(marks))
+
+
+def _series(
+    points: NDArray[np.float64], css: str, x: Callable[[float], float], y: Callable[[float], float]
+) -> str:
+    """A line with its dots where they are few, and its intervals: whiskers of few points, a band of many."""
+    marks = []
+    if points.shape[1] > 2 and len(points) > 12:
+        around = [*((a, high) for a, _, _, high in points), *((a, low) for a, _, low, _ in points[::-1])]
+        outline = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in around)
+        marks.append(f'<path class="{css} band" d="M{outline}Z"/>')
+    elif points.shape[1] > 2:
+        marks += [
+            f'<path class="{css} whisk" d="M{x(a):.1f} {y(b):.1f}V{y(c):.1f}"/>' for a, _, b, c in points
+        ]
+    if len(points) > 1:
+        path = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points[:, :2])
+        marks.append(f'<path class="{css} line" d="M{path}"/>')
+    if len(points) <= 12:
+        marks += [
+            f'<circle class="{css} dot" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3.5"/>' for a, b in points[:, :2]
+        ]
+    return "".join(marks)
+
+
 def forced_bars(share: NDArray[np.float64], weight: NDArray[np.float64]) -> str:
     """A bar per position in the title: as high as titles are that long, grey as far as they are forced.
 

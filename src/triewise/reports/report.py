@@ -22,6 +22,7 @@ from triewise.reports.description import fact_lines, percent
 from triewise.reports.explanation import Example, Recommendation, Token, pieces
 from triewise.reports.explorer import Explorer, explorer_section, look, script_policy
 from triewise.reports.figures import POSITIONS, Dot, curve_panel, dot_panel, escape, forced_bars, tree_drawing
+from triewise.reports.statistics import Statistic, colours, statistics_section
 
 # The field's four; other metrics are shown only where none of these is.
 METRICS = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
@@ -29,7 +30,6 @@ SHADES = (0.9, 0.5, 0.2, 0.05)  # probabilities that separate the five shades of
 TREES = 2  # users whose paths are drawn
 RECENT = 5  # titles of a history that are shown at once
 POINTS = 300  # of a training curve
-COLOURS = 6
 WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten", 20: "twenty"}
 _HERE = resources.files("triewise.reports")
 NOTES: dict[str, str] = tomllib.loads(_HERE.joinpath("report.toml").read_text(encoding="utf-8"))
@@ -103,6 +103,7 @@ class Report:
         forced: What `triewise.reports.description.forced_by_position` gives.
         examples: Users; the decoding paths of the first two are drawn.
         explorer: Users to look up.
+        statistics: Of the papers' tables and figures.
         notes: Sentences on the method.
         provenance: Versions, commit, seeds, hashes, command.
     """
@@ -116,14 +117,14 @@ class Report:
     forced: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
     examples: tuple[Example, ...] = ()
     explorer: Explorer | None = None
+    statistics: tuple[Statistic, ...] = ()
     notes: tuple[str, ...] = ()
     provenance: dict[str, str] = field(default_factory=dict)
 
 
 def write_report(path: Path, report: Report) -> None:
     """Write the page, whole or not at all."""
-    names = dict.fromkeys([*(row.name for row in report.rows), *report.curves])
-    colour = {name: f"c{i % COLOURS}" for i, name in enumerate(names)}
+    colour = colours([*(row.name for row in report.rows), *report.curves])
     head = f'<h1>{escape(report.title)}</h1><p class="sub">{escape(report.subtitle)}</p>{_summary(report)}'
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     origins = [(name, f"<code>{escape(value)}</code>") for name, value in report.provenance.items()]
@@ -132,6 +133,7 @@ def write_report(path: Path, report: Report) -> None:
         ("How the training went", _training(report.curves, colour)),
         _catalogue(report),
         ("What users get", _examples(report.examples)),
+        ("Figures of the papers", statistics_section(report.statistics)),
         ("Notes", f"<ul>{notes}</ul>" if notes else ""),
         ("Where this comes from", _definitions(origins)),
     )

@@ -5,6 +5,7 @@ from .decisiveness import (
     forced_share as forced_share,
     front_weights as front_weights,
     gain_by as gain_by,
+    gain_entropy as gain_entropy,
     information_gain as information_gain,
     is_trained as is_trained,
     linear_weights as linear_weights,

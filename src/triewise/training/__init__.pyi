@@ -25,8 +25,19 @@ from .examples import Examples as Examples, along_titles as along_titles
 from .flow import Flow as Flow, history_prior as history_prior
 from .item_fit import fit as fit
 from .item_tasks import ItemLoss as ItemLoss, Sequences as Sequences, Task as Task, item_loss as item_loss
-from .losses import trie_nll as trie_nll, vocabulary_nll as vocabulary_nll
-from .objective import Learned as Learned, Objective as Objective
+from .losses import (
+    edge_logits as edge_logits,
+    lml_parts as lml_parts,
+    trie_nll as trie_nll,
+    vocabulary_nll as vocabulary_nll,
+)
+from .meter import measure_parts as measure_parts
+from .objective import (
+    Learned as Learned,
+    MicroBatches as MicroBatches,
+    Objective as Objective,
+    TitleLoss as TitleLoss,
+)
 from .preferences import Preferences as Preferences, kept_reference as kept_reference
 from .soft_targets import SoftTargets as SoftTargets
 from .soft_trees import TreeTargets as TreeTargets
