@@ -48,6 +48,8 @@ class Refusal(Exception):
     def response(self) -> JSONResponse:
         """As it is sent."""
         headers = {} if self.retry is None else {"retry-after": str(self.retry)}
+        if self.status in (408, 413):  # what is left of the body is not waited for
+            headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         body = {"error": {"code": self.code, "message": clean(self.message)}}

@@ -16,6 +16,7 @@ from triewise.progress import note
 from triewise.serving.limits import Limits
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
     from triewise.data import Catalog
@@ -103,31 +104,34 @@ def run(app: FastAPI, host: str, port: int) -> None:
     """
     import uvicorn
 
-    config = uvicorn.Config(
-        app,
-        host=host,
-        port=port,
-        http=_patient(),
-        ws="none",
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-        timeout_keep_alive=KEEP_SECONDS,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        h11_max_incomplete_event_size=HEADER_BYTES,
-        backlog=CONNECTIONS,
-    )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         door = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(
             f"cannot listen on {host} port {port} ({error}); choose another --port or --host"
         ) from None
     note(f"http://{host}:{door.getsockname()[1]} answers; /docs says what can be asked")
-    # Told to stop it stops listening and finishes what runs; the signal, which uvicorn raises again, is then of no use.
+    # Told to stop it finishes what runs; uvicorn raises the signal again then, where it is of no use.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[door])
+    uvicorn.Server(configured(app)).run(sockets=[door])
+
+
+def configured(app: FastAPI) -> uvicorn.Config:
+    """How uvicorn serves it."""
+    from uvicorn import Config
+
+    return Config(
+        app,
+        http=_patient(),
+        ws="none",
+        access_log=False,
+        log_level="error",
+        server_header=False,
+        timeout_keep_alive=KEEP_SECONDS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        h11_max_incomplete_event_size=HEADER_BYTES,
+    )
 
 
 def _patient() -> type[asyncio.Protocol]:
