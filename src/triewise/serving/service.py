@@ -153,7 +153,7 @@ def create_app(
         await asyncio.to_thread(service.stop)
 
     app = _routed(service, lifespan)
-    app.state.log_titles = log_titles
+    app.state.service, app.state.log_titles = service, log_titles
     add_page(app)
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
     rules = Rules(keys, service.limits.max_body, log, service.measures.request, paths)
