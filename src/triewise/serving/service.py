@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": said.ErrorBody, "description": text}
     for status, text in {
         401: "No valid key.",
+        403: "A page of another site wants to change something.",
         408: "The body did not come in time.",
         413: "The body is too large.",
         422: "The request is not what is wanted; the message says what is.",
@@ -62,6 +64,7 @@ class Service:
             lambda: self.batcher.waiting, lambda: (self.view.number, self.view.catalog.n_items)
         )
         self.warm = self.draining = False
+        self._publishing = threading.Lock()
 
     def start(self) -> None:
         """Start the engine, with a first request that measures the model."""
@@ -118,11 +121,11 @@ class Service:
             503, "timeout", f"no answer within {self.limits.timeout:g} seconds; come again later", 1
         )
 
-    def publish(self, version: Version) -> View:
-        """Make a version ready, and use it for what comes from now on."""
-        view = View(version, self.sets)
-        self.view = view
-        return view
+    def publish(self, change: Callable[[], Version]) -> View:
+        """Make another version and what requests need of it, and use it for what comes from now on."""
+        with self._publishing:  # what is changed last is used last
+            self.view = view = View(change(), self.sets)
+            return view
 
 
 async def _gone(request: Request) -> None:
@@ -290,7 +293,7 @@ def _add_catalogue(app: FastAPI, service: Service, needs: list[Any]) -> None:
         return JSONResponse({"catalog_version": view.number, "n_items": view.catalog.n_items, "items": items})
 
     async def changed(request: Request, change: Callable[[], Version]) -> JSONResponse:
-        view = await asyncio.to_thread(lambda: service.publish(change()))
+        view = await asyncio.to_thread(lambda: service.publish(change))
         request.state.said["catalog_version"] = view.number
         took = round(1000 * (time.perf_counter() - request.state.begun), 3)
         head = {"request_id": request.state.request_id, "catalog_version": view.number}
