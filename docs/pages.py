@@ -25,8 +25,8 @@ from triewise import cli, recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "triewise"
 WINGS = "data models tokens ranking training decoding reports recommenders serving app".split()  # noqa: SIM905
-ORDER = "getting-started examples/index commands recipes data papers statistics models errors log notation api/index"
-ORDER += " contributing changelog"
+ORDER = "getting-started examples/index commands recipes data serving papers statistics models errors log notation"
+ORDER += " api/index contributing changelog"
 EXAMPLES = {  # in the order in which they are shown
     "quickstart": "Quick start from CSV files",
     "your_own_model": "Your own language model",
@@ -35,6 +35,7 @@ EXAMPLES = {  # in the order in which they are shown
     "filters": "Filters",
     "exact_or_beams": "Exact search and beams",
     "assistant": "An assistant",
+    "serve": "A service",
     "your_own_recommender": "Your own recommender",
     "a_model_over_item_ids": "A model over item ids",
     "tokens_and_tree": "Tokens and the tree",

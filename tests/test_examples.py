@@ -23,6 +23,7 @@ PRINTED = {  # a line of each, as a regular expression
     "filters": r"    items \[\[\d+, \d+, -1\], \[\d+, \d+, -1\]\]",
     "msl_igd_lml": r"MSL - LML: NDCG@10 \+0\.\d+ \(\+0\.\d+ to \+0\.\d+\), p = 0\.\d+",
     "quickstart": r"    Coffee filter, paper  \(log-probability -\d\.\d+\)",
+    "serve": r"version 1: \[.*'Tent, 4 persons'.*\]\nand back, version 2",
     "shop": r"    p0,\"Coffee beans, dark roast\"",
     "tokens_and_tree": r"    MSL \[0\.0, \d\.\d+, \d\.\d+, 0\.0\]",
     "what_decided": r"1\. [\d.]+%  \[Sleeping\] bag,\[ [sw]\](ummer|inter)",

@@ -6,6 +6,7 @@ Whoever asks gets a future. A request that is given up leaves the queue and the 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -212,7 +213,7 @@ class Batcher:
             except Exception as error:
                 self._fail(job, error)
             if done:
-                with self._change:
+                with self._change, contextlib.suppress(ValueError):  # it may have given up meanwhile
                     self._queue.remove(job)
         return [batch] if batch else []
 

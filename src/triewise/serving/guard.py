@@ -48,6 +48,8 @@ class Refusal(Exception):
     def response(self) -> JSONResponse:
         """As it is sent."""
         headers = {} if self.retry is None else {"retry-after": str(self.retry)}
+        if self.status in (408, 413):  # what is left of the body is not waited for
+            headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         body = {"error": {"code": self.code, "message": clean(self.message)}}
@@ -101,7 +103,7 @@ class Guard:
             await send(message)
 
         try:
-            self._admit(scope["path"], headers)
+            self._admit(scope["method"], scope["path"], headers)
             body = await self._body(scope, headers, receive)
             if body is None:
                 return
@@ -122,8 +124,13 @@ class Guard:
             line |= {"path": scope["path"][:200], "status": status, "took_ms": round(1000 * seconds, 3)}
             self.rules.log(line | said)
 
-    def _admit(self, path: str, headers: Mapping[bytes, bytes]) -> None:
-        """Refuse who has no key where one is needed; every key is compared, whatever was found."""
+    def _admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> None:
+        """Refuse who has no key where one is needed; every key is compared, whatever was found.
+
+        A browser that shows another site's page is refused too: it may stand where everybody may ask.
+        """
+        if method == "POST" and headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
+            raise Refusal(403, "forbidden", "wanted a request of this service's own page, got another site's")
         if not self.rules.keys or not path.startswith(CLOSED):
             return
         bearer = headers.get(b"authorization", b"")

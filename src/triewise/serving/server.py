@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from triewise.progress import note
 from triewise.serving.limits import Limits
 
 if TYPE_CHECKING:
+    import uvicorn
     from fastapi import FastAPI
 
     from triewise.data import Catalog
@@ -29,55 +33,82 @@ DRAIN_SECONDS = 60
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def serve(
+def serve(recommender: SavedRecommender, *, host: str = "127.0.0.1", port: int = 8000, **how: Any) -> None:
+    """Answer HTTP requests until the process is told to stop; those that run are finished then.
+
+    Args:
+        recommender: What answers.
+        host: Address to listen on; the default is reached from this machine alone.
+        port: To listen on; 0: any that is free.
+        how: As for `application`.
+
+    Raises:
+        UserError: The extra is missing, the file of keys is wrong, or the port is taken.
+    """
+    app, door = application(recommender, **how), listening(host, port)
+    if host not in LOOPBACK and not how.get("api_keys"):
+        note(
+            f"everybody who reaches {host} may ask, and change the catalogue: --api-key-file wants a key of them"
+        )
+    note(f"http://{host}:{door.getsockname()[1]} answers; /docs says what can be asked")
+    # Told to stop it finishes what runs; uvicorn raises the signal again then, where it is of no use.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    _server(app).run(sockets=[door])
+
+
+@contextlib.contextmanager
+def in_background(recommender: SavedRecommender, **how: Any) -> Iterator[str]:
+    """Serve from a thread of this process, for a notebook or a test: the address, while the block runs."""
+    app, door = application(recommender, **how), listening("127.0.0.1", 0)
+    server = _server(app)
+    thread = threading.Thread(target=lambda: server.run(sockets=[door]))
+    thread.start()
+    try:
+        while thread.is_alive() and not (server.started and app.state.service.warm):
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{door.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def application(
     recommender: SavedRecommender,
     *,
     name: str = "triewise",
-    host: str = "127.0.0.1",
-    port: int = 8000,
     api_keys: Path | None = None,
     limits: Limits | None = None,
     sets: Mapping[str, Sequence[str]] | None = None,
     catalogue: Path | None = None,
     log_titles: bool = False,
-) -> None:
-    """Answer HTTP requests until the process is told to stop; those that run are finished then.
+    log: Callable[[Mapping[str, Any]], None] | None = None,
+) -> FastAPI:
+    """The service as an ASGI application, for a server of your own.
 
     Args:
         recommender: What answers.
         name: What ``/v1/models`` calls it.
-        host: Address to listen on; the default is reached from this machine alone.
-        port: To listen on.
         api_keys: A file of keys, one a line; None: everybody may ask.
         limits: What it takes on.
         sets: Named sets of raw ids, for ``exclude`` and ``allow`` of a request.
         catalogue: Folder in which versions of the catalogue are kept; None: in memory alone.
         log_titles: Whether the log has the histories of requests.
-
-    Raises:
-        UserError: The extra is missing, the file of keys is wrong, or the port is taken.
+        log: Gets the fields of one line for each request; None: a JSON line on stderr.
     """
-    missing = [
-        part for part in ("fastapi", "uvicorn", "prometheus_client") if not importlib.util.find_spec(part)
-    ]
+    parts = ("fastapi", "uvicorn", "prometheus_client")
+    missing = [part for part in parts if not importlib.util.find_spec(part)]
     if missing:
         raise UserError(f"serving needs {', '.join(missing)}; run: pip install 'triewise[serve]'")
-    from triewise.serving.guard import read_keys
+    from triewise.serving.guard import read_keys, to_stderr
     from triewise.serving.service import Service, create_app
     from triewise.serving.versions import LiveCatalogue
 
     limits = limits or Limits()
     keys = [] if api_keys is None else read_keys(api_keys)
-    if host not in LOOPBACK and not keys:
-        note(
-            f"everybody who reaches {host} may ask, and change the catalogue: --api-key-file wants a key of them"
-        )
-    if hasattr(
-        recommender, "engine"
-    ):  # decodes as many users together as a batch has; no ranking depends on it
+    if hasattr(recommender, "engine"):  # decodes as many users together; no ranking depends on it
         recommender = recommender.with_settings(batch_users=limits.max_batch)
     service = Service(LiveCatalogue(recommender, catalogue), limits, sets or {}, name)
-    run(create_app(service, keys=keys, log_titles=log_titles), host, port)
+    return create_app(service, keys=keys, log=log or to_stderr, log_titles=log_titles)
 
 
 def named_sets(given: Sequence[str], catalog: Catalog) -> dict[str, list[str]]:
@@ -95,39 +126,36 @@ def named_sets(given: Sequence[str], catalog: Catalog) -> dict[str, list[str]]:
     return sets
 
 
-def run(app: FastAPI, host: str, port: int) -> None:
-    """Serve an application with uvicorn.
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens.
 
     Raises:
         UserError: The address cannot be used.
     """
-    import uvicorn
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error}); choose another --port or --host"
+        ) from None
 
-    config = uvicorn.Config(
+
+def _server(app: FastAPI) -> uvicorn.Server:
+    from uvicorn import Config, Server
+
+    config = Config(
         app,
-        host=host,
-        port=port,
         http=_patient(),
         ws="none",
         access_log=False,
-        log_level="warning",
+        log_level="error",
         server_header=False,
         timeout_keep_alive=KEEP_SECONDS,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         h11_max_incomplete_event_size=HEADER_BYTES,
-        backlog=CONNECTIONS,
     )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        door = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
-    except (OSError, OverflowError) as error:
-        raise UserError(
-            f"cannot listen on {host} port {port} ({error}); choose another --port or --host"
-        ) from None
-    note(f"http://{host}:{door.getsockname()[1]} answers; /docs says what can be asked")
-    # Told to stop it stops listening and finishes what runs; the signal, which uvicorn raises again, is then of no use.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[door])
+    return Server(config)
 
 
 def _patient() -> type[asyncio.Protocol]:

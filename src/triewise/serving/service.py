@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": said.ErrorBody, "description": text}
     for status, text in {
         401: "No valid key.",
+        403: "A page of another site wants to change something.",
         408: "The body did not come in time.",
         413: "The body is too large.",
         422: "The request is not what is wanted; the message says what is.",
@@ -62,6 +64,7 @@ class Service:
             lambda: self.batcher.waiting, lambda: (self.view.number, self.view.catalog.n_items)
         )
         self.warm = self.draining = False
+        self._publishing = threading.Lock()
 
     def start(self) -> None:
         """Start the engine, with a first request that measures the model."""
@@ -118,11 +121,11 @@ class Service:
             503, "timeout", f"no answer within {self.limits.timeout:g} seconds; come again later", 1
         )
 
-    def publish(self, version: Version) -> View:
-        """Make a version ready, and use it for what comes from now on."""
-        view = View(version, self.sets)
-        self.view = view
-        return view
+    def publish(self, change: Callable[[], Version]) -> View:
+        """Make another version and what requests need of it, and use it for what comes from now on."""
+        with self._publishing:  # what is changed last is used last
+            self.view = view = View(change(), self.sets)
+            return view
 
 
 async def _gone(request: Request) -> None:
@@ -152,7 +155,22 @@ def create_app(
         yield
         await asyncio.to_thread(service.stop)
 
-    key = Security(APIKeyHeader(name="X-API-Key", auto_error=False))
+    app = _routed(service, lifespan)
+    app.state.service, app.state.log_titles = service, log_titles
+    add_page(app)
+    paths = frozenset(getattr(route, "path", "") for route in app.routes)
+    rules = Rules(keys, service.limits.max_body, log, service.measures.request, paths)
+    app.add_middleware(Guard, rules=rules)
+    return app
+
+
+def document() -> dict[str, Any]:
+    """The OpenAPI document, which does not depend on what is served."""
+    service: Any = None
+    return _routed(service).openapi()
+
+
+def _routed(service: Service, lifespan: Any = None) -> FastAPI:
     app = FastAPI(
         title="triewise",
         version=metadata.version("triewise"),
@@ -160,26 +178,19 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.service, app.state.log_titles = service, log_titles
+    key = Security(APIKeyHeader(name="X-API-Key", auto_error=False))
     _add_answers(app, service, [key])
     _add_catalogue(app, service, [key])
     _add_operations(app, service)
     _add_errors(app)
-    add_page(app)
-    paths = frozenset(getattr(route, "path", "") for route in app.routes)
-    app.add_middleware(
-        Guard, rules=Rules(keys, service.limits.max_body, log, service.measures.request, paths)
-    )
     return app
 
 
 def _add_answers(app: FastAPI, service: Service, needs: list[Any]) -> None:
-    limits = service.limits
-
     @app.post("/v1/recommend", response_model=said.RecommendResponse, responses=ERRORS, dependencies=needs)
     async def recommend(body: said.RecommendRequest, request: Request) -> JSONResponse:
         """Titles for histories."""
-        view = service.view
+        view, limits = service.view, service.limits
         if body.k > limits.max_k:
             raise UserError(f"wanted k of at most {limits.max_k}, got {body.k}")
         if not view.generative and (body.explain or body.compare):
@@ -206,7 +217,8 @@ def _add_answers(app: FastAPI, service: Service, needs: list[Any]) -> None:
         view = service.view
         found = [view.items(ids) for ids in body.candidates]
         lists = [items for items, _ in found] * (len(body.histories) if len(found) == 1 else 1)
-        asked = [view.question(history, (), None, True) for history in _few(body.histories, limits)]
+        few = _few(body.histories, service.limits)
+        asked = [view.question(history, (), None, True) for history in few]
         done = await service.ask(request, Scoring(view), list(zip(asked, lists, strict=True)))
         return _answer(request, view, done, [raw for _, ids in found for raw in ids], body.histories, {})
 
@@ -226,8 +238,8 @@ def _add_answers(app: FastAPI, service: Service, needs: list[Any]) -> None:
             n_items=view.catalog.n_items,
             catalog_version=view.number,
             sets=sorted(view.sets),
-            max_k=limits.max_k,
-            max_histories=limits.max_histories,
+            max_k=service.limits.max_k,
+            max_histories=service.limits.max_histories,
         )
         return JSONResponse(said.Models(data=[model]).model_dump())
 
@@ -281,7 +293,7 @@ def _add_catalogue(app: FastAPI, service: Service, needs: list[Any]) -> None:
         return JSONResponse({"catalog_version": view.number, "n_items": view.catalog.n_items, "items": items})
 
     async def changed(request: Request, change: Callable[[], Version]) -> JSONResponse:
-        view = await asyncio.to_thread(lambda: service.publish(change()))
+        view = await asyncio.to_thread(lambda: service.publish(change))
         request.state.said["catalog_version"] = view.number
         took = round(1000 * (time.perf_counter() - request.state.begun), 3)
         head = {"request_id": request.state.request_id, "catalog_version": view.number}
