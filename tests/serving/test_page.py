@@ -299,6 +299,44 @@ def test_a_service_that_is_gone(browser: Any) -> None:
     page.close()
 
 
+def test_the_service_itself(browser: Any) -> None:
+    """What the stand-in stands for: a language model behind a key."""
+    from tests import worlds
+    from tests.serving.served import served
+
+    titles = (
+        "Red Sun",
+        "Red Moon",
+        "Red Moon rises",
+        ATTACK,
+        *(f"Blue {name}" for name in ("Sun", "Moon", "Sea")),
+    )
+    recommender = worlds.recommender(titles, search="exact", batch_users=8)
+    with served(recommender, keys=[b"open sesame, said he"]) as one, serving(one.app) as url:
+        page = browser.new_page()
+        page.set_default_timeout(TIMEOUT_MS)
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(url)
+        page.get_by_label("API key").fill("open sesame, said he")
+        page.get_by_role("button", name="Use it").click()
+        page.get_by_text("small · 7 items").wait_for()
+        page.get_by_role("combobox").fill("red m")
+        page.get_by_role("option", name="Red Moon rises").click()
+        assert sorted(text.removesuffix("○") for text in listed(page)) == sorted(
+            {*titles} - {"Red Moon rises"}
+        )
+        assert page.get_by_text("✓ Certified").is_visible()
+        assert page.locator(".facts td").count() > 6
+        page.get_by_role("button", name=f"Leave {ATTACK} out").click()
+        page.get_by_role("button", name=f"Allow {ATTACK} again").wait_for()
+        assert len(listed(page)) == 5
+        page.get_by_label("beam", exact=True).check(force=True)
+        page.get_by_text("Exact search beside it").wait_for()
+        assert not errors
+        page.close()
+
+
 def test_a_model_that_writes_no_titles(browser: Any) -> None:
     with serving(application(kind="sequential")) as url, opened(browser, url, 390) as page:
         page.get_by_role("button", name="Star Wars").click()

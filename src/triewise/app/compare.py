@@ -272,13 +272,19 @@ def _looks(looked: Sequence[Looked], dataset: Dataset, users: int, anonymous: bo
     if writer is None or writer.recommender is None:
         return {}
     recommender, split = writer.recommender, _rows(dataset, writer.evaluation)
-    if anonymous:
-        split = replace(split, user_id=np.arange(1, split.n_rows + 1).astype(str).astype(object))
     rows = example_rows(writer.evaluation)
-    figures = recommender.title_figures(dataset)
+    shown = tuple(example(recommender, writer.evaluation, split, r) for r in rows)
+    explorer = explore(looked, dataset, split, users, rows) if users else None
+    if anonymous:
+        ids = [user.user for user in shown] + [user.user for user in (explorer.users if explorer else ())]
+        number = {raw: str(n) for n, raw in enumerate(dict.fromkeys(ids), 1)}
+        shown = tuple(replace(user, user=number[user.user]) for user in shown)
+        if explorer:
+            numbered = tuple(replace(user, user=number[user.user]) for user in explorer.users)
+            explorer = replace(explorer, users=numbered)
+    figures = recommender.title_figures(dataset) | {"examples": shown, "explorer": explorer}
     figures["facts"] |= {"source": without_folders(dataset.info["source"])}
-    figures["examples"] = tuple(example(recommender, writer.evaluation, split, r) for r in rows)
-    return figures | {"explorer": explore(looked, dataset, split, users, rows) if users else None}
+    return figures
 
 
 def report_runs(

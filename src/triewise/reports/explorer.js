@@ -42,7 +42,6 @@
   function way(found, note) {
     const most = Math.max(...found.way.map((one) => (decides(one) ? one[3] : 0)), 1e-9);
     return el("div.way", null,
-      el("h5", null, title(found.t)),
       el("ol", null,
         el("li.heads", {"aria-hidden": "true"}, el("span", null, "ways"), el("span", null, "token"),
           el("span", null, "probability"), el("span", null, "gain, nats")),
@@ -73,7 +72,8 @@
     if (!found.way) return el("li", null, ...inside);
     const key = method.name + " " + found.t;
     const pick = () => { chosen = found.t; draw(key); };
-    return el("li", null, el("button", {type: "button", "aria-pressed": String(found === focus), "data-key": key, onclick: pick}, ...inside));
+    return el("li", null, el("button", {type: "button", "aria-pressed": String(found === focus), "data-key": key, onclick: pick}, ...inside),
+      found === focus ? way(found, method.note) : null);
   }
 
   function column(of, method) {
@@ -88,7 +88,7 @@
     return el("details.method" + (writes ? ".writes" : ""), {open: wide.matches || writes},
       el("summary", null, el(`i.key.${method.colour}`), el("b", null, method.name), el("span", null, place)),
       el("ol.recs", null, ...(lines.length ? lines : [el("li", null, "nothing")])),
-      otherwise(of, method, missed.filter(Boolean).length), focus ? way(focus, method.note) : null);
+      otherwise(of, method, missed.filter(Boolean).length));
   }
 
   function card(user) {

@@ -128,20 +128,23 @@ def write_report(path: Path, report: Report) -> None:
     head = f'<h1>{escape(report.title)}</h1><p class="sub">{escape(report.subtitle)}</p>{_summary(report)}'
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     origins = [(name, f"<code>{escape(value)}</code>") for name, value in report.provenance.items()]
+    explorer = report.explorer
     sections = (
         ("Who finds the next title?", _metrics(report, colour)),
         ("How the training went", _training(report.curves, colour)),
         _catalogue(report),
         ("What users get", _examples(report.examples)),
+        ("", explorer_section(explorer, colour, NOTES["explorer"]) if explorer else ""),
         ("Figures of the papers", statistics_section(report.statistics)),
         ("Notes", f"<ul>{notes}</ul>" if notes else ""),
         ("Where this comes from", _definitions(origins)),
     )
-    parts = [f"<section><h2>{escape(heading)}</h2>{part}</section>" for heading, part in sections if part]
-    policy = ""
-    if report.explorer is not None:
-        policy = script_policy()
-        parts.append(explorer_section(report.explorer, colour, NOTES["explorer"]))
+    parts = [
+        f"<section><h2>{escape(heading)}</h2>{part}</section>" if heading else part
+        for heading, part in sections
+        if part
+    ]
+    policy = script_policy() if explorer else ""
     body = "\n".join([f"<header>{head}</header>", *parts])
     page, rest = _HERE.joinpath("report.html").read_text(encoding="utf-8").split("{title}")
     page, rest = page.replace("{scripts}", policy), rest.replace("{look}", look("css"))

@@ -6,7 +6,7 @@
     exact: "Finds the best titles with a proof that none is missing.",
     catalogue: "Scores every title of the catalogue.",
     beam: "Keeps the best beginnings only: little work, and no proof in general.",
-    grounding: "Writes freely, and returns the titles nearest to that.",
+    grounding: "Writes freely, and returns the titles nearest to that: the probabilities do not give the order.",
   };
   const COSTS = {
     token_forwards: "tokens run", prompt_tokens: "– of the prompt", tree_tokens: "– of titles",
@@ -78,7 +78,7 @@
       el("input", {type: "radio", name: "search", value: name, checked: name === model.search, onchange: () => { explainSearch(); recommend(); }}),
       el("span", null, name)));
     $("searches").replaceChildren($("searches").firstElementChild, ...choices);
-    $("compare").closest("label").hidden = model.searches.length < 2;
+    $("how-searched").hidden = model.searches.length < 2;
     explainSearch();
   }
 
@@ -87,7 +87,7 @@
   const compares = () => state.model.searches.length > 1 && $("compare").checked;
 
   function explainSearch() {
-    $("meaning").textContent = state.model.searches.length > 1 ? MEANING[search()] || "" : "This model scores every item.";
+    $("meaning").textContent = MEANING[search()] || "";
     $("against").textContent = other() === "beam" ? "beam search" : "exact search";
   }
 
@@ -268,7 +268,7 @@
     const place = document.activeElement.dataset.place;
     $("results").replaceChildren(proof(result),
       el("ol.recs", null, ...(rows.length ? rows : [el("li.empty", null, "Nothing is left to recommend.")])),
-      state.model.explains && n ? legend() : "",
+      n ? legend() : "",
       el("div.facts", null, against ? compared(result, against) : null, cost(answer, beside)));
     if (place) (document.querySelector(`[data-place="${place}"]`) || $("answer")).focus({preventScroll: true});
   }
@@ -332,6 +332,7 @@
   }
 
   function legend() {
+    if (!state.model.explains) return el("p.legend", null, "This model scores every item. Its scores have no scale of their own.");
     const shades = [["over 90", 0.95], ["50 to 90", 0.7], ["20 to 50", 0.3], ["5 to 20", 0.1], ["under 5", 0.01]];
     return el("p.legend", null, "Probability of a decision: ", ...shades.flatMap(([said, p]) => [piece(`${said}\u00a0%`, p, true), " "]).flat(),
       el("span.f", null, "grey letters were forced."), " A title opens its way through the tree of all titles.");
