@@ -59,8 +59,12 @@ def test_awkward_strings_round_trip() -> None:
             "objective.support: Input should be 'trie' or 'vocabulary', got 'all'",
         ),
         (
-            {"backbone": {"name": "gpt2"}, "training": {"supervision": "every"}},
-            "needs backbone.template = 'plain'",
+            {
+                "backbone": {"name": "gpt2"},
+                "training": {"supervision": "every"},
+                "hybrid": {"kind": "llara", "items": "x"},
+            },
+            "[hybrid] with training.supervision = 'every' needs backbone.template = 'plain'",
         ),
         (
             {"training": {"batch_size": 10, "accumulation": 3}},

@@ -144,8 +144,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
-        if self.training.supervision == "every" and self.template != "plain":
-            raise ValueError("training.supervision = 'every' needs backbone.template = 'plain'")
+        grows = self.training.supervision == "every"
+        if grows and self.hybrid is not None and self.template != "plain":
+            raise ValueError("[hybrid] with training.supervision = 'every' needs backbone.template = 'plain'")
         if self.training.supervision == "every" and self.objective.preference.negatives:
             raise ValueError("objective.preference.negatives > 0 needs training.supervision = 'last'")
         users = self.hybrid is not None and self.hybrid.kind == "a-llmrec"
@@ -162,9 +163,10 @@ class Recipe(Section):
                 raise ValueError(
                     f"objective.{name} asks a model in the process that trains: set training.workers = 0"
                 )
-        if self.objective.contrast.without_history == "unknown" and self.template == "plain":
+        if self.objective.contrast.without_history == "unknown" and (self.template == "plain" or grows):
             raise ValueError(
-                "objective.contrast.without_history = 'unknown' needs backbone.template = 'msl' or 'd3'"
+                "objective.contrast.without_history = 'unknown' needs backbone.template = 'msl' or 'd3' and "
+                "training.supervision = 'last'"
             )
         if self.training.rows == "train+valid" and self.training.evaluate_every:
             raise ValueError(

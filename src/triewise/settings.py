@@ -239,7 +239,10 @@ class HybridSettings(Section):
 class TrainingSettings(Section):
     """The budget and the optimiser. The budget is steps, never seconds; ``time_limit_s`` only stops early."""
 
-    supervision: Literal["last", "every"] = key("last", "every: each title after the first is a target")
+    supervision: Literal["last", "every"] = key(
+        "last",
+        "every: each title after the first is a target; an instruction then stands once, before all titles",
+    )
     rows: Literal["train", "train+valid"] = key(
         "train", "train+valid: the final fit, after settings are chosen"
     )

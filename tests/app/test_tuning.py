@@ -179,6 +179,9 @@ def shared(recipe: Recipe, space: Path, out: Path) -> None:
 
     def make(self: Any, step: Any, trial: Any, values: Any) -> bool:
         (out / f"by-{os.getpid()}-{step.name}-{trial.number}").touch()
+        waited = time.monotonic() + 200
+        while len({path.name.split("-")[1] for path in out.glob("by-*")}) < 2 and time.monotonic() < waited:
+            time.sleep(0.05)  # else one may have made all before the other has begun
         return really(self, step, trial, values)
 
     tuning._Study._make = make  # type: ignore[method-assign]
@@ -188,7 +191,8 @@ def shared(recipe: Recipe, space: Path, out: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals")
 def test_two_processes_share_a_study(recipe: Recipe, tmp_path: Path) -> None:
-    space, out = written(tmp_path, PLAN.replace("trials = 3", "trials = 5")), tmp_path / "study"
+    space, out = written(tmp_path, PLAN.replace("trials = 3", "trials = 4")), tmp_path / "study"
+    recipe = recipe.changed("training.steps=2")
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=shared, args=(recipe, space, out)) for _ in range(2)]
     for child in both:
@@ -197,7 +201,7 @@ def test_two_processes_share_a_study(recipe: Recipe, tmp_path: Path) -> None:
     for child in both:
         child.join(500)
     assert [child.exitcode for child in both] == [0, 0]
-    for step, n in (("learn", 5), ("decode", 2)):
+    for step, n in (("learn", 4), ("decode", 2)):
         rows = trials_of(out, step)
         assert len(rows) == n and {row[0] for row in rows} <= {"COMPLETE", "PRUNED"}
         made = [path.name.split("-") for path in out.glob(f"by-*-{step}-*")]
@@ -260,6 +264,7 @@ def test_a_first_step_of_decoding_trains_the_recipe_once(recipe: Recipe, tmp_pat
     assert made.steps[0]["trials"] == made.steps[0]["complete"] == 2, "no more than there are"
 
 
+@pytest.mark.filterwarnings("ignore:this model is decoded on the plain")
 def test_a_trial_that_cannot_be_is_told_and_the_others_go_on(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -218,5 +218,7 @@ def test_wrong_examples() -> None:
         Examples(windows, prompts, trie, np.ones(3), zero)
     with pytest.raises(UserError, match=r"wanted zero_gain for \d+ nodes, got an array of shape \(17,\)"):
         Examples(windows, prompts, trie, None, np.zeros(17, dtype=bool))
-    with pytest.raises(UserError, match="several targets need the plain template, got 'd3'"):
+    with pytest.raises(
+        UserError, match="several targets need the plain template or prompts that grow, got 'd3'"
+    ):
         Examples(windows, make_prompts(SIX, "d3"), trie, None, zero)

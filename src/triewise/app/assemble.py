@@ -185,6 +185,7 @@ def _prompts(recipe: Recipe, dataset: Dataset, backbone: Backbone, identifier: I
         chat=settings.chat,
         slots=None if recipe.hybrid is None or slots is None else slots.ids,
         identifier=identifier,
+        growing=recipe.training.supervision == "every",
     )
     prompts = build(max_tokens=settings.max_tokens or MAX_TOKENS)
     positions, longest = max_positions(backbone.model), int(prompts.title_tokens.lengths.max(initial=0))

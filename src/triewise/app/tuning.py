@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from triewise.app.folders import open_data
 from triewise.app.runs import RECIPE, recommender_of, train_run, validator
 from triewise.app.space import Range, Step, changes_of, read_space
 from triewise.errors import UserError
@@ -128,6 +129,7 @@ class _Study:
                     )
         for name, text in given.items():
             write_text(self.out / name, text)
+        open_data(self.start)  # prepared by one process, where it is absent
         url = URL.create("sqlite", database=str((self.out / STUDY).resolve())).render_as_string()
         # Several processes write a few lines a trial; who comes second waits.
         storage = self.optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 120}})

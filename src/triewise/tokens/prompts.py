@@ -12,6 +12,10 @@ Templates (facts of the papers' prompts in ``docs/papers.md``; the sentences of 
     msl     instruction, input, response            title in quotes     MSL, BIGRec
     d3      the same with "User Input"              title and newline   IGD's copy of D3
             (``d3-reworded``: what d3 was here before it had its authors' words, for what was trained on it)
+
+A *growing* prompt has the instruction once and behind it the titles of the history, each as the model writes titles, as
+in ``plain``. So one forward of a user has every title as a target whose prompt is all that stands before it. The
+instruction is the text up to the history; the marker of the answer behind a history is left out.
 """
 
 from __future__ import annotations
@@ -122,6 +126,21 @@ class Prompts:
     identifier: Identifier | None = field(default=None, repr=False)
 
     @property
+    def growing(self) -> bool:
+        """Whether an instruction is followed by titles as they are written, see above."""
+        return bool(self.settings.get("growing"))
+
+    @cached_property
+    def head(self) -> tuple[int, ...]:
+        """Ids in front of the first title of a prompt that is plain or grows."""
+        return tuple(self._around(self.lead)) if self.growing else self.bos
+
+    @property
+    def grows(self) -> bool:
+        """Whether titles of a history stand as they are written, so that each can be a target too."""
+        return self.growing or self.template == "plain"
+
+    @property
     def n_dropped(self) -> int:
         """Titles dropped so far because prompts were too long."""
         return self.dropped.titles
@@ -214,13 +233,13 @@ class Prompts:
         """
         if style not in WITHOUT:
             raise UserError(f"wanted without_history among {', '.join(WITHOUT)}, got {style!r}")
-        if self.template == "plain":
+        if self.grows:
             if style == "unknown":
                 raise UserError(
-                    "without_history = 'unknown' needs an instruction template (msl or d3), got 'plain'; "
-                    "use 'no-input'"
+                    "without_history = 'unknown' needs an instruction template (msl or d3) that does not grow, got "
+                    f"{self.template!r}; use 'no-input'"
                 )
-            return list(self.bos)
+            return list(self.head)
         instruction, mark, section = self.lead.rpartition("\n### ")
         after = _AFTER[self.template]
         if style == "no-input":
@@ -233,8 +252,8 @@ class Prompts:
     def _encode(self, items: list[int]) -> list[int]:
         if self.slots is not None:
             return self._slotted(items, self.slots)
-        if self.template == "plain":
-            return [*self.bos, *itertools.chain.from_iterable(self.title_tokens[i].tolist() for i in items)]
+        if self.grows:
+            return [*self.head, *itertools.chain.from_iterable(self.title_tokens[i].tolist() for i in items)]
         if self.identifier is not None:
             return self._coded(items, self.identifier.titled)
         titles = ", ".join(_IN_HISTORY[self.template].format(self.title[i]) for i in items)
@@ -283,6 +302,7 @@ def build_prompts(
     start: Sequence[int] | None = None,
     slots: SlotIds | None = None,
     identifier: Identifier | None = None,
+    growing: bool = False,
 ) -> Prompts:
     """Tokenise the catalogue and fix everything a prompt depends on.
 
@@ -299,12 +319,13 @@ def build_prompts(
             of a text, and for ``plain``, which needs a first token, its start token or terminator where that is none.
         slots: Of the model that reads the prompts, see `Prompts`.
         identifier: What stands for an item in the place of its title; its names are tokens of the tokenizer.
+        growing: Titles of the history stand as they are written, see `Prompts`; of ``plain`` they do anyway.
 
     Raises:
-        UserError: Unknown template, a tokenizer without terminator or one that cannot split special tokens, ``chat``
-            where it cannot be, or a tokenizer that puts the terminator into a title.
+        UserError: Unknown template, ``chat`` or slots where they cannot be, or a tokenizer that cannot write titles.
     """
     _check(tokenizer, template, chat)
+    grows = _grows(growing, template, slots)
     lead = _BEFORE[template].format(noun=noun, verb=verb) if template in _BEFORE else ""
     sides = _chat_sides(tokenizer) if chat else ((), ())
     bos, said = _started(tokenizer, template, chat, start)
@@ -321,7 +342,7 @@ def build_prompts(
         max_history=max_history,
         max_tokens=max_tokens,
         hash="",
-        settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat, **said},
+        settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat, **said, **grows},
         special=_special(tokenizer),
         slots=slots,
         identifier=identifier,
@@ -343,8 +364,20 @@ def _hash(made: Prompts, n_items: int) -> str:
     frame += [made.lead, made.before, made.after, made.bos, made.max_history, made.max_tokens]
     coded = None if identifier is None else replace(identifier, codes=identifier.codes[:n_items])
     read = _read_beside(made.slots, coded)
-    identity = [*frame, tokenizer_hash(made.tokenizer), *read]
+    grows = [key for key in ("growing",) if key in made.settings]
+    identity = [*frame, tokenizer_hash(made.tokenizer), *read, *grows]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _grows(growing: bool, template: str, slots: SlotIds | None) -> dict[str, bool]:
+    """What settings have to say of prompts that grow; of ``plain`` and of others nothing."""
+    if not growing or template == "plain":
+        return {}
+    if slots is not None:
+        raise UserError(
+            f"item vectors in a prompt that grows need the plain template, got {template!r}; use it"
+        )
+    return {"growing": True}
 
 
 def _check(tokenizer: Any, template: str, chat: bool) -> None:

@@ -118,10 +118,10 @@ class Examples:
                 "windows with several targets have several histories, and a user's slot knows one; use "
                 "supervision = 'last'"
             )
-        if several and prompts.template != "plain":
+        if several and not prompts.grows:
             raise UserError(
-                f"windows with several targets need the plain template, got {prompts.template!r}: elsewhere titles of "
-                "the history are no answers; use supervision = 'last'"
+                f"windows with several targets need the plain template or prompts that grow, got {prompts.template!r}: "
+                "elsewhere titles of the history are no answers; use supervision = 'last'"
             )
         self._node_T = before_T.astype(np.int64)
         self._weight_T = weight_T.astype(np.float32)

@@ -239,7 +239,7 @@ def _fit(windows: Windows, prompts: Prompts) -> Windows:
     size = prompts.title_tokens.lengths[items.values] + (prompts.slots is not None)
     end = np.concatenate(([0], np.cumsum(size)))
     last = items.offsets[1:] - 1
-    room = prompts.max_tokens - len(prompts.bos)
+    room = prompts.max_tokens - len(prompts.head)
     # The first title of a window that may stay: titles first..last-1 take at most ``room`` tokens.
     first = np.minimum(np.searchsorted(end, end[last] - room, side="left"), last - 1)
     cut = np.maximum(first - items.offsets[:-1], 0)
