@@ -378,6 +378,7 @@ def test_a_table_of_shares_is_counted(world: dict[str, Any], tmp_path: Path) -> 
     made = reproduce(
         "igd-table-1", tmp_path, data=world["data"], scale="small", changes=["backbone.tiny.vocabulary=300"]
     )
+    assert not made.rows[0].failed, made.rows[0].failed
     (found,) = made.rows[0].findings
     assert 0 < found.ours < 100 and found.verdict == "the paper's number is not recorded"
     assert made.as_json()["titles"]["findings"][0]["ours"] == found.ours

@@ -109,9 +109,8 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
         for r in rows
         if base is not None and base.evaluation is not None and r.evaluation is not None and r is not base
     }
-    rows = (
-        tuple(replace(r, findings=tuple(_findings(wish, r, base))) for r in rows) if table.published else rows
-    )
+    if table.published:
+        rows = tuple(replace(r, findings=r.findings or tuple(_findings(wish, r, base))) for r in rows)
     heads, lines = _beside(rows) if table.published else _own(rows, differences, table.against)
     shown = [heads, ["---"] * len(heads), *lines]
     text = "\n".join(f"| {' | '.join(line)} |" for line in shown) + "\n"
