@@ -23,6 +23,7 @@ from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.ranking import load_evaluation
 from triewise.recipe import load_recipe, recipe_folder
+from triewise.reports import item_score_entropy
 
 TINY = {"vocabulary": 300, "width": 16, "heads": 2, "feed_forward": 32}
 
@@ -382,6 +383,26 @@ def test_a_table_of_shares_is_counted(world: dict[str, Any], tmp_path: Path) -> 
     (found,) = made.rows[0].findings
     assert 0 < found.ours < 100 and found.verdict == "the paper's number is not recorded"
     assert made.as_json()["titles"]["findings"][0]["ours"] == found.ours
+
+
+def test_repetition_and_entropy_of_lists_stand_beside_the_papers(
+    world: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = [change for change in world["changes"] if not change.startswith("data.folder")]
+    ask = world | {
+        "changes": changes,
+        "seeds": 1,
+        "rows": ["alpha-0", "alpha-0-4"],
+        "trials": 1,
+        "scale": "small",
+    }
+    made = reproduce("igd-table-7", tmp_path, **ask)
+    assert not any(r.failed for r in made.rows), [r.failed for r in made.rows]
+    found = made.rows[1].findings[:2]
+    assert [one.what for one in found] == ["repetition of first words", "entropy of scores, bits"]
+    assert all(one.low <= one.ours + 1e-9 and one.ours <= one.high + 1e-9 for one in found)
+    assert 0 < found[0].ours <= 1
+    assert found[1].ours == pytest.approx(item_score_entropy(made.rows[1].evaluation.scores).mean())  # type: ignore[union-attr]
 
 
 def test_time_and_deviation_of_seeds_stand_beside_the_papers(world: dict[str, Any], tmp_path: Path) -> None:

@@ -12,8 +12,19 @@ import numpy as np
 from triewise.app.compare import Repeats, comparisons, row
 from triewise.app.folders import open_run
 from triewise.app.paper_tables import SHOWN_METRICS, Finding, PaperTable, Scale, deviation, verdict
+from triewise.app.studying import studied_runs
 from triewise.files import write_text
-from triewise.reports import Comparison, Report, Row, write_report
+from triewise.ranking import interval
+from triewise.recommenders import GenerativeRecommender, load
+from triewise.reports import (
+    Comparison,
+    Report,
+    Row,
+    first_word_repetition,
+    item_score_entropy,
+    make_statistics,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from triewise.ranking import Evaluation
@@ -134,6 +145,9 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
             comparisons=tuple(c for each in differences.values() for c in each.values()),
             notes=(*_said(table, rows), *failed),
             provenance=first["versions"] | {"commit": first["commit"] or "installed package"},
+            statistics=make_statistics(
+                table.statistics, studied_runs([r.run for r in done], [r.title for r in done])
+            ),
         )
         write_report(html, report)
     return ReproducedTable(rows, differences, text, html)
@@ -156,8 +170,31 @@ def _findings(wish: Wish, r: TableRow, base: TableRow | None) -> Iterator[Findin
         low, high = (min(times), max(times)) if len(times) > 1 else (float("nan"),) * 2
         what = f"time of training, times that of {base.title} (range over seeds)"
         yield Finding(what, float(np.mean(times)), low, high, paper, verdict(paper, low, high))
+    elif table.measure == "repetition":
+        yield from _listed(wish, r)
     for metric in [m for m in SHOWN_METRICS if m == METRIC or m in table.metrics]:
         yield from _accuracy(wish, r, base, metric)
+
+
+def _listed(wish: Wish, r: TableRow) -> Iterator[Finding]:
+    """How alike the titles are that a user gets, and how even their scores."""
+    writer = load(r.run, assistant=False)
+    assert isinstance(writer, GenerativeRecommender) and r.evaluation is not None and r.recipe is not None
+    runs = r.evaluation.runs if isinstance(r.evaluation, Repeats) else (r.evaluation,)
+    of_users = {
+        "repetition": [first_word_repetition(writer.trie, run.items) for run in runs],
+        "entropy": [item_score_entropy(run.scores) for run in runs],
+    }
+    names = {"repetition": "repetition of first words", "entropy": "entropy of scores, bits"}
+    alike = wish.table.backbone in r.recipe.backbone.name.lower()
+    for measure, each in of_users.items():
+        values = np.mean(each, axis=0)
+        low, high = interval(values, seed=0)
+        paper = wish.table.number(r.name, wish.data, measure)
+        said = verdict(paper, low, high)
+        if paper is not None and not alike:
+            said = f"of {wish.table.backbone}: not comparable"
+        yield Finding(names[measure], float(values.mean()), low, high, paper, said)
 
 
 def _accuracy(wish: Wish, r: TableRow, base: TableRow | None, metric: str) -> Iterator[Finding]:
