@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from triewise.app import evaluate_run, open_run, row
 from triewise.app.paper_tables import SCALES, deviation, read_table, table_names, verdict
 from triewise.app.reproduce import TableRow, reproduce_table as reproduce
 from triewise.app.runs import train_run
+from triewise.app.tabulating import Wish, judged
 from triewise.cli import app
+from triewise.data import load_dataset
 from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.ranking import load_evaluation
@@ -271,6 +274,23 @@ def test_a_verdict_says_where_an_interval_lies() -> None:
         assert verdict(number, 0.28, 0.32) != "within" and verdict(number, -0.32, -0.28) == "below"
 
 
+def test_numbers_of_something_else_are_not_judged() -> None:
+    """Another data set, another model and other settings are said; the same three are judged."""
+    recipe, small = load_recipe("papers/msl-llama3-8b"), load_recipe("ledger/msl-ats")
+    wish = Wish(read_table("msl-table-6"), "paper", Path(), "office", (), 1, None, n_items=2414)
+    assert judged(wish, recipe, 0.0438, 0.04, 0.05) == "within"
+    assert judged(wish, recipe, 0.0438, 0.02, 0.03) == "below"
+    assert judged(wish, small, 0.0438, 0.04, 0.05) == "of llama-3-8b: not comparable"
+    assert judged(replace(wish, n_items=20), recipe, 0.0438, 0.04, 0.05).startswith("of 2,414 items, here 20")
+    assert judged(wish, small, None, 0.04, 0.05) == "the paper's number is not recorded"
+    sasrec, table = load_recipe("papers/msl-table-5/sasrec"), read_table("msl-table-5")
+    assert judged(replace(wish, table=table), sasrec, 0.0183, 0.01, 0.02) == "within"
+    assert (
+        judged(replace(wish, scale="small"), sasrec, 0.0183, 0.01, 0.02)
+        == "of other settings: not comparable"
+    )
+
+
 def test_the_deviation_over_seeds_covers_the_true_one() -> None:
     """Of 200 tables of three normal seeds with a deviation of 10 %, the interval misses it about one time in twenty."""
     rng = np.random.default_rng(0)
@@ -299,7 +319,8 @@ def test_a_table_of_a_paper_has_its_number_beside_ours_in_both_supports(
         "NDCG@10, vocabulary, over LML",
     ]
     assert found["NDCG@10, trie"].paper == 0.0438
-    assert found["NDCG@10, trie"].verdict == "of llama-3-8b: not comparable"
+    n = load_dataset(tmp_path / "prepared").catalog.n_items
+    assert found["NDCG@10, trie"].verdict == f"of 2,414 items, here {n}: not comparable"
     difference, gain = made.differences["msl-ats"]["NDCG@10"], found["NDCG@10, trie, over LML"]
     level = row(lml.evaluation).metrics["NDCG@10"]
     assert gain.ours == pytest.approx(difference.difference / level)
