@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from triewise.app import evaluate_run, open_run, row
 from triewise.app.paper_tables import SCALES, deviation, read_table, table_names, verdict
 from triewise.app.reproduce import TableRow, reproduce_table as reproduce
 from triewise.app.runs import train_run
+from triewise.app.tabulating import Wish, judged
 from triewise.cli import app
+from triewise.data import load_dataset
 from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.ranking import load_evaluation
 from triewise.recipe import load_recipe, recipe_folder
+from triewise.reports import item_score_entropy
 
 TINY = {"vocabulary": 300, "width": 16, "heads": 2, "feed_forward": 32}
 
@@ -270,6 +274,23 @@ def test_a_verdict_says_where_an_interval_lies() -> None:
         assert verdict(number, 0.28, 0.32) != "within" and verdict(number, -0.32, -0.28) == "below"
 
 
+def test_numbers_of_something_else_are_not_judged() -> None:
+    """Another data set, another model and other settings are said; the same three are judged."""
+    recipe, small = load_recipe("papers/msl-llama3-8b"), load_recipe("ledger/msl-ats")
+    wish = Wish(read_table("msl-table-6"), "paper", Path(), "office", (), 1, None, n_items=2414)
+    assert judged(wish, recipe, 0.0438, 0.04, 0.05) == "within"
+    assert judged(wish, recipe, 0.0438, 0.02, 0.03) == "below"
+    assert judged(wish, small, 0.0438, 0.04, 0.05) == "of llama-3-8b: not comparable"
+    assert judged(replace(wish, n_items=20), recipe, 0.0438, 0.04, 0.05).startswith("of 2,414 items, here 20")
+    assert judged(wish, small, None, 0.04, 0.05) == "the paper's number is not recorded"
+    sasrec, table = load_recipe("papers/msl-table-5/sasrec"), read_table("msl-table-5")
+    assert judged(replace(wish, table=table), sasrec, 0.0183, 0.01, 0.02) == "within"
+    assert (
+        judged(replace(wish, scale="small"), sasrec, 0.0183, 0.01, 0.02)
+        == "of other settings: not comparable"
+    )
+
+
 def test_the_deviation_over_seeds_covers_the_true_one() -> None:
     """Of 200 tables of three normal seeds with a deviation of 10 %, the interval misses it about one time in twenty."""
     rng = np.random.default_rng(0)
@@ -298,7 +319,8 @@ def test_a_table_of_a_paper_has_its_number_beside_ours_in_both_supports(
         "NDCG@10, vocabulary, over LML",
     ]
     assert found["NDCG@10, trie"].paper == 0.0438
-    assert found["NDCG@10, trie"].verdict == "of llama-3-8b: not comparable"
+    n = load_dataset(tmp_path / "prepared").catalog.n_items
+    assert found["NDCG@10, trie"].verdict == f"of 2,414 items, here {n}: not comparable"
     difference, gain = made.differences["msl-ats"]["NDCG@10"], found["NDCG@10, trie, over LML"]
     level = row(lml.evaluation).metrics["NDCG@10"]
     assert gain.ours == pytest.approx(difference.difference / level)
@@ -378,9 +400,30 @@ def test_a_table_of_shares_is_counted(world: dict[str, Any], tmp_path: Path) -> 
     made = reproduce(
         "igd-table-1", tmp_path, data=world["data"], scale="small", changes=["backbone.tiny.vocabulary=300"]
     )
+    assert not made.rows[0].failed, made.rows[0].failed
     (found,) = made.rows[0].findings
     assert 0 < found.ours < 100 and found.verdict == "the paper's number is not recorded"
     assert made.as_json()["titles"]["findings"][0]["ours"] == found.ours
+
+
+def test_repetition_and_entropy_of_lists_stand_beside_the_papers(
+    world: dict[str, Any], tmp_path: Path
+) -> None:
+    changes = [change for change in world["changes"] if not change.startswith("data.folder")]
+    ask = world | {
+        "changes": changes,
+        "seeds": 1,
+        "rows": ["alpha-0", "alpha-0-4"],
+        "trials": 1,
+        "scale": "small",
+    }
+    made = reproduce("igd-table-7", tmp_path, **ask)
+    assert not any(r.failed for r in made.rows), [r.failed for r in made.rows]
+    found = made.rows[1].findings[:2]
+    assert [one.what for one in found] == ["repetition of first words", "entropy of scores, bits"]
+    assert all(one.low <= one.ours + 1e-9 and one.ours <= one.high + 1e-9 for one in found)
+    assert 0 < found[0].ours <= 1
+    assert found[1].ours == pytest.approx(item_score_entropy(made.rows[1].evaluation.scores).mean())  # type: ignore[union-attr]
 
 
 def test_time_and_deviation_of_seeds_stand_beside_the_papers(world: dict[str, Any], tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ class PaperTable:
         data: Source of the paper's rows, where none is given.
         metrics: What the numbers are.
         numbers: Data set -> row -> numbers, one for each of ``metrics``; a missing one is NaN.
+        items: Of the paper's data sets, by which those of other times or filters are told from them.
         statistics: Names of `triewise.reports.PLACES` that belong to the table.
     """
 
@@ -82,6 +83,7 @@ class PaperTable:
     data: str = ""
     metrics: tuple[str, ...] = SHOWN_METRICS
     numbers: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    items: Mapping[str, int] = field(default_factory=dict)
     statistics: tuple[str, ...] = ()
 
     @cached_property

@@ -27,10 +27,9 @@ from triewise.app.paper_tables import (
     data_name,
     read_table,
     table_names,
-    verdict,
 )
 from triewise.app.runs import evaluate_run, train_run
-from triewise.app.tabulating import METRIC, SUPPORTS, ReproducedTable, TableRow, Wish, write_table
+from triewise.app.tabulating import METRIC, SUPPORTS, ReproducedTable, TableRow, Wish, judged, write_table
 from triewise.errors import UserError
 from triewise.files import read_json, sha256_file, write_json, write_text
 from triewise.progress import note
@@ -196,12 +195,13 @@ def _row(wish: Wish, plan: RowPlan) -> TableRow:
 def _counted(wish: Wish, plan: RowPlan) -> TableRow:
     """The share of target tokens without gain, counted in the training rows; no model is run."""
     recipe = load_recipe(plan.recipe, [*plan.changes, *wish.common])
-    folder = open_data(recipe).folder
-    facts = describe_data(folder, recipe.backbone.name, recipe.backbone.template)
+    dataset = open_data(recipe)
+    facts = describe_data(dataset.folder, recipe.backbone.name, recipe.backbone.template)
     share, paper = 100 * facts["zero_gain_share"], wish.table.number(plan.name, wish.data, "zero-gain")
     told = f"zero-gain tokens of {recipe.backbone.name}'s tokenizer, %"
     exact = round(share, 2)  # as many digits as the paper prints
-    one = Finding(told, share, exact, exact, paper, verdict(paper, exact, exact))
+    said = judged(replace(wish, n_items=dataset.catalog.n_items), recipe, paper, exact, exact)
+    one = Finding(told, share, exact, exact, paper, said)
     return TableRow(plan.name, plan.title, findings=(one,), recipe=recipe)
 
 

@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from triewise.app.compare import Repeats, comparisons, row
-from triewise.app.folders import open_run
+from triewise.app.folders import data_of, open_run
 from triewise.app.paper_tables import SHOWN_METRICS, Finding, PaperTable, Scale, deviation, verdict
+from triewise.app.studying import studied_runs
 from triewise.files import write_text
-from triewise.reports import Comparison, Report, Row, write_report
+from triewise.ranking import interval
+from triewise.recommenders import GenerativeRecommender, load
+from triewise.reports import (
+    Comparison,
+    Report,
+    Row,
+    first_word_repetition,
+    item_score_entropy,
+    make_statistics,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from triewise.ranking import Evaluation
@@ -98,20 +109,22 @@ class Wish:
     common: tuple[str, ...]
     seeds: int
     trials: int | None
+    n_items: int = 0
 
 
 def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> ReproducedTable:
     """The table as text, and a page of it in a report."""
-    table = wish.table
+    table, first = wish.table, next((r.run for r in rows if r.evaluation is not None), None)
+    if first is not None:
+        wish = replace(wish, n_items=data_of(first, open_run(first)[1]).catalog.n_items)
     base = next((r for r in rows if r.name == table.against and r.evaluation is not None), None)
     differences = {
         r.name: {c.metric: c for c in comparisons([r.evaluation, base.evaluation])}
         for r in rows
         if base is not None and base.evaluation is not None and r.evaluation is not None and r is not base
     }
-    rows = (
-        tuple(replace(r, findings=tuple(_findings(wish, r, base))) for r in rows) if table.published else rows
-    )
+    if table.published:
+        rows = tuple(replace(r, findings=r.findings or tuple(_findings(wish, r, base))) for r in rows)
     heads, lines = _beside(rows) if table.published else _own(rows, differences, table.against)
     shown = [heads, ["---"] * len(heads), *lines]
     text = "\n".join(f"| {' | '.join(line)} |" for line in shown) + "\n"
@@ -125,7 +138,7 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
         failed = [
             f"{r.title} {'not run' if table.published else 'failed'}: {r.failed}" for r in rows if r.failed
         ]
-        first = open_run(ordered[0].run)[1]
+        record = open_run(ordered[0].run)[1]
         how = "as the authors rank" if table.published and wish.scale == "paper" else "ranked exactly"
         report = Report(
             title=f"{table.title or table.name}: {len(rows)} {'rows' if table.published else 'losses'} on {data}",
@@ -134,7 +147,10 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
             rows=tuple(_shown(r) for r in ordered),
             comparisons=tuple(c for each in differences.values() for c in each.values()),
             notes=(*_said(table, rows), *failed),
-            provenance=first["versions"] | {"commit": first["commit"] or "installed package"},
+            provenance=record["versions"] | {"commit": record["commit"] or "installed package"},
+            statistics=make_statistics(
+                table.statistics, studied_runs([r.run for r in done], [r.title for r in done])
+            ),
         )
         write_report(html, report)
     return ReproducedTable(rows, differences, text, html)
@@ -157,15 +173,49 @@ def _findings(wish: Wish, r: TableRow, base: TableRow | None) -> Iterator[Findin
         low, high = (min(times), max(times)) if len(times) > 1 else (float("nan"),) * 2
         what = f"time of training, times that of {base.title} (range over seeds)"
         yield Finding(what, float(np.mean(times)), low, high, paper, verdict(paper, low, high))
+    elif table.measure == "repetition":
+        yield from _listed(wish, r)
     for metric in [m for m in SHOWN_METRICS if m == METRIC or m in table.metrics]:
         yield from _accuracy(wish, r, base, metric)
+
+
+def judged(wish: Wish, recipe: Recipe, paper: float | None, low: float, high: float) -> str:
+    """`verdict`, or why a paper's number is of something else than what was run."""
+    table, sequential = wish.table, recipe.sequential is not None
+    items = table.items.get(wish.data, wish.n_items)
+    if paper is None:
+        return verdict(None, low, high)
+    if items != wish.n_items:
+        return f"of {items:,} items, here {wish.n_items:,}: not comparable"
+    if sequential and wish.scale != "paper":
+        return "of other settings: not comparable"
+    if not sequential and table.backbone not in recipe.backbone.name.lower():
+        return f"of {table.backbone}: not comparable"
+    return verdict(paper, low, high)
+
+
+def _listed(wish: Wish, r: TableRow) -> Iterator[Finding]:
+    """How alike the titles are that a user gets, and how even their scores."""
+    writer = load(r.run, assistant=False)
+    assert isinstance(writer, GenerativeRecommender) and r.evaluation is not None and r.recipe is not None
+    runs = r.evaluation.runs if isinstance(r.evaluation, Repeats) else (r.evaluation,)
+    of_users = {
+        "repetition": [first_word_repetition(writer.trie, run.items) for run in runs],
+        "entropy": [item_score_entropy(run.scores) for run in runs],
+    }
+    names = {"repetition": "repetition of first words", "entropy": "entropy of scores, bits"}
+    for measure, each in of_users.items():
+        values = np.mean(each, axis=0)
+        low, high = interval(values, seed=0)
+        paper = wish.table.number(r.name, wish.data, measure)
+        said = judged(wish, r.recipe, paper, low, high)
+        yield Finding(names[measure], float(values.mean()), low, high, paper, said)
 
 
 def _accuracy(wish: Wish, r: TableRow, base: TableRow | None, metric: str) -> Iterator[Finding]:
     """A metric of a row, and how far it is above the row all are compared with, for each support."""
     assert r.evaluation is not None and r.recipe is not None
     table, sequential = wish.table, r.recipe.sequential is not None
-    alike = wish.scale == "paper" if sequential else table.backbone in r.recipe.backbone.name.lower()
     paper, gained = table.number(r.name, wish.data, metric), table.gain(r.name, wish.data, metric)
     own = r.recipe.evaluation.support
     for support, found in ((own, r.evaluation), (SUPPORTS[own], r.other)):
@@ -173,9 +223,7 @@ def _accuracy(wish: Wish, r: TableRow, base: TableRow | None, metric: str) -> It
             continue
         named = metric if sequential else f"{metric}, {support}"
         line = row(found)
-        said = verdict(paper, *line.intervals[metric])
-        if paper is not None and not alike:
-            said = f"of {'other settings' if sequential else table.backbone}: not comparable"
+        said = judged(wish, r.recipe, paper, *line.intervals[metric])
         yield Finding(named, line.metrics[metric], *line.intervals[metric], paper, said)
         against = None if base is None or base is r else _of_support(base, support)
         if against is None or base is None:
