@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from triewise.plain import clean
 
 SECONDS_BETWEEN_LINES = 60.0
+_bars = True
 
 
 def note(text: str) -> None:
@@ -31,7 +32,7 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[..., No
         total: Number of units in all.
         unit: Their name, for example ``"users"``.
     """
-    if sys.stderr.isatty() and is_first_process():
+    if _bars and sys.stderr.isatty() and is_first_process():
         with _bar(clean(what), total, unit) as move:
             yield move
         return
@@ -50,6 +51,12 @@ def progress(what: str, total: int, unit: str = "") -> Iterator[Callable[..., No
     note(f"{what}: {total} {unit}".rstrip())
     yield advance
     note(f"{what}: {done}/{total} {unit}".rstrip() + f" in {time.monotonic() - started:.0f} s")
+
+
+def in_lines() -> None:
+    """Lines on a terminal too, from now on: for processes that work side by side."""
+    global _bars
+    _bars = False
 
 
 def is_first_process() -> bool:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import triewise
 from tests import worlds
+from tests.conftest import shared
 from triewise.app import evaluate_run, report_runs, train_run
 from triewise.app.assemble import Assembly, assemble
 from triewise.app.folders import open_data
@@ -22,7 +23,7 @@ from triewise.errors import UserError
 from triewise.files import read_json, write_json
 from triewise.models import head_weight
 from triewise.models.new_tokens import add_tokens
-from triewise.recipe import Recipe, parse_recipe
+from triewise.recipe import Recipe, load_recipe, parse_recipe
 from triewise.recommenders import IDENTIFIER, GenerativeRecommender
 from triewise.tokens import read_identifier
 
@@ -297,3 +298,26 @@ def test_codes_over_a_quantised_base(raw: Path, kind: str, tmp_path: Path) -> No
     made = recipe(raw, backbone={"quantisation": kind, "lora": LORA, "tiny": tiny})
     train_run(made, tmp_path / "run")
     assert 0 <= evaluate_run(tmp_path / "run").metrics["HR@10"] <= 1
+
+
+@pytest.mark.slow
+def test_the_recipe_of_letters_codes(tmp_path: Path) -> None:
+    """Two steps and three users of it, on its data."""
+    index = shared("letter_instruments") / "Instruments.index.json.gz"
+    changes = (
+        "training.steps=2",
+        "training.warmup_steps=1",
+        "training.evaluate_every=0",
+        "training.patience=0",
+    )
+    places = (
+        f"data.source=codes:{index.parent.as_posix()}",
+        f"data.folder={(tmp_path / 'prepared').as_posix()}",
+        f"identifier.file={index.as_posix()}",
+    )
+    made = load_recipe("letter/msl-codes", [*changes, *places, "evaluation.users=3"])
+    train_run(made, tmp_path / "run")
+    metrics = evaluate_run(tmp_path / "run").metrics
+    assert metrics["n_users"] == 3 and metrics["exclude"] == "none"
+    loaded = triewise.load(tmp_path / "run")
+    assert loaded.groups.n_groups == 9897

@@ -50,6 +50,32 @@ def test_k_means_finds_clouds_and_gives_the_nearest_centre() -> None:
         np.testing.assert_allclose(centre[k], points[code == k].mean(0))
 
 
+def test_points_that_weigh_more_get_more_of_the_codes() -> None:
+    """Centres are weighted means, and what is minimised is the weighted sum of squared distances."""
+    points = RNG(0).normal(size=(200, 3))
+    weight = np.where(np.arange(200) < 20, 50.0, 1.0)
+    left = {}
+    for name, given in (("weighted", weight), ("alike", None)):
+        centre, code = k_means(points, 8, RNG(1), given)
+        left[name] = (weight * ((points - centre[code]) ** 2).sum(1)).sum()
+        for k in np.unique(code):
+            by = np.ones(200) if given is None else given
+            np.testing.assert_allclose(
+                centre[k], np.average(points[code == k], axis=0, weights=by[code == k])
+            )
+    assert left["weighted"] < 0.8 * left["alike"]
+
+
+def test_codes_are_of_directions_and_finer_where_items_are_met() -> None:
+    vectors, _ = clouds(80)
+    plain = residual_codes(vectors, np.arange(80), (6, 4), False, 0)
+    assert residual_codes(3 * vectors + 7, np.arange(80), (6, 4), False, 0) == plain
+    met = np.where(np.arange(80) < 12, 1000, 0)
+    told = residual_codes(vectors, np.arange(80), (6, 4), False, 0, met)
+    assert len(set(told.codes[:12])) > len(set(plain.codes[:12]))
+    assert residual_codes(np.ones((5, 2)), np.arange(5), (2,), False, 0).collisions > 0
+
+
 @pytest.mark.parametrize("n_points", [1, 3, 7])
 def test_fewer_or_equal_points_than_codes(n_points: int) -> None:
     assert sorted(k_means(np.eye(7)[:n_points], 5, RNG(0))[1].tolist())[-1] == min(n_points, 5) - 1

@@ -29,7 +29,7 @@ def identifier_of(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backb
     Args:
         recipe: What to do.
         dataset: The data.
-        rows: Training rows, for the SVD and for which of two titles with equal codes comes first.
+        rows: Training rows, for the SVD and for how often each item is met.
         backbone: Whose embedding is averaged, where that is what is quantised.
 
     Raises:
@@ -39,15 +39,15 @@ def identifier_of(recipe: Recipe, dataset: Dataset, rows: Split, backbone: Backb
     titled = settings.kind == "codes+title"
     if settings.kind == "title":
         return None
+    met = np.bincount(np.concatenate([rows.history.values, rows.target]), minlength=catalog.n_items)
     file = recipe.objective.preference.reference or settings.file
     if file is not None:
         made = read_codes(file, dataset, titled)
     else:
         vectors = _vectors(recipe, dataset, rows, backbone)
-        made = residual_codes(vectors, catalog.group, settings.levels, titled, recipe.seed)
+        made = residual_codes(vectors, catalog.group, settings.levels, titled, recipe.seed, met)
     if settings.collisions == "level":
-        met = np.concatenate([rows.history.values, rows.target])
-        made = told_apart(made, catalog.group, np.bincount(met, minlength=catalog.n_items))
+        made = told_apart(made, catalog.group, met)
     shared = f", {made.collisions} items share theirs" if made.collisions else ""
     note(f"codes of items: {len(made.names)} tokens, at most {max(map(len, made.codes))} an item{shared}")
     return made

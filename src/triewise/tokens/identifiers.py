@@ -90,12 +90,18 @@ def read_identifier(path: Path, catalog: Catalog, titled: bool = False) -> Ident
 
 
 def residual_codes(
-    vectors_ID: Float64, group_I: Ints, levels: Sequence[int] | None, titled: bool, seed: int
+    vectors_ID: Float64,
+    group_I: Ints,
+    levels: Sequence[int] | None,
+    titled: bool,
+    seed: int,
+    met_I: Ints | None = None,
 ) -> Identifier:
     """Codes by residual quantisation: k-means of the vectors, of what is left of them, and so on.
 
-    Items with equal titles, which nothing tells apart, get the mean of their vectors and so the same codes. A level
-    whose vectors are fewer than its codes has a code for each.
+    Vectors are centred and scaled to length 1 first: item vectors of popular items are short, and k-means would spend
+    its codes on the others. Items with equal titles, which nothing tells apart, get the mean of their vectors and so
+    the same codes. A level whose vectors are fewer than its codes has a code for each.
 
     Args:
         vectors_ID: Of the items, float (I, d).
@@ -103,14 +109,19 @@ def residual_codes(
         levels: Codes of each level; None: by the number of titles, see `default_levels`.
         titled: Whether the title follows the codes.
         seed: Of the first centres.
+        met_I: How often training rows have each item, int (I,): so much, and one, a vector weighs; None: all alike.
     """
     _, group = np.unique(group_I, return_inverse=True)
-    left = np.zeros((int(group.max()) + 1, vectors_ID.shape[1]))
+    weight = (1 + np.bincount(group, met_I)).astype(np.float64)
+    left = np.zeros((len(weight), vectors_ID.shape[1]))
     np.add.at(left, group, vectors_ID)
     left /= np.bincount(group)[:, None]
+    left -= left.mean(0)
+    length = np.linalg.norm(left, axis=1, keepdims=True)
+    left /= np.where(length > 0, length, 1)
     rng, codes = np.random.default_rng(seed), []
     for n_codes in levels or default_levels(len(left)):
-        centre, code = k_means(left, n_codes, rng)
+        centre, code = k_means(left, n_codes, rng, weight)
         left = left - centre[code]
         codes.append(code[group])
     return Identifier(_named(np.stack(codes, axis=1)), titled)
@@ -148,17 +159,20 @@ def default_levels(n_titles: int) -> tuple[int, ...]:
     return (size,) * (2 if n_titles <= LARGEST**2 else 3)
 
 
-def k_means(points_ND: Float64, n_codes: int, rng: np.random.Generator) -> tuple[Float64, Int64]:
+def k_means(
+    points_ND: Float64, n_codes: int, rng: np.random.Generator, weight_N: Float64 | None = None
+) -> tuple[Float64, Int64]:
     """Centres (K, d) and the nearest of them to each point (N,): Lloyd's algorithm from k-means++.
 
-    A centre that loses all its points takes the one that is farthest from its own.
+    A centre that loses all its points takes the one that adds most to what is minimised. Points may have weights > 0.
     """
     n_codes = min(n_codes, len(points_ND))
-    centre_KD = points_ND[[rng.integers(len(points_ND))]]
+    weight_N = np.ones(len(points_ND)) if weight_N is None else weight_N
+    centre_KD = points_ND[[rng.choice(len(points_ND), p=weight_N / weight_N.sum())]]
     near_N = ((points_ND - centre_KD) ** 2).sum(1)
     for _ in range(1, n_codes):
-        total = near_N.sum()
-        chosen = rng.choice(len(points_ND), p=near_N / total if total > 0 else None)
+        total = (weight_N * near_N).sum()
+        chosen = rng.choice(len(points_ND), p=weight_N * near_N / total if total > 0 else None)
         centre_KD = np.vstack([centre_KD, points_ND[chosen]])
         near_N = np.minimum(near_N, ((points_ND - points_ND[chosen]) ** 2).sum(1))
     code_N = np.full(len(points_ND), -1)
@@ -167,11 +181,11 @@ def k_means(points_ND: Float64, n_codes: int, rng: np.random.Generator) -> tuple
         if np.array_equal(before, code_N):
             break
         for empty in np.flatnonzero(np.bincount(code_N, minlength=n_codes) == 0):
-            alone = int(far_N.argmax())
+            alone = int((weight_N * far_N).argmax())
             code_N[alone], far_N[alone] = empty, -1.0
         sums_KD = np.zeros_like(centre_KD)
-        np.add.at(sums_KD, code_N, points_ND)
-        centre_KD = sums_KD / np.maximum(np.bincount(code_N, minlength=n_codes), 1)[:, None]
+        np.add.at(sums_KD, code_N, weight_N[:, None] * points_ND)
+        centre_KD = sums_KD / np.maximum(np.bincount(code_N, weight_N, n_codes), 1e-300)[:, None]
     return centre_KD, code_N
 
 
