@@ -6,15 +6,14 @@ import re
 from importlib import resources
 
 from triewise.errors import UserError
-from triewise.reports.explorer import look
 
 SCALE = 3  # pixels of a PNG for each unit of a figure
 
 
 def standalone(svg: str) -> str:
     """An SVG drawing of a report with the rules of the page that it needs in it, in the light colours."""
-    page = resources.files("triewise.reports").joinpath("report.html").read_text(encoding="utf-8")
-    shared = look("css")
+    here = resources.files("triewise.reports")
+    page, shared = (here.joinpath(name).read_text(encoding="utf-8") for name in ("report.html", "look.css"))
     values = dict(re.findall(r"--(\w+):([^;}]+)", shared[: shared.index("@media")]))
     used = {"", *" ".join(re.findall(r'class="([^"]*)"', svg)).split()}
     rules = []

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from triewise.reports.description import percent
 from triewise.reports.figures import Dot, dot_panel, series_panel
 from triewise.reports.statistics import (
     Statistic,
@@ -48,7 +47,7 @@ def zero_gain(runs: Runs, data: Data) -> Statistic | None:
         table = zero_gain_tokens(one.trie, one.counts)
         frames.append(named(table, data=one.name))
         n, share = int(table["tokens"].sum()), float(table["share"][0])
-        said.append(f"{percent(share)} of the {n:,} target tokens of {one.name} gain nothing")
+        said.append(f"{100 * share:.1f}\xa0% of the {n:,} target tokens of {one.name} gain nothing")
     return statistic("zero-gain", frames, said)
 
 
@@ -60,7 +59,7 @@ def valid_tokens(runs: Runs, data: Data) -> Statistic | None:
         root = int(one.trie.n_children[0])
         said.append(
             f"on average {one.facts['AVT']:.1f} tokens may stand where a target token of {one.name} stands: "
-            f"{root:,} at the first, {percent(one.facts['forced_share'])} of the tokens are forced"
+            f"{root:,} at the first, {100 * one.facts['forced_share']:.1f}\xa0% of the tokens are forced"
         )
     return statistic("valid-tokens", frames, said)
 
