@@ -25,7 +25,9 @@ from triewise import cli, recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "triewise"
 WINGS = "data models tokens ranking training decoding reports recommenders serving app".split()  # noqa: SIM905
-ORDER = "getting-started examples/index commands recipes data serving papers statistics reproducing models errors"
+ORDER = (
+    "getting-started examples/index commands recipes data serving papers statistics reproducing models errors"
+)
 ORDER += " log notation"
 ORDER += " api/index contributing changelog"
 EXAMPLES = {  # in the order in which they are shown
@@ -191,7 +193,7 @@ def sections(section: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[
 
 def api() -> Iterator[tuple[str, str]]:
     """Pages in reStructuredText, as docstrings are: the package, each wing, each module."""
-    root = sorted(f.stem for f in PACKAGE.glob("[a-z]*.py") if f.stem != "cli")
+    root = sorted(f.stem for f in PACKAGE.glob("[a-z]*.py") if f.stem not in ("cli", "studies"))
     for wing in WINGS:
         modules = sorted(file.stem for file in (PACKAGE / wing).glob("[a-z]*.py"))
         yield from (module_page(f"triewise.{wing}.{name}") for name in modules)

@@ -20,7 +20,7 @@ WINGS = "data models tokens ranking training decoding reports recommenders servi
 ROOT = (
     "errors plain lazy progress files locks settings objectives recipe arrays cache"  # stands above all wings
 )
-BELOW = "cli commandline options __init__ __main__ testing"  # stands below all of them
+BELOW = "cli studies commandline options __init__ __main__ testing"  # stands below all of them
 WALLS = {  # wing -> wings it may not know, though they stand above it
     "training": {"ranking"},
     "decoding": {"training"},

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from triewise.app.exploring import Looked, example, example_rows, explore
 from triewise.app.folders import consented, open_run, trained_data
-from triewise.app.studying import IN_REPORT, studied_runs
+from triewise.app.studying import IN_REPORT, distinct, studied_runs
 from triewise.data import Dataset, Split, allowed_items, first_rows, said_of_ties
 from triewise.errors import UserError
 from triewise.locks import one_writer
@@ -212,10 +212,7 @@ def collect(
     evaluations = [load_evaluation(run) for run in runs]
     together = repeats([r for r, _ in opened], evaluations)
     first = [group[0] for group in together]
-    titles = [opened[i][0].title or opened[i][0].name for i in first]
-    names = [
-        t if titles.count(t) == 1 else f"{t} ({runs[i].name})" for i, t in zip(first, titles, strict=True)
-    ]
+    names = distinct([opened[i][0].title or opened[i][0].name for i in first], [runs[i] for i in first])
     name_of = {i: name for name, group in zip(names, together, strict=True) for i in group}
     evaluations = [replace(evaluation, name=name_of[i]) for i, evaluation in enumerate(evaluations)]
     named: list[Evaluation | Repeats] = []
@@ -247,7 +244,7 @@ def collect(
         comparisons=comparisons(named),
         curves=curves,
         **looks,
-        statistics=make_statistics(IN_REPORT, studied_runs([runs[i] for i in first], names[: len(first)])),
+        statistics=make_statistics(IN_REPORT, studied_runs([runs[i] for i in first], names)),
         notes=_notes(dataset, opened, shows_users=bool(looks) and not anonymous),
         provenance=_provenance(record, [r.seed for r, _ in opened]),
     )

@@ -158,9 +158,13 @@ def studied_runs(runs: Sequence[Path], names: Sequence[str] = ()) -> list[Studie
                 measured(run),
             )
         )
-    titles = [run.name for run in found]
-    unique = [t if titles.count(t) == 1 else f"{t} ({run.name})" for t, run in zip(titles, runs, strict=True)]
-    return [replace(run, name=name) for run, name in zip(found, names or unique, strict=True)]
+    names = names or distinct([run.name for run in found], runs)
+    return [replace(run, name=name) for run, name in zip(found, names, strict=True)]
+
+
+def distinct(titles: Sequence[str], runs: Sequence[Path]) -> list[str]:
+    """Titles of runs, with the folder's name where two are alike."""
+    return [t if titles.count(t) == 1 else f"{t} ({run.name})" for t, run in zip(titles, runs, strict=True)]
 
 
 def _check_formats(export: Sequence[str]) -> None:

@@ -115,25 +115,34 @@ def series_panel(
         t for t in round_ticks(0.0 if 0 < first < last / 2 else first, last) if beside or first <= t <= last
     ]
     widest = max(text_width(elide(name, 16), 12.5) * BOLD for name in lines)
-    right = 390.0 if beside else 390 - widest
+    right = 380.0 if beside else 390 - widest
     ends = (steps[0], steps[-1]) if beside else (first, max(last, first + 1e-9))
     x, y = scale(*ends, 44, right), scale(ticks[0], ticks[-1], 186, 34)
     marks = [_text(0, 16, title, "head"), _text(right, 219, across, "lab end")]
     marks += [_level(44, right, y(t), f"{t:g}", t == 0) for t in ticks]
     marks += [_text(x(t), 203, f"{t:g}", "tick mid") for t in steps]
-    free = 0.0
-    for name, points in sorted(lines.items(), key=lambda line: y(line[1][-1, 1])):
+    ordered = sorted(lines.items(), key=lambda line: y(line[1][-1, 1]))
+    for place, (name, points) in zip(_apart([y(p[-1, 1]) + 4 for _, p in ordered]), ordered, strict=True):
         css, at = colour[name], x(float(points[-1, 0]))
         marks.append(_series(points, css, x, y))
-        end = free = max(y(points[-1, 1]) + 4, free + 14)
         turned = beside and at + widest > 380
-        place = at - 9 if turned else at + 9 if beside else right + 6
-        marks.append(_text(place, end, elide(name, 16), f"{css} name{' end' if turned else ''}"))
+        start = at - 9 if turned else at + 9 if beside else right + 6
+        marks.append(_text(start, place, elide(name, 16), f"{css} name{' end' if turned else ''}"))
     said = [
         f"{name} from {p[0, 1]:.3g} at {p[0, 0]:.3g} to {p[-1, 1]:.3g} at {p[-1, 0]:.3g}"
         for name, p in lines.items()
     ]
     return svg(WIDTH, 226, f"{title} against {across}: {'; '.join(said)}", "".join(marks))
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Ascending heights of lines of text, moved so that none covers another and the last is inside the drawing."""
+    found = list(heights)
+    for i in range(1, len(found)):
+        found[i] = max(found[i], found[i - 1] + 14)
+    for i in range(len(found) - 1, -1, -1):
+        found[i] = min(found[i], found[i + 1] - 14 if i + 1 < len(found) else 196)
+    return found
 
 
 def _series(

@@ -11,12 +11,18 @@ SCALE = 3  # pixels of a PNG for each unit of a figure
 
 
 def standalone(svg: str) -> str:
-    """An SVG drawing of a report with the page's style in it, in its light colours."""
-    page = resources.files("triewise.reports").joinpath("report.html").read_text(encoding="utf-8")
-    values = dict(re.findall(r"--(\w+):([^;}]+)", page[: page.index("@media")]))
-    of_drawings = page[page.index("svg{display") : page.index("@media(max-width")]
-    style = re.sub(r"var\(--(\w+)\)", lambda name: values[name[1]], of_drawings)
-    width, height = re.search(r'viewBox=["\']0 0 (\d+) (\d+)', svg).groups()  # type: ignore[union-attr]
+    """An SVG drawing of a report with the rules of the page that it needs in it, in the light colours."""
+    here = resources.files("triewise.reports")
+    page, shared = (here.joinpath(name).read_text(encoding="utf-8") for name in ("report.html", "look.css"))
+    values = dict(re.findall(r"--(\w+):([^;}]+)", shared[: shared.index("@media")]))
+    used = {"", *" ".join(re.findall(r'class="([^"]*)"', svg)).split()}
+    rules = []
+    for selectors, rule in re.findall(r"([^{}]+)\{([^{}]*)\}", page[page.index("<style>") :]):
+        named = [re.fullmatch(r"svg(?: text)?()|\.(\w+)", one.strip()) for one in selectors.split(",")]
+        kept = [one[0] for one in named if one and (one[2] or "") in used]
+        rules += [f"{','.join(kept)}{{{rule}}}"] if kept else []
+    style = re.sub(r"var\(--(\w+)\)", lambda name: values[name[1]], "".join(rules))
+    width, height = re.search(r'viewBox="0 0 (\d+) (\d+)', svg).groups()  # type: ignore[union-attr]
     back = f'<rect width="{width}" height="{height}" fill="{values["bg"]}"/>'
     size = f'xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
     head, rest = svg.split(">", 1)

@@ -189,23 +189,14 @@ def ablation(runs: Runs, data: Data) -> Statistic | None:
 def variant(recipe: Recipe) -> str | None:
     """The row of MSL's Table 6 that a recipe is; None for weights and losses that it does not have."""
     how = recipe.objective
-    if (
-        recipe.sequential is not None
-        or how.weight != UNIFORM
-        or how.preference.negatives
-        or how.contrast.strength
-    ):
+    if how.weight != UNIFORM:
         return None
     kind = "MSL" if how.support == "trie" else "LML"
     if how.expand_negatives:
         return f"{kind} + alpha"
-    return (
-        f"{kind} + ATS"
-        if how.temperature == "adaptive"
-        else f"{kind} + tau"
-        if how.temperature != 1
-        else kind
-    )
+    if how.temperature == "adaptive":
+        return f"{kind} + ATS"
+    return kind if how.temperature == 1 else f"{kind} + tau"
 
 
 def trie_time(runs: Runs, data: Data) -> Statistic | None:
@@ -279,8 +270,14 @@ def _repeated(runs: Runs) -> list[list[StudiedRun]]:
 
 
 def _writers(runs: Runs) -> list[StudiedRun]:
-    """Evaluated runs that write titles, of each recipe the first."""
-    return [group[0] for group in _repeated(runs) if group[0].recipe.sequential is None]
+    """Evaluated runs that write titles and learn by token losses alone, of each recipe the first."""
+    found = []
+    for run, *_ in _repeated(runs):
+        recipe, how = run.recipe, run.recipe.objective
+        more = how.preference.negatives or how.contrast.strength or recipe.hybrid
+        if recipe.sequential is None and recipe.identifier.kind == "title" and not more:
+            found.append(run)
+    return found
 
 
 def _result(run: StudiedRun) -> tuple[float, float, float, int]:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 Log = Sequence[Mapping[str, Any]]
 GROUPS = {"zero gain": "loss_zero_gain", "positive gain": "loss_positive_gain"}
 PARTS = ("invalid", "choice")  # of the language-modelling loss
-BINS = 8  # of tokens by their gain
 WIDTH, REACH = 0.25, 4.0  # of a bin of logits, and how far bins reach, in standard deviations
 RESAMPLES = 1000
 
@@ -198,20 +197,20 @@ def gain_bins(tokens: pl.DataFrame) -> pl.DataFrame:
         tokens: A row for each target token: ``row`` of its user, ``gain`` and ``log_p``, nats.
 
     Returns:
-        Rows ``bin`` (0: no gain; the others hold equally many tokens), mean ``gain``, mean ``log_p`` with ``low`` and
-        ``high``, and ``tokens``. A mean is over users of their means.
+        Rows ``from`` and ``to`` of the gain (half orders of magnitude; both 0: no gain), mean ``gain``, mean ``log_p``
+        with ``low`` and ``high``, and ``tokens``. The mean of ``log_p`` is over users of their means.
     """
-    gain = tokens["gain"].to_numpy()
-    some = gain[gain > 0]
-    edges = np.unique(np.quantile(some, np.linspace(0, 1, BINS + 1)[1:-1])) if len(some) else np.zeros(0)
-    binned = tokens.with_columns(bin=np.where(gain > 0, 1 + np.searchsorted(edges, gain, side="left"), 0))
+    half = (pl.col("gain").log10() * 2).floor()
+    binned = tokens.with_columns(half=pl.when(pl.col("gain") > 0).then(half)).sort(
+        "half", "row", nulls_last=False
+    )
     rows = []
-    for (name,), part in binned.group_by("bin", maintain_order=True):
-        mean = part.group_by("row").agg(pl.col("log_p").mean()).sort("row")["log_p"].to_numpy()
-        at = float(part["gain"].to_numpy().mean())
-        rows.append((name, at, float(mean.mean()), *interval(mean), part.height))
-    frame = pl.DataFrame(rows, ["bin", "gain", "log_p", "low", "high", "tokens"], orient="row")
-    return frame.sort("bin")
+    for (at,), part in binned.group_by("half", maintain_order=True):
+        mean = part.group_by("row", maintain_order=True).agg(pl.col("log_p").mean())["log_p"].to_numpy()
+        ends = (0.0, 0.0) if at is None else (10 ** (float(str(at)) / 2), 10 ** ((float(str(at)) + 1) / 2))
+        gain = float(part["gain"].to_numpy().mean())
+        rows.append((*ends, gain, float(mean.mean()), *interval(mean), part.height))
+    return pl.DataFrame(rows, ["from", "to", "gain", "log_p", "low", "high", "tokens"], orient="row")
 
 
 def rank_correlation(row: Int64, x: Float64, y: Float64) -> tuple[float, float, float]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
-from triewise.reports.description import percent
-from triewise.reports.figures import curve_panel, series_panel
+from triewise.reports.figures import Dot, dot_panel, series_panel
 from triewise.reports.statistics import (
     Statistic,
     StudiedData,
@@ -48,7 +47,7 @@ def zero_gain(runs: Runs, data: Data) -> Statistic | None:
         table = zero_gain_tokens(one.trie, one.counts)
         frames.append(named(table, data=one.name))
         n, share = int(table["tokens"].sum()), float(table["share"][0])
-        said.append(f"{percent(share)} of the {n:,} target tokens of {one.name} gain nothing")
+        said.append(f"{100 * share:.1f}\xa0% of the {n:,} target tokens of {one.name} gain nothing")
     return statistic("zero-gain", frames, said)
 
 
@@ -60,7 +59,7 @@ def valid_tokens(runs: Runs, data: Data) -> Statistic | None:
         root = int(one.trie.n_children[0])
         said.append(
             f"on average {one.facts['AVT']:.1f} tokens may stand where a target token of {one.name} stands: "
-            f"{root:,} at the first, {percent(one.facts['forced_share'])} of the tokens are forced"
+            f"{root:,} at the first, {100 * one.facts['forced_share']:.1f}\xa0% of the tokens are forced"
         )
     return statistic("valid-tokens", frames, said)
 
@@ -85,7 +84,10 @@ def token_losses(runs: Runs, data: Data) -> Statistic | None:
         )
         for group, line in ends.items():
             lines.setdefault(group, {})[run.name] = line
-    panels = [curve_panel(f"Loss of {group} tokens", of, _colour(runs)) for group, of in lines.items()]
+    panels = [
+        series_panel(f"Loss of {group} tokens, nats", "step", of, _colour(runs))
+        for group, of in lines.items()
+    ]
     return statistic("token-losses", frames, said, panels)
 
 
@@ -117,7 +119,9 @@ def prefixes_by_alpha(runs: Runs, data: Data) -> Statistic | None:
                 f"alpha {a:g}": points(t.filter(pl.col("step") > 0), "step", "difference")
                 for a, t in tables.items()
             }
-            panels.append(series_panel(f"{run.name}, nats", "step of the title", by, colours(list(by))))
+            panels.append(
+                series_panel(f"{run.name} at each step, nats", "step of the title", by, colours(list(by)))
+            )
     panels.insert(0, series_panel("Prefix entropy, predictions − truth, nats", "alpha", lines, _colour(runs)))
     return statistic("prefix-entropy", frames, said, panels)
 
@@ -129,7 +133,7 @@ def gain_probability(runs: Runs, data: Data) -> Statistic | None:
         tokens = run.measured["tokens"]
         table, some = gain_bins(tokens), tokens.filter(pl.col("gain") > 0)
         frames.append(named(table, run=run.name))
-        drawn = table.filter(pl.col("bin") > 0).with_columns(pl.col("gain").log10())
+        drawn = table.filter(pl.col("gain") > 0).with_columns(pl.col("gain").log10())
         lines[run.name] = points(drawn, "gain", "log_p", "low", "high")
         r, low, high = rank_correlation(*(some[c].to_numpy() for c in ("row", "gain", "log_p")))
         more = verdict(low, high, "more", "less", "neither more nor less clearly")
@@ -230,13 +234,25 @@ def both_parts(runs: Runs, data: Data) -> Statistic | None:
             for column in ("loss", "gradient_norm"):
                 of = points(table.filter(part=part), "step", column)
                 lines.setdefault((part, column), {})[run.name] = of
-    titles = {"loss": "Nats of {}", "gradient_norm": "Gradient norm of {}"}
+    drawn = _parts_drawn(lines, _colour(runs)) if lines else []
+    return statistic("lml-parts", frames, said, drawn)
+
+
+def _parts_drawn(
+    lines: Mapping[tuple[str, str], Mapping[str, Float64]], colour: Mapping[str, str]
+) -> list[str]:
+    """Curves over the steps; where nothing but the end is known, dots."""
     parts = {"invalid": "invalid tokens", "choice": "the choice"}
-    panels = [
-        series_panel(titles[column].format(parts[part]), "step", drawn, _colour(runs))
-        for (part, column), drawn in lines.items()
-    ]
-    return statistic("lml-parts", frames, said, panels)
+    titles = {"loss": "Nats of {}", "gradient_norm": "Gradient norm of {}"}
+    called = {(part, column): titles[column].format(parts[part]) for part, column in lines}
+    if any(len(line) > 1 for of in lines.values() for line in of.values()):
+        return [series_panel(called[key], "step", of, colour) for key, of in lines.items()]
+    dots: dict[str, dict[str, list[Dot]]] = {column: {} for column in titles}
+    for (part, column), of in lines.items():
+        dots[column][called[part, column]] = [
+            (n, colour[n], float(line[0, 1]), None) for n, line in of.items()
+        ]
+    return [dot_panel(groups) for groups in dots.values()]
 
 
 def weights(runs: Runs, data: Data) -> Statistic | None:
@@ -253,7 +269,7 @@ def weights(runs: Runs, data: Data) -> Statistic | None:
             f"the weight of a decision's gradient goes from {number(first['w'])} to {number(last['w'])} in "
             f"{last['step']:,} steps of {run.name}, at temperature {last['temperature']:.3g}"
         )
-    panel = curve_panel("Gradient weight w = 1 − P(target)", lines, _colour(runs)) if lines else ""
+    panel = series_panel("Gradient weight w = 1 − P(target)", "step", lines, _colour(runs))
     return statistic("gradient-weight", frames, said, [panel])
 
 
