@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import torch
 
 from tests.attack_child import HANGS, KILLED, Children, Outcome, call
@@ -105,6 +106,14 @@ class Attack:
                 succeed(call("train", f"{kind}.toml", "--out", kind))
                 succeed(call("evaluate", kind))
                 succeed(call("report", kind))
+                users = pl.read_parquet("data/test.parquet").select("user_id", ids="history")
+                ids = pl.read_parquet("data/catalog.parquet")["item_id"].to_list()
+                rows = ({"user_id": user, "ids": [ids[i] for i in items]} for user, items in users.rows())
+                text = "\n".join([*map(json.dumps, rows), "no user"])
+                Path("users.jsonl").write_text(text, encoding="utf-8")
+                succeed(call(*COMMANDS["batch"](kind)))
+                for file in ("manifest.json", PARTS[-1]):
+                    Path(f"begun-{kind}", file).unlink()
         for kind in KINDS:
             for name in COMMANDS:
                 with self.fresh():
@@ -130,6 +139,8 @@ class Attack:
         """What a command decided, for comparison."""
         if name == "recommend":
             return json.loads(outcome.out)["recommendations"]
+        if name == "batch":
+            return {file: sha256_file(Path(f"begun-{kind}", file)) for file in PARTS}
         if name == "report":
             return re.sub(r"ranked in [\d.]+", "", Path(kind, "report.html").read_text(encoding="utf-8"))
         if name in ("evaluate", "beam"):
@@ -325,6 +336,10 @@ COMMANDS: dict[str, Callable[[str], tuple[str, ...]]] = {
     "overwrite": lambda kind: ("train", f"{kind}.toml", "--out", kind, "--overwrite"),
     "evaluate": lambda kind: ("evaluate", kind),
     "report": lambda kind: ("report", kind),
+    "batch": lambda kind: (
+        *("batch", kind, "--input", "users.jsonl", "--out", f"begun-{kind}", "--rows", "12", "--resume"),
+        *("--workers", "1", "-k", "3"),
+    ),
     "recommend": lambda kind: ("recommend", kind, "--history", "Red", "-k", "5", "--json"),
 }
 _OF_A_RUN = (
@@ -341,8 +356,10 @@ READS: dict[str, Callable[[str], list[str]]] = {  # what a command reads
     ],
     "resume": lambda kind: _LEARNED.format(kind).split(),
     "train": lambda kind: ["data/*"],
+    "batch": lambda kind: [*_OF_A_RUN.format(kind).split(), f"begun-{kind}/*"],
 }
-WRITES = ("prepare", "train", "resume", "overwrite", "evaluate", "report")
+WRITES = ("prepare", "train", "resume", "overwrite", "evaluate", "report", "batch")
+PARTS = ("part-000000.parquet", "part-000001.parquet")  # of a batch
 SHAPES = (
     "[]",
     "null",

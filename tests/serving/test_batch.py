@@ -13,12 +13,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 
-from tests import worlds
+from tests import batch_children, worlds
 from triewise import load
 from triewise.cli import main
 from triewise.errors import UserError
@@ -27,7 +29,7 @@ from triewise.serving import answer, recommend_file
 from triewise.serving.batch import _job
 from triewise.serving.batch_input import Source, cut, read_part
 from triewise.serving.batch_parts import Task, make_part
-from triewise.serving.batch_workers import _device_of, made_parts
+from triewise.serving.batch_workers import RayWorker, _device_of, made_parts
 
 HISTORIES = [list(worlds.TITLES[i : i + n]) for i in range(9) for n in (0, 1, 3)]
 USERS = [(f"u{n}", titles) for n, titles in enumerate(HISTORIES)]
@@ -66,6 +68,7 @@ def test_every_user_gets_what_recommend_gives(run: Path, users: Path, tmp_path: 
     assert (done["users"], done["rows"], done["column"]) == (27, 27, "titles")
     assert done["bad_rows"] == {"count": 0, "named": []}
     assert sorted(file_names(tmp_path / "out")) == [
+        "job.json",
         "manifest.json",
         "part-000000.parquet",
         "part-000001.parquet",
@@ -86,6 +89,13 @@ def test_every_user_gets_what_recommend_gives(run: Path, users: Path, tmp_path: 
     with pytest.raises(UserError, match="holds a batch already; go on with --resume"):
         recommend_file(run, users, tmp_path / "out", 4, rows=10, workers=1)
     assert recommend_file(run, users, tmp_path / "out", 4, rows=10, workers=1, resume=True) == done
+    (tmp_path / "out" / "part-000001.parquet").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="is not the file that was written .* remove it and .*manifest.json"):
+        recommend_file(run, users, tmp_path / "out", 4, rows=10, workers=1, resume=True)
+    for name in ("part-000001.parquet", "manifest.json"):
+        (tmp_path / "out" / name).unlink()
+    again = recommend_file(run, users, tmp_path / "out", 4, rows=10, workers=1, resume=True)
+    assert again["sha256"] == done["sha256"]
 
 
 def test_neither_the_order_nor_threads_change_a_byte(
@@ -117,60 +127,27 @@ def test_processes_give_the_same_bytes_and_a_killed_one_loses_nothing(
     run: Path, users: Path, whole: Any, tmp_path: Path, capsys: Any, monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("TRIEWISE_TEST_KILL", str(tmp_path / "killed"))
-    monkeypatch.setattr("triewise.serving.batch_workers._serve", dying_once)
+    monkeypatch.setattr("triewise.serving.batch_workers._serve", batch_children.dying_once)
     done = recommend_file(run, users, tmp_path / "out", 4, rows=4, workers=2)
     assert done["sha256"] == whole
     assert (tmp_path / "killed").is_file()
     assert "a worker ended with status -9; its part" in capsys.readouterr().err
 
 
-def dying_once(line: Any, task: Any, n: int) -> None:
-    """A worker that is killed while it makes part 2 for the first time."""
-    from triewise.serving import batch_workers
-
-    make, mark = batch_workers.make_part, Path(os.environ["TRIEWISE_TEST_KILL"])
-
-    def made(task: Any, recommender: Any, part: int) -> None:
-        if part == 2 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        make(task, recommender, part)
-
-    batch_workers.make_part = made  # type: ignore[assignment]
-    batch_workers._serve(line, task, n)
-
-
 def test_a_part_that_kills_its_workers_is_told(
     run: Path, users: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    monkeypatch.setattr("triewise.serving.batch_workers._serve", dying)
+    monkeypatch.setattr("triewise.serving.batch_workers._serve", batch_children.dying)
     with pytest.raises(
         UserError, match="part 0 has ended 3 workers .the last with status 3.: is there enough"
     ):
         recommend_file(run, users, tmp_path / "out", 4, rows=20, workers=2)
-    monkeypatch.setattr("triewise.serving.batch_workers._serve", failing)
+    monkeypatch.setattr("triewise.serving.batch_workers._serve", batch_children.failing)
     with pytest.raises(RuntimeError, match="in a worker of the batch:\nno luck"):
         recommend_file(run, users, tmp_path / "out", 4, rows=20, workers=2, resume=True)
-    monkeypatch.setattr("triewise.serving.batch_workers._serve", mistaken)
+    monkeypatch.setattr("triewise.serving.batch_workers._serve", batch_children.mistaken)
     with pytest.raises(UserError, match="a mistake"):
         recommend_file(run, users, tmp_path / "out", 4, rows=20, workers=2, resume=True)
-
-
-def dying(line: Any, task: Any, n: int) -> None:
-    if n == 0:
-        line.recv()
-        os._exit(3)
-    time.sleep(60)
-
-
-def failing(line: Any, task: Any, n: int) -> None:
-    line.recv()
-    line.send((None, "no luck"))
-
-
-def mistaken(line: Any, task: Any, n: int) -> None:
-    line.recv()
-    line.send(("a mistake", None))
 
 
 def test_what_a_process_was_killed_at_is_gone_on_with(
@@ -192,7 +169,7 @@ def test_what_a_process_was_killed_at_is_gone_on_with(
     done = recommend_file(run, users, out, 4, rows=4, workers=1, resume=True)
     assert done["sha256"] == whole
     assert {name: (out / name).stat().st_mtime_ns for name in there} == before  # not made again
-    assert {path.name for path in out.iterdir()} == {*whole, "manifest.json"}
+    assert {path.name for path in out.iterdir()} == {*whole, "job.json", "manifest.json"}
 
 
 def test_a_batch_of_something_else_is_not_gone_on_with(run: Path, users: Path, tmp_path: Path) -> None:
@@ -212,7 +189,8 @@ def test_a_batch_of_something_else_is_not_gone_on_with(run: Path, users: Path, t
         recommend_file(run, other, out, 4, rows=20, workers=1, resume=True)
     other_out = tmp_path / "other"
     recommend_file(run, other, other_out, 4, rows=20, workers=1)
-    (out / "manifest.json").unlink()
+    for name in ("manifest.json", "job.json"):
+        (out / name).unlink()
     with pytest.raises(UserError, match="wanted a new folder for the batch, but .* holds something else"):
         recommend_file(run, users, out, 4, rows=20, workers=1)
     recommend_file(run, users, tmp_path / "third", 4, rows=20, workers=1)
@@ -220,6 +198,14 @@ def test_a_batch_of_something_else_is_not_gone_on_with(run: Path, users: Path, t
     task = replace(task_of(run, users, tmp_path / "third"), job="x")
     with pytest.raises(UserError, match="is of another batch than this one"):
         task.facts(1)
+    file = tmp_path / "third" / "part-000000.parquet"
+    said = pl.read_parquet_metadata(file)["triewise"]
+    pl.read_parquet(file).reverse().write_parquet(file, metadata={"triewise": said})
+    sound = task_of(run, users, tmp_path / "third")
+    sound = replace(sound, job=json.loads(said)["job"])
+    assert sound.facts(0) is not None
+    with pytest.raises(UserError, match="its rows are others than were written"):
+        sound.facts(0, look=True)
     (tmp_path / "third" / "part-000001.parquet").write_bytes(b"damaged")
     with pytest.raises(UserError, match="part-000001.parquet is damaged"):
         task.facts(1)
@@ -378,6 +364,30 @@ def test_workers_take_turns_on_the_devices() -> None:
     assert [_device_of(n, "4,7") for n in range(3)] == ["4", "7", "4"]
 
 
+def test_what_an_actor_says_is_told(run: Path, users: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    fake = MagicMock()
+    fake.exceptions.RayTaskError = RayTaskError
+    rows = fake.data.from_items.return_value.map_batches.return_value.iter_rows
+    rows.return_value = iter([{"part": 0}])
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    assert list(made_parts(task_of(run, users, tmp_path), [0], "ray", 2)) == [0]
+    for cause, kind in ((UserError("no space left"), UserError), (KeyError("x"), RayTaskError)):
+        rows.side_effect = RayTaskError(cause)
+        with pytest.raises(kind):
+            list(made_parts(task_of(run, users, tmp_path), [0], "ray", 2))
+    actor = RayWorker(task_of(run, users, tmp_path))
+    assert actor({"part": np.array([0, 6])})["part"].tolist() == [0, 6]
+    assert list(parts(tmp_path)) == ["part-000000.parquet", "part-000006.parquet"]
+
+
+class RayTaskError(Exception):
+    """What Ray wraps an actor's error in."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
 @pytest.fixture(scope="module")
 def ray() -> Any:
     ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -386,6 +396,8 @@ def ray() -> Any:
     ray.shutdown()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_ray_gives_the_same_bytes_and_a_killed_actor_loses_nothing(
     ray: Any, run: Path, users: Path, whole: Any, tmp_path: Path
 ) -> None:

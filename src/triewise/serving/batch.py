@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triewise.errors import UserError
-from triewise.files import Hashed, Shape, read_json, sha256_file, write_json
+from triewise.files import Hashed, Shape, check_files, read_json, sha256_file, write_json
 from triewise.locks import one_writer, strangers
-from triewise.models import resolve_device
 from triewise.progress import note, progress
 from triewise.recommenders import MANIFEST as RECOMMENDER
 from triewise.serving.batch_input import cut
 from triewise.serving.batch_parts import NAMED, TOGETHER, Task
-from triewise.serving.batch_workers import default_workers, made_parts
+from triewise.serving.batch_workers import default_workers, made_parts, n_devices
 
 if TYPE_CHECKING:
     from triewise.serving.batch_parts import PartFacts
@@ -102,7 +101,7 @@ def _job(run: Path, source: Path, rows: int, allow: Path | None, **settings: Any
     """All that decides the bytes of the parts, as JSON values."""
     files = {"recommender": run / RECOMMENDER, "input": source, "allow": allow}
     hashes = {name: None if file is None else sha256_file(file) for name, file in files.items()}
-    fixed = {"rows_of_a_part": rows, "together": TOGETHER, "device": resolve_device("auto").type}
+    fixed = {"rows_of_a_part": rows, "together": TOGETHER, "device": "cuda" if n_devices() else "cpu"}
     return {"format": FORMAT, **hashes, **settings, **fixed}
 
 
@@ -124,13 +123,16 @@ def _begun(out: Path, job: dict[str, Any], resume: bool) -> dict[str, Any] | Non
             f"{out} holds a batch with another {other[0]} ({before['job'].get(other[0])}, now {job[other[0]]}); give "
             "the same, or choose another --out"
         )
-    return before if file.name == MANIFEST else None
+    if file.name != MANIFEST:
+        return None
+    check_files(out, before["sha256"], f"remove it and {file}, and go on with --resume")
+    return before
 
 
 def _made(task: Task, job: dict[str, Any], engine: str, workers: int) -> dict[str, Any]:
     """Make the parts that are not there, then the manifest."""
     source, started = task.source, time.monotonic()
-    parts = [part for part in range(source.n_parts) if task.facts(part) is None]
+    parts = [part for part in range(source.n_parts) if task.facts(part, look=True) is None]
     size = [min(source.rows, source.n_rows - part * source.rows) for part in range(source.n_parts)]
     if len(parts) < source.n_parts:
         note(f"{source.n_parts - len(parts)} of {source.n_parts} parts are there already")
@@ -158,7 +160,6 @@ def _made(task: Task, job: dict[str, Any], engine: str, workers: int) -> dict[st
         "sha256": {task.file(part).name: sha256_file(task.file(part)) for part in range(source.n_parts)},
     }
     write_json(task.out / MANIFEST, manifest, sealed=True)
-    (task.out / JOB).unlink()
     return manifest
 
 

@@ -146,7 +146,7 @@ def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        return ValueError(first_line(error))
+        return error
 
 
 def read_part(source: Source, part: int) -> Users:
@@ -167,6 +167,10 @@ def read_part(source: Source, part: int) -> Users:
         if isinstance(value, dict):
             users.add(first + n, value.get(USER), value.get(column), column)
         else:
-            said = f"no JSON: {value}" if isinstance(value, ValueError) else f"{_shown(value)} is no object"
+            said = (
+                f"no JSON: {first_line(value)}"
+                if isinstance(value, Exception)
+                else f"{_shown(value)} is no object"
+            )
             users.bad.append((first + n, said))
     return users

@@ -7,6 +7,7 @@ what the manifest says of its rows, so a part that is there is done.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from triewise.serving.answers import Answer, answer
 from triewise.serving.batch_input import Source, read_part
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from triewise.recommenders import SavedRecommender
 
 KEY = "triewise"  # of what a part says of itself, in its Parquet metadata
@@ -35,6 +38,7 @@ class PartFacts(Shape):
     bad: list[tuple[int, str]]
     n_unknown: int
     unknown: list[str]
+    sha256: str  # of all this and the rows
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,12 @@ class Task:
         """Where a part is."""
         return self.out / f"part-{part:06d}.parquet"
 
-    def facts(self, part: int) -> PartFacts | None:
+    def facts(self, part: int, look: bool = False) -> PartFacts | None:
         """What a part says of itself; None where it is not there.
+
+        Args:
+            part: Its number.
+            look: Whether to compare its rows with what was written.
 
         Raises:
             UserError: It is damaged, or of another batch.
@@ -87,6 +95,8 @@ class Task:
             return None
         with reading(file):
             found = PartFacts.model_validate_json(pl.read_parquet_metadata(file)[KEY])
+            if look and _digest(pl.read_parquet(file), found.model_dump(mode="json")) != found.sha256:
+                raise ValueError("its rows are others than were written")
         if found.job != self.job:
             raise UserError(f"{file} is of another batch than this one; choose another --out, or remove it")
         return found
@@ -120,8 +130,18 @@ def make_part(task: Task, recommender: SavedRecommender, part: int) -> None:
     unknown = [name for one in answers for name in one.unknown]
     facts = {"job": task.job, "users": len(best), "n_bad": len(users.bad), "n_unknown": len(unknown)}
     facts |= {"bad": users.bad[:NAMED], "unknown": unknown[:NAMED]}
+    frame = pl.DataFrame(columns)
+    facts["sha256"] = _digest(frame, facts)
     with atomic_path(task.file(part)) as temporary:
-        pl.DataFrame(columns).write_parquet(temporary, metadata={KEY: json.dumps(facts)})
+        frame.write_parquet(temporary, metadata={KEY: json.dumps(facts)})
+
+
+def _digest(frame: pl.DataFrame, facts: dict[str, Any]) -> str:
+    """Hex SHA-256 of a part's rows and of what it says of them."""
+    said = {name: value for name, value in facts.items() if name != "sha256"}
+    return hashlib.sha256(
+        json.dumps([said, frame.to_dict(as_series=False)], sort_keys=True).encode()
+    ).hexdigest()
 
 
 def _forget(recommender: SavedRecommender) -> None:
