@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import random
+import shutil
+import signal
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import slot_worlds, worlds
+from tests import slot_worlds, version_child, worlds
+from tests.attack_child import Children
 from triewise.data import Catalog
 from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.models import sequential_model
 from triewise.ranking import MostPopular
 from triewise.recommenders import GenerativeRecommender, SequentialRecommender
-from triewise.serving import LiveCatalogue, answer
+from triewise.serving import LiveCatalogue, Version, answer
 from triewise.serving.versions import KEPT
 from triewise.tokens import Identifier, Trie, build_prompts
 
@@ -253,3 +259,60 @@ def test_threads_change_one_after_the_other(tmp_path: Path) -> None:
     assert not wrong
     assert live.current.number == 6
     assert live.current.recommender.catalog.n_items == 15
+
+
+def killed(children: Children, folder: Path, at: int = 0, after: float = 0.0) -> bool:
+    """Change a catalogue in a process of its own; whether that was killed.
+
+    Args:
+        children: Where processes are started.
+        folder: Where versions are kept.
+        at: The file change before which it is killed; 0: none.
+        after: Seconds of the change after which it is killed; 0: not.
+    """
+    ours, theirs = children.context.Pipe()
+    child = children.context.Process(target=version_child.change, args=(theirs, folder, at))
+    child.start()
+    theirs.close()
+    if after:
+        ours.recv()
+        time.sleep(after)
+        child.kill()
+    child.join()
+    return bool(child.exitcode == -signal.SIGKILL)
+
+
+def whole(folder: Path, before: Version, after: tuple[str, ...]) -> bool:
+    """Whether a service that starts again has the catalogue before or that after, all of it, and can go on."""
+    live = LiveCatalogue(worlds.recommender(), folder)
+    ids, wanted = live.current.recommender.catalog.item_id, before.recommender.catalog.item_id
+    assert (live.current.number, ids) in ((before.number, wanted), (before.number + 1, after))
+    assert isinstance(live.current.recommender, GenerativeRecommender)
+    assert live.current.recommender.hashes == scratch(live.current.recommender).hashes
+    number = live.current.number
+    assert live.change([("later", "Later")], []).number == number + 1
+    assert live.rollback().recommender.catalog.item_id == ids
+    left = {path.name.split(".")[1] for path in folder.iterdir()}
+    assert left == {"json", "parquet"}, left
+    return number > before.number
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are killed and forked")
+@pytest.mark.parametrize("times", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_who_is_killed_while_it_changes_leaves_one_whole_version(tmp_path: Path, times: int) -> None:
+    """Before each file change, the first ones or a few, and then after some time."""
+    first, children = LiveCatalogue(worlds.recommender(), tmp_path / "first"), Children()
+    for n in range(KEPT):  # so that the next version removes the oldest
+        first.change([(f"a-{n}", f"Added {n}")], [])
+    ids = first.current.recommender.catalog.item_id
+    wanted = (*(i for i in ids if i not in version_child.REMOVE), *(i for i, _ in version_child.ADD))
+    rng, seen, past_the_last = random.Random(times), set(), False
+    for n in range(1, times + 1):
+        folder = tmp_path / str(n)
+        shutil.copytree(tmp_path / "first", folder)
+        if past_the_last:
+            killed(children, folder, after=rng.uniform(0.001, 0.3))
+        else:
+            past_the_last = not killed(children, folder, at=n if times > 4 else 4 * n - 2)
+        seen.add(whole(folder, first.current, wanted))
+    assert seen == {False, True}
