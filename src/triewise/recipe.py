@@ -45,7 +45,7 @@ _TAGS = ("dllm2rec", "llm-cf")  # kinds that pydantic names in the place of a pr
 
 # What only a language model has a use for; the values that change nothing.
 OF_LANGUAGE_MODELS = {
-    "training": ("log_parts", "order", "packing", "gradient_checkpointing", "workers"),
+    "training": ("log_parts", "order", "packing", "gradient_checkpointing", "workers", "freeze"),
     "evaluation": (
         *("search", "choose", "support", "length_penalty", "alpha", "measure", "scope"),
         *("gamma", "against_exact", "pruned", "merge_adapter"),
@@ -144,6 +144,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> Recipe:
+        if self.training.freeze and (self.hybrid is not None or self.identifier.kind != "title"):
+            raise ValueError("item vectors and codes are learned below all layers: set training.freeze = 0")
         grows = self.training.supervision == "every"
         if grows and self.hybrid is not None and self.template != "plain":
             raise ValueError("[hybrid] with training.supervision = 'every' needs backbone.template = 'plain'")

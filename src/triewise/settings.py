@@ -257,6 +257,10 @@ class TrainingSettings(Section):
     gradient_checkpointing: bool = key(
         False, "compute activations again in the backward pass: less memory, more time"
     )
+    freeze: int = key(0, "the first so many layers and the embeddings are not trained", ge=0)
+    keep_states: bool = key(
+        True, "what frozen layers give stays on disk for later epochs, which run the others alone, unpacked"
+    )
     workers: int | None = key(
         None,
         "processes that build batches ahead; default: up to 4 for a GPU under Linux, else, and to ask a model, none",
@@ -292,6 +296,8 @@ class TrainingSettings(Section):
         b, n = self.batch_size, self.accumulation
         if b % n:
             raise ValueError(f"batch_size must be a multiple of accumulation, got {b} and {n}")
+        if self.freeze and self.keep_states and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing runs layers again: set keep_states = false, got true")
         if self.patience and not self.evaluate_every:
             raise ValueError("patience counts validations: wanted evaluate_every > 0, got 0")
         return self

@@ -27,6 +27,7 @@ from triewise.models import (
     ExampleModel,
     SequentialModel,
     describe_lora,
+    freeze_first,
     freeze_unused,
     load_backbone,
     max_positions,
@@ -150,6 +151,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
             "backbone.name and set backbone.lora.rank > 0"
         )
     freeze_unused(backbone.model)
+    freeze_first(backbone.model, recipe.training.freeze)
     if backbone.adapted:
         note(describe_lora(backbone.model))
     backbone = with_slots(recipe, dataset, backbone)

@@ -6,13 +6,18 @@ the number of layers is right from the start, and the rest of the checkpoint is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+from torch import nn
+
 from triewise.errors import UserError
+from triewise.models.anatomy import causal_lm, probing, sample_ids, text_body, text_config
 
 # What an embedding or a layer takes from the number of all: vectors for each layer (Gemma 3n, Gemma 4); two layers of
 # the cache for each of the model (LongCat).
@@ -54,3 +59,61 @@ def first_layers(name: str, config: Any, n: int) -> Any:
 def of_first_layers(keys: Iterable[str], n: int) -> list[str]:
     """Names of weights without those of layers from number n on."""
     return [key for key in keys if all(int(number) < n for number in re.findall(r"\.(\d+)\.", key))]
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """The layers of the part that reads text, in their order.
+
+    Raises:
+        UserError: They are in no list of their own.
+    """
+    n = text_config(model).num_hidden_layers
+    found = [m for m in text_body(model).modules() if isinstance(m, nn.ModuleList) and len(m) == n]
+    if not found:
+        raise UserError(
+            f"wanted a model with one list of its {n} layers for training.freeze, got "
+            f"{type(causal_lm(model)).__name__}; set it to 0"
+        )
+    return found[0]
+
+
+def freeze_first(model: Any, n: int) -> None:
+    """Freeze the first n layers and all that runs before them, embeddings too; a head that is tied to those as well.
+
+    Raises:
+        UserError: No layer would be left to train.
+    """
+    if not n:
+        return
+    layers = layers_of(model)
+    if n >= len(layers):
+        raise UserError(
+            f"wanted training.freeze below {len(layers)}, the layers of the model, got {n}; leave one to train"
+        )
+    begun: list[nn.Module] = []
+
+    def stop(*_: Any) -> None:
+        raise Reached
+
+    hooks = [
+        m.register_forward_pre_hook(lambda m, _: begun.append(m))
+        for m in model.modules()
+        if m is not layers[n]
+    ]
+    hooks.append(layers[n].register_forward_pre_hook(stop))
+    try:
+        with torch.no_grad(), probing(model), contextlib.suppress(Reached):
+            model(input_ids=sample_ids(model, 8), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outer = {id(p) for p in layers[n:].parameters()}
+    for module in begun:  # of those that hold the later layers only what is their own
+        own = module.parameters(recurse=layers[n] not in set(module.modules()))
+        for parameter in own:
+            if id(parameter) not in outer:
+                parameter.requires_grad_(False)
+
+
+class Reached(Exception):
+    """Raised where a forward has come far enough."""

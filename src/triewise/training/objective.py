@@ -38,6 +38,7 @@ from triewise.training.temperature import AdaptiveTemperature
 if TYPE_CHECKING:
     from triewise.tokens import DeviceTrie, Trie
     from triewise.training.examples import Batch, Examples
+    from triewise.training.frozen import KeptStates
 
 SUPPORTS = ("trie", "vocabulary")
 NORMALISERS = ("weights", "decisions", "sum")
@@ -273,6 +274,7 @@ class TitleLoss(nn.Module):
 
     Attributes:
         head: The model's head by hand, or None.
+        kept: What frozen layers gave for each window, or None.
     """
 
     accepts_loss_kwargs = True  # tells the Trainer that the loss it gets is normalised already
@@ -284,6 +286,7 @@ class TitleLoss(nn.Module):
     def __init__(self, model: Any, objective: Objective, trie: Trie) -> None:
         super().__init__()
         self.model, self.objective, self.trie = model, objective, trie
+        self.kept: KeptStates | None = None
         self.head = hand_head(model)
         self.by_hand = self.head is not None
         if not self.by_hand:
@@ -302,7 +305,10 @@ class TitleLoss(nn.Module):
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """Hidden states (M, D) at the positions of a micro-batch, packed or not."""
         ids = batch["input_ids"]
-        if batch.get("subtree_end") is not None:
+        if self.kept is not None and "window" in batch:
+            with self.kept.instead(batch["window"], ids, batch["position"]):
+                hidden: Tensor = body(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+        elif batch.get("subtree_end") is not None:
             packed = ("position_ids", "subtree_end", "prefix_ids")
             hidden = hidden_states(self.model, ids, *(batch[name] for name in packed))
         else:
@@ -400,9 +406,11 @@ class MicroBatches(Dataset[dict[str, Any]]):
     Attributes:
         asks_a_model: Whether building one asks a model, which a worker, the copy of a process, cannot where it is on
             a GPU.
+        numbered: Whether a micro-batch says which windows its rows are, as ``window`` (B,).
     """
 
     asks_a_model = False
+    numbered = False
 
     def __init__(
         self, examples: Examples, objective: Objective, rows: NDArray[np.int64], packing: bool = False
@@ -431,6 +439,8 @@ class MicroBatches(Dataset[dict[str, Any]]):
         arrays: dict[str, Any] = {"decision": decision[keep]} | self._inputs(batch, keep)
         arrays |= {name: getattr(batch, name)[keep] for name in ("target", "node", "weight", "zero_gain")}
         arrays |= self.more(self.rows[index], batch, keep)
+        if self.numbered and len(self.rows[index]) == len(arrays["input_ids"]):
+            arrays["window"] = self.rows[index]
         if self.objective.support == "trie":
             arrays["tokens"] = trie.continuations(arrays["node"])
         tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in arrays.items()}

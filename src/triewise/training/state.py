@@ -52,10 +52,16 @@ if TYPE_CHECKING:
 # A resumed run may change these: they decide when to look, when to stop and what memory it takes, not what is computed.
 MAY_CHANGE = {
     *("log_every", "log_parts", "checkpoint_every", "keep_checkpoints", "patience", "time_limit_s"),
-    *("gradient_checkpointing", "workers", "report_to"),
+    *("gradient_checkpointing", "workers", "report_to", "keep_states"),
 }
 BY_ITSELF = ("steps", "patience", "time limit")  # how a run ends that nobody stopped
-_OF_THE_DATA = {"supervision", "rows", "sample", "valid_users"}  # what is learned and validated shows them
+_OF_THE_DATA = {
+    "supervision",
+    "rows",
+    "sample",
+    "valid_users",
+    "freeze",
+}  # what is learned and validated shows them
 Validate = Callable[[Any], Mapping[str, float]]
 # Told each row of the log; what it says of one with ``valid`` ends the run as a `Stop` does, None goes on.
 Watch = Callable[[Mapping[str, Any]], str | None]

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from triewise.models import check_model, compute_again, rope_switch, shortest_window, slots_of
+from triewise.models import check_model, compute_again, freeze_first, rope_switch, shortest_window, slots_of
 from triewise.settings import TrainingSettings
 from triewise.tokens import Dropped
 from triewise.training import processes
@@ -44,12 +44,13 @@ from triewise.training.checkpoints import (
     seed_others,
     set_random_state,
 )
+from triewise.training.frozen import kept_states
 from triewise.training.meter import PARTS, Meter, measure_parts
 from triewise.training.objective import Learned, MicroBatches, Objective
 from triewise.training.packing import packing_works
 from triewise.training.rates import floor_cosine
 from triewise.training.sharding import Shards, shardable_twin
-from triewise.training.state import TrainingState, TrainResult, Validate, Watch
+from triewise.training.state import BY_ITSELF, TrainingState, TrainResult, Validate, Watch
 from triewise.training.temperature import AdaptiveTemperature
 from triewise.training.windows import batch_order, chains
 
@@ -103,9 +104,9 @@ def train(
         facts: Hyper-parameters for `training.report_to`; None: those that a resumed run must share.
 
     Raises:
-        UserError: ``evaluate_every`` without ``validate``, a checkpoint of another run, a batch that
-            cannot be dealt out to the processes, one of which has died, or a worker, a metric that ``validate`` does
-            not give, a loss that is not finite, or a model that `check_model` refuses.
+        UserError: ``evaluate_every`` without ``validate``, a checkpoint of another run, a batch that cannot be dealt
+            out to the processes, one of which has died, or a worker, a metric that ``validate`` does not give, a loss
+            that is not finite, frozen layers whose states cannot be kept, or a model that `check_model` refuses.
     """
     processes.start()
     with processes.together():
@@ -139,6 +140,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         validate: Validate | None = None,
         autocast: bool = False,
     ) -> None:
+        freeze_first(model, settings.freeze)
         trained = shardable_twin(model) if processes.sharded() else model
         self.titles = objective.module(trained, examples.trie)
         super().__init__(self.titles, _arguments(model, settings, seed, out, autocast))
@@ -152,9 +154,9 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self.run = TrainingState(model, self.args.device, learned, settings, seed, out, validate)
         if settings.gradient_checkpointing:
             compute_again(trained, True)
-        self.packing = (
-            settings.packing and self.titles.by_hand and packs(model, examples, self.titles.many_rows)
-        )
+        self.titles.kept = kept_states(model, examples, settings, out) if self.titles.by_hand else None
+        packing = settings.packing and self.titles.by_hand and self.titles.kept is None
+        self.packing = packing and packs(model, examples, self.titles.many_rows)
         self.loader: Ahead | None = None
         if processes.sharded():
             self.run.shards = Shards(model, self.titles)
@@ -171,12 +173,14 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
     def take_steps(self, advance: Callable[..., None]) -> None:
         """All steps that are left; ``advance`` of `progress` is told of each."""
         self.advance = advance
-        with all_workers_alive():
+        with all_workers_alive(), self.titles.kept or contextlib.nullcontext():
             try:
                 self.train()
             finally:
                 if self.loader is not None:
                     self.loader.close()
+        if self.titles.kept is not None and self.run.stopped in BY_ITSELF:
+            self.titles.kept.ended()
 
     def get_train_dataloader(self) -> Ahead:
         """This process's part of the micro-batches that are left; nothing is read to be skipped."""
@@ -190,6 +194,7 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         # The same micro-batches for any number of processes; each takes neighbours.
         self.rows = processes.part(order.reshape(-1, settings.batch_size // settings.accumulation))
         left = self.learned.batches(self.examples, self.rows, self.packing)
+        left.numbered = self.titles.kept is not None
         workers = settings.workers
         if workers is None:
             workers = 0 if left.asks_a_model else default_workers(self.args.device)
@@ -294,6 +299,8 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
             random_states = processes.gather_objects(random_state(self.args.device))
             files |= {random_file(i): numbers for i, numbers in enumerate(random_states)}
             processes.on_first(lambda: self.run.save(state, files, shards))
+        if self.titles.kept is not None:
+            self.titles.kept.save()
 
     def go_on(self, checkpoint: Path) -> None:
         """Continue from a checkpoint: all but what `restore` sets once the optimiser exists."""
