@@ -176,7 +176,7 @@ def verdict(number: float | None, low: float, high: float) -> str:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Beside:
     """A number of ours beside the paper's.
 
     Attributes:

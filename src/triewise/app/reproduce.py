@@ -20,7 +20,7 @@ from triewise.app.compare import RANKED, Repeats
 from triewise.app.folders import consented, describe_data, open_data, open_run, trained_data
 from triewise.app.paper_tables import (
     SCALES,
-    Finding,
+    Beside,
     PaperTable,
     RowPlan,
     Scale,
@@ -201,7 +201,7 @@ def _counted(wish: Wish, plan: RowPlan) -> TableRow:
     told = f"zero-gain tokens of {recipe.backbone.name}'s tokenizer, %"
     exact = round(share, 2)  # as many digits as the paper prints
     said = judged(replace(wish, n_items=dataset.catalog.n_items), recipe, paper, exact, exact)
-    one = Finding(told, share, exact, exact, paper, said)
+    one = Beside(told, share, exact, exact, paper, said)
     return TableRow(plan.name, plan.title, findings=(one,), recipe=recipe)
 
 

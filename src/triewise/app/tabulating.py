@@ -11,7 +11,7 @@ import numpy as np
 
 from triewise.app.compare import Repeats, comparisons, row
 from triewise.app.folders import data_of, open_run
-from triewise.app.paper_tables import SHOWN_METRICS, Finding, PaperTable, Scale, deviation, verdict
+from triewise.app.paper_tables import SHOWN_METRICS, Beside, PaperTable, Scale, deviation, verdict
 from triewise.app.studying import studied_runs
 from triewise.files import write_text
 from triewise.ranking import interval
@@ -66,7 +66,7 @@ class TableRow:
     other: Evaluation | Repeats | None = None
     recipe: Recipe | None = None
     times: tuple[float, ...] = ()
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[Beside, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
     return ReproducedTable(rows, differences, text, html)
 
 
-def _findings(wish: Wish, r: TableRow, base: TableRow | None) -> Iterator[Finding]:
+def _findings(wish: Wish, r: TableRow, base: TableRow | None) -> Iterator[Beside]:
     """Ours beside the paper's, of a row that was run."""
     if r.evaluation is None or r.recipe is None:
         return
@@ -166,13 +166,13 @@ def _findings(wish: Wish, r: TableRow, base: TableRow | None) -> Iterator[Findin
         ours = deviation([run.metrics[METRIC] for run in runs])
         paper = table.number(r.name, wish.data, "deviation")
         said = verdict(paper, *ours[1:]) if len(runs) > 1 else "wanted at least two seeds"
-        yield Finding(f"deviation of {METRIC} over {len(runs)} seeds, %", *ours, paper, said)
+        yield Beside(f"deviation of {METRIC} over {len(runs)} seeds, %", *ours, paper, said)
     elif table.measure == "seconds" and base is not None and base is not r:
         times = [a / b for a, b in zip(r.times, base.times, strict=False)]
         paper = table.number(r.name, "all", "seconds")
         low, high = (min(times), max(times)) if len(times) > 1 else (float("nan"),) * 2
         what = f"time of training, times that of {base.title} (range over seeds)"
-        yield Finding(what, float(np.mean(times)), low, high, paper, verdict(paper, low, high))
+        yield Beside(what, float(np.mean(times)), low, high, paper, verdict(paper, low, high))
     elif table.measure == "repetition":
         yield from _listed(wish, r)
     for metric in [m for m in SHOWN_METRICS if m == METRIC or m in table.metrics]:
@@ -194,7 +194,7 @@ def judged(wish: Wish, recipe: Recipe, paper: float | None, low: float, high: fl
     return verdict(paper, low, high)
 
 
-def _listed(wish: Wish, r: TableRow) -> Iterator[Finding]:
+def _listed(wish: Wish, r: TableRow) -> Iterator[Beside]:
     """How alike the titles are that a user gets, and how even their scores."""
     writer = load(r.run, assistant=False)
     assert isinstance(writer, GenerativeRecommender) and r.evaluation is not None and r.recipe is not None
@@ -209,10 +209,10 @@ def _listed(wish: Wish, r: TableRow) -> Iterator[Finding]:
         low, high = interval(values, seed=0)
         paper = wish.table.number(r.name, wish.data, measure)
         said = judged(wish, r.recipe, paper, low, high)
-        yield Finding(names[measure], float(values.mean()), low, high, paper, said)
+        yield Beside(names[measure], float(values.mean()), low, high, paper, said)
 
 
-def _accuracy(wish: Wish, r: TableRow, base: TableRow | None, metric: str) -> Iterator[Finding]:
+def _accuracy(wish: Wish, r: TableRow, base: TableRow | None, metric: str) -> Iterator[Beside]:
     """A metric of a row, and how far it is above the row all are compared with, for each support."""
     assert r.evaluation is not None and r.recipe is not None
     table, sequential = wish.table, r.recipe.sequential is not None
@@ -224,14 +224,14 @@ def _accuracy(wish: Wish, r: TableRow, base: TableRow | None, metric: str) -> It
         named = metric if sequential else f"{metric}, {support}"
         line = row(found)
         said = judged(wish, r.recipe, paper, *line.intervals[metric])
-        yield Finding(named, line.metrics[metric], *line.intervals[metric], paper, said)
+        yield Beside(named, line.metrics[metric], *line.intervals[metric], paper, said)
         against = None if base is None or base is r else _of_support(base, support)
         if against is None or base is None:
             continue
         (c,) = comparisons([found, against], [metric])
         level = float(against.per_user(metric).mean()) or float("nan")
         share, low, high = (value / level for value in (c.difference, c.low, c.high))
-        yield Finding(
+        yield Beside(
             f"{named}, over {base.title}", share, low, high, gained, verdict(gained, low, high), gain=True
         )
 
