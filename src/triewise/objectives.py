@@ -141,7 +141,7 @@ class ObjectiveSettings(Section):
     )
     soft_share: float = key(
         0.5,
-        "tree: of the teacher's mass at all decisions, which the fewest hold that are taught; 1: all",
+        "tree: of the teacher's mass at all decisions, which the fewest hold that are taught beside the path; 1: all",
         gt=0,
         le=1,
     )

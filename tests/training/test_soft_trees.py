@@ -20,7 +20,7 @@ from tests.training.test_trainer import config
 from triewise.errors import UserError
 from triewise.recipe import parse_recipe
 from triewise.tokens import Trie
-from triewise.training import AdaptiveTemperature, Examples, Objective, TreeTargets, make_windows
+from triewise.training import AdaptiveTemperature, Examples, Objective, SoftTargets, TreeTargets, make_windows
 from triewise.training.soft_targets import child_shares
 from triewise.training.soft_trees import heavy_decisions, tree_parts
 from triewise.training.trainer import TrieTrainer, packs
@@ -173,7 +173,12 @@ def test_the_step_is_the_gradient_of_separate_forwards(share: float, tmp_path: P
         losses.append(0.4 * plain.loss.sum())
         n_tokens += len(batch.target)
         roots = batch.position[batch.node == 0]
-        for title, node, mass in zip(*heavy_decisions(trie, log_p, share), strict=True):
+        decisions = list(zip(*(a.tolist() for a in heavy_decisions(trie, log_p, share)), strict=True))
+        heavy = {pair[:2] for pair in decisions}
+        for one in zip(batch.title.tolist(), batch.node.tolist(), strict=True):
+            if share < 1 and trie.branching[one[1]] and one not in heavy:  # it stands for all that are light
+                decisions.append((*one, 1.0))
+        for title, node, mass in decisions:
             path = [int(trie.token[step]) for step in trie.path_to(int(node))]
             ids = [*batch.input_ids[0, : roots[title] + 1].tolist(), *path]
             z = model(input_ids=torch.tensor([ids])).logits[0, -1]
@@ -207,6 +212,15 @@ def test_packing_and_accumulation_change_nothing(supervision: str, tmp_path: Pat
         for other in others:
             for name in whole:
                 torch.testing.assert_close(whole[name], other[name], rtol=1e-4, atol=1e-6)
+
+
+def test_hardly_any_share_is_the_loss_along_the_path(tmp_path: Path) -> None:
+    examples, teach = cycle_world(), by_last_item(12)
+    path = one_step(examples, SoftTargets(Objective(), teach, 0.6), tmp_path)
+    root = TreeTargets(Objective(), teach, 0.6, share=1e-9)
+    tree = one_step(examples, root, tmp_path, packing=True)
+    for name in path:
+        torch.testing.assert_close(tree[name], path[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_window_runs_once_with_its_trees(tmp_path: Path) -> None:

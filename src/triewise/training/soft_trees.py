@@ -5,7 +5,8 @@ By the chain rule the divergence of two distributions over the catalogue is a su
 .. math:: KL(Q \| P) = \sum_n Q(n) \sum_{z \in \mathcal{C}(n)} q(z \mid n) \log \frac{q(z \mid n)}{p(z \mid n)},
 
 with Q(n) the teacher's mass below n and q(z | n) its share below the child z. The decisions that hold most mass stand
-behind the prompt as further rows, which packed run it once.
+behind the prompt as further rows, which packed run it once. Of the others those of the true title stand for all, as if
+it were drawn from Q: with a share near 0 that is the loss along the path, with 1 the exact divergence.
 
 Shape key: M target positions, K decisions of the tree, E children of those, S target titles, I items.
 """
@@ -123,8 +124,8 @@ class TreeTargets(SoftTargets):
     """An objective whose targets a teacher softens, over the tree.
 
     Attributes:
-        share: Of the mass that the teacher has at all decisions, which those hold that are learned; 1: all of them,
-            and the divergence is the exact one over the catalogue.
+        share: Of the mass that the teacher has at all decisions, which the fewest hold that are learned whatever the
+            true title; 1: all of them, and the divergence is the exact one over the catalogue.
 
     Raises:
         UserError: As `SoftTargets`; a share out of range; or another support, form or temperature than a divergence
@@ -216,6 +217,8 @@ class TreeBatches(MicroBatches):
         log_p = teach(windows.items.take(rows), windows.n_context[rows].astype(np.int64))
         how = self.learned.temperature
         title, node, mass = heavy_decisions(trie, log_p, self.learned.share, how)
+        if self.learned.share < 1:
+            title, node, mass = self._with_path(plain, title, node, mass)
         width, (root_of, column_of) = plain.input_ids.shape[1], self._roots(plain)
         # In depth-first order a decision above others is on the path of the next one: only the last have a row.
         below = (title[1:] == title[:-1]) & (trie.item_lo[node[1:]] < trie.item_hi[node[:-1]])
@@ -264,6 +267,17 @@ class TreeBatches(MicroBatches):
             "zero_gain": batch.zero_gain[true],
         }
         return logged | {"soft": batch.soft, "mass": batch.mass}
+
+    def _with_path(
+        self, batch: Batch, title: Int64, node: Int64, mass: Float64
+    ) -> tuple[Int64, Int64, Float64]:
+        """Decisions, and those of the true titles that are not among them with mass 1, depth-first."""
+        trie = self.examples.trie
+        known = np.isin(batch.title * trie.n_nodes + batch.node, title * trie.n_nodes + node)
+        more = trie.branching[batch.node] & ~known
+        title, node = np.append(title, batch.title[more]), np.append(node, batch.node[more])
+        order = np.lexsort((trie.depth[node], trie.item_lo[node], title))
+        return title[order], node[order], np.append(mass, np.ones(int(more.sum())))[order]
 
     def _roots(self, batch: Batch) -> tuple[Int64, Int64]:
         """Row and column (S,) at which the first token of each target title is predicted."""
