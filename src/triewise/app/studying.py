@@ -124,11 +124,11 @@ def study(
                 f"wanted a run or a prepared folder, but {folder} is neither; give one that triewise wrote"
             )
     studied = studied_runs(runs)
-    if set(names) & set(OF_MODELS):
-        for i, (run, folder) in enumerate(zip(studied, runs, strict=True)):
-            if run.recipe.sequential is None:
-                tables = measure(folder, users, seed, trust=trust_remote_code)
-                studied[i] = replace(run, measured=tables)
+    for i, (run, folder) in enumerate(zip(studied, runs, strict=True)):
+        logged = {"lml-parts"} if any("loss_invalid" in row for row in run.log) else set[str]()
+        if run.recipe.sequential is None and set(names) & (set(OF_MODELS) - logged):
+            tables = measure(folder, users, seed, trust=trust_remote_code)
+            studied[i] = replace(run, measured=tables)
     data = list[StudiedData]()
     if set(names) & set(OF_DATA):
         data = [_prepared(folder, tokenizer, template) for folder in prepared]

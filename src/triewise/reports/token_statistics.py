@@ -227,8 +227,8 @@ def both_parts(runs: Runs, data: Data) -> Statistic | None:
         what = "both alike" if 0.5 <= ratio <= 2 else "mostly the first" if ratio > 2 else "mostly the second"
         said.append(
             f"after {end['step'][0]:,} steps of {run.name} invalid tokens cost {number(a)} and the choice among valid "
-            f"ones {number(b)} nats a token; the gradient of the first is {ratio:.2g} times that of the second, so the "
-            f"language-modelling loss learns {what}"
+            f"ones {number(b)} nats a token; the gradient of the first is {ratio:.2g} times that of the second, so a "
+            f"step of the language-modelling loss serves {what}"
         )
         for part in ("invalid", "choice"):
             for column in ("loss", "gradient_norm"):
