@@ -25,9 +25,10 @@ from triewise import cli, recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "triewise"
 WINGS = "data models tokens ranking training decoding reports recommenders serving app".split()  # noqa: SIM905
-ORDER = "getting-started examples/index commands recipes data serving scale papers statistics reproducing models"
-ORDER += " errors log notation"
-ORDER += " api/index contributing changelog"
+ORDER = (
+    "getting-started examples/index commands recipes data tuning serving scale papers statistics reproducing"
+)
+ORDER += " models errors log notation api/index contributing changelog"
 EXAMPLES = {  # in the order in which they are shown
     "quickstart": "Quick start from CSV files",
     "your_own_model": "Your own language model",

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib import metadata
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -20,11 +20,13 @@ from triewise.errors import UserError
 from triewise.serving import contract as said
 from triewise.serving.batching import Batcher, ClosedError, Done, FullError, Job, Work
 from triewise.serving.guard import Guard, Refusal, Rules, to_stderr
-from triewise.serving.limits import Limits
 from triewise.serving.measures import Measures
 from triewise.serving.page import add_page
-from triewise.serving.versions import LiveCatalogue, Version
 from triewise.serving.view import Recommending, Scoring, View
+
+if TYPE_CHECKING:
+    from triewise.serving.limits import Limits
+    from triewise.serving.versions import LiveCatalogue, Version
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": said.ErrorBody, "description": text}
