@@ -298,6 +298,7 @@ def whole(folder: Path, before: Version, after: tuple[str, ...]) -> bool:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed and forked")
+@pytest.mark.timeout(1800)  # fifty times two processes
 @pytest.mark.parametrize("times", [4, pytest.param(50, marks=pytest.mark.slow)])
 def test_who_is_killed_while_it_changes_leaves_one_whole_version(tmp_path: Path, times: int) -> None:
     """Before each file change, the first ones or a few, and then after some time."""
