@@ -77,11 +77,16 @@ def measure(n_items: int, n_change: int, runs: int) -> dict[str, Any]:
                 assert len(live.current.recommender.recommend([[1, 2]], 10).items) == 1
                 waits.append(time.perf_counter() - began)
 
+        cpu: list[float] = []
+
         def timed(what: str, act: Any) -> float:
-            began = time.perf_counter()
+            began, computed = time.perf_counter(), time.thread_time()
             act()
             seconds = time.perf_counter() - began
-            note(f"{what}: {seconds:.2f} s, at most {max(waits, default=0):.2f} s for a request till now")
+            cpu.append(round(time.thread_time() - computed, 2))
+            note(
+                f"{what}: {seconds:.2f} s, {cpu[-1]:.2f} of the CPU; a request waited {max(waits, default=0):.2f} s"
+            )
             return seconds
 
         def change(run: int) -> None:
@@ -108,6 +113,7 @@ def measure(n_items: int, n_change: int, runs: int) -> dict[str, Any]:
         "changed": n_change,
         "built_seconds": round(anew, 2),
         "change_seconds": [round(seconds, 2) for seconds in quiet],
+        "change_cpu_seconds": cpu[: len(quiet)],
         "change_while_answering_seconds": round(busy, 2),
         "rollback_seconds": round(back, 2),
         "restart_seconds": round(restart, 2),
