@@ -86,7 +86,7 @@ class Service:
         """Why no request should come here now."""
         full = self.batcher.waiting >= self.limits.queue
         found = {"stopping": self.draining, "the engine does not run": not self.batcher.alive}
-        found |= {"the model is warmed up": not self.warm, "the queue is full": full}
+        found |= {"the model is being warmed up": not self.warm, "the queue is full": full}
         return [reason for reason, holds in found.items() if holds]
 
     async def ask(self, request: Request, work: Work, rows: Sequence[Any]) -> Done:
