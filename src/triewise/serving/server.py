@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib.util
 import signal
 import socket
@@ -50,6 +51,8 @@ def serve(recommender: SavedRecommender, *, host: str = "127.0.0.1", port: int =
         note(
             f"everybody who reaches {host} may ask, and change the catalogue: --api-key-file wants a key of them"
         )
+    gc.collect()
+    gc.freeze()  # what is there now stays; else each full collection looks through all of torch
     note(f"http://{host}:{door.getsockname()[1]} answers; /docs says what can be asked")
     # Told to stop it finishes what runs; uvicorn raises the signal again then, where it is of no use.
     signal.signal(signal.SIGTERM, lambda *_: None)
