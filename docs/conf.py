@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fastapi.openapi.models  # noqa: F401 (before autodoc sets TYPE_CHECKING, under which its models cannot be made)
 from docutils import nodes
 from latex2mathml.converter import convert
 from numpy.typing import ArrayLike
