@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import fastapi  # noqa: F401  # before autodoc imports for type checkers, which its models do not survive
 from docutils import nodes
 from latex2mathml.converter import convert
 from numpy.typing import ArrayLike
