@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,7 +138,14 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
     tokenizer = tokenizer_of(name, revision, how.trust)
     # A shape that does not fit is told from the report, not raised with a table.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, found = from_hub(AutoModelForCausalLM.from_pretrained, name, revision, **options)
+    told = logging.getLogger("transformers")
+    level = told.level
+    if how.layers is not None:  # it would list the layers that are left out
+        told.setLevel(logging.ERROR)
+    try:
+        model, found = from_hub(AutoModelForCausalLM.from_pretrained, name, revision, **options)
+    finally:
+        told.setLevel(level)
     if how.layers is not None:  # those of later layers are left out on purpose
         found["unexpected_keys"] = of_first_layers(found.get("unexpected_keys") or (), how.layers)
     check_weights(name, found)
