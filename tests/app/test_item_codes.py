@@ -180,7 +180,7 @@ def test_beside_lora_only_new_rows_change(raw: Path, tied: bool, tmp_path: Path)
 
 def test_objectives_teachers_and_assistants(raw: Path, items: Path, tmp_path: Path) -> None:
     for name, section in (
-        ("ats", {"objective": {"temperature": "adaptive"}}),
+        ("ats", {"identifier": {"levels": [6, 2]}, "objective": {"temperature": "adaptive"}}),
         ("igd", {"objective": {"weight": "igd", "support": "vocabulary"}}),
         ("taught", {"objective": {"soft_targets": str(items)}}),
         ("every", {"training": {"supervision": "every"}, "evaluation": {"alpha": 0.2, "search": "beam"}}),
