@@ -200,7 +200,9 @@ def alphas(runs: Runs, data: Data) -> Statistic | None:
                 f"no alpha above 0 ranks the {n} users of {run.name} better than 0 does (NDCG@10 {zero})"
             )
             continue
-        word = verdict(low, high, "which is more than luck", "", "which these users do not settle")
+        word = verdict(
+            low, high, "though it was chosen on these very users", "", "which these users do not settle"
+        )
         said.append(
             f"alpha {best:g} is best for {n} users of {run.name}: NDCG@10 {number(_mean(of[best]))} against {zero} at "
             f"0, {word} (difference {number(gained, '+')}, 95\xa0% interval "
