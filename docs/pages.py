@@ -29,7 +29,7 @@ ORDER = (
     "getting-started examples/index commands recipes data serving papers statistics reproducing models errors"
 )
 ORDER += " log notation"
-ORDER += " api/index contributing changelog"
+ORDER += " notation api/index contributing changelog"
 EXAMPLES = {  # in the order in which they are shown
     "quickstart": "Quick start from CSV files",
     "your_own_model": "Your own language model",
