@@ -25,9 +25,7 @@ from triewise import cli, recipe
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "triewise"
 WINGS = "data models tokens ranking training decoding reports recommenders serving app".split()  # noqa: SIM905
-ORDER = (
-    "getting-started examples/index commands recipes data serving papers statistics reproducing models errors"
-)
+ORDER = "getting-started examples/index commands recipes data serving tuning papers statistics reproducing models errors"
 ORDER += " log notation"
 ORDER += " api/index contributing changelog"
 EXAMPLES = {  # in the order in which they are shown
