@@ -26,10 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "triewise"
 WINGS = "data models tokens ranking training decoding reports recommenders serving app".split()  # noqa: SIM905
 ORDER = (
-    "getting-started examples/index commands recipes data serving papers statistics reproducing models errors"
+    "getting-started examples/index commands recipes data serving tuning papers statistics reproducing models"
 )
-ORDER += " log notation"
-ORDER += " api/index contributing changelog"
+ORDER += " errors log notation api/index contributing changelog"
 EXAMPLES = {  # in the order in which they are shown
     "quickstart": "Quick start from CSV files",
     "your_own_model": "Your own language model",
