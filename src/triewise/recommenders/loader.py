@@ -11,7 +11,6 @@ from triewise.errors import UserError
 from triewise.files import Shape, read_json, read_record
 from triewise.recipe import Recipe, run_recipe
 from triewise.recommenders.saved import MANIFEST, Manifest, SavedRecommender, local_folder
-from triewise.settings import BackboneSettings
 
 
 class _Chosen(Shape):
@@ -62,11 +61,11 @@ def load(
     else:
         from triewise.recommenders.generative import GenerativeRecommender
 
-        made = BackboneSettings() if recipe is None else recipe.backbone
+        made = ("auto", "auto") if recipe is None else (recipe.backbone.device, recipe.backbone.dtype)
         words = GenerativeRecommender.from_pretrained(
             folder,
-            device=device or made.device,
-            dtype=dtype or made.dtype,
+            device=device or made[0],
+            dtype=dtype or made[1],
             base=base,
             trust_remote_code=trust_remote_code,
         )
