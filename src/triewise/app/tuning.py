@@ -25,7 +25,7 @@ from triewise.files import write_text
 from triewise.locks import one_writer
 from triewise.progress import note
 from triewise.recipe import Recipe, dump_recipe
-from triewise.reports import StepOfTrials, TrialShown, write_trials
+from triewise.reports import StepOfTrials, TrialShown, trials_page
 
 STUDY, SPACE, BEST_RECIPE, PAGE, BASE = "study.db", "space.toml", "best.toml", "trials.html", "base"
 AS = "as"  # attribute of a trial: the one whose value it has, because it is the same recipe
@@ -265,8 +265,10 @@ class _Study:
             study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
         else:
             study.tell(trial, result.best_metric)
-        best = self._best(step)
-        for one in study.get_trials(deepcopy=False):
+        # One look at all: another process may tell the best between two.
+        told = study.get_trials(deepcopy=False)
+        best = self._best(step, told)
+        for one in told:
             if one.state.is_finished() and (best is None or one.number != best.number):
                 _tidy(self.folder(step, one.number))
         return True
@@ -293,9 +295,9 @@ class _Study:
         dataset, recommender, _ = recommender_of(run, recipe.evaluation, self.trust)
         return float(validator(recipe, dataset, recommender)(None)[self.metric])
 
-    def _best(self, step: Step) -> Any:
+    def _best(self, step: Step, trials: Any = None) -> Any:
         """The best trial of a step, the earliest of equal ones; None: none has ended."""
-        ended = self.studies[step.name].get_trials(deepcopy=False)
+        ended = trials or self.studies[step.name].get_trials(deepcopy=False)
         complete = [t for t in ended if t.state.name == "COMPLETE" and AS not in t.user_attrs]
         return max(complete, key=lambda t: (t.value, -t.number), default=None)
 
@@ -327,7 +329,8 @@ class _Study:
                 f"{facts['pruned']} of them ended early. {said}"
             )
         write_text(self.out / BEST_RECIPE, "\n".join(lines) + "\n" + dump_recipe(recipe))
-        write_trials(self.out / PAGE, self.start.title or self.start.name, self.metric, users, steps)
+        page = trials_page(self.start.title or self.start.name, self.metric, users, steps)
+        write_text(self.out / PAGE, page)
 
     def _shown(self, step: Step) -> StepOfTrials:
         study, best = self.studies[step.name], self._best(step)

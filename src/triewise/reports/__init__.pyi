@@ -40,7 +40,7 @@ from .tidy import (
     logit_density as logit_density,
     prefixes as prefixes,
 )
-from .trials import StepOfTrials as StepOfTrials, TrialShown as TrialShown, write_trials as write_trials
+from .trials import StepOfTrials as StepOfTrials, TrialShown as TrialShown, trials_page as trials_page
 
 __all__ = [
     "CardFacts",

@@ -7,10 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
-from triewise.files import write_text
 from triewise.reports.figures import WIDTH, elide, escape, round_ticks, scale, svg
 
 AXIS = 92  # between two axes of the parallel coordinates
@@ -58,11 +56,10 @@ class StepOfTrials:
     best: int | None
 
 
-def write_trials(path: Path, title: str, metric: str, users: int, steps: Sequence[StepOfTrials]) -> None:
-    """Write the page, whole or not at all.
+def trials_page(title: str, metric: str, users: int, steps: Sequence[StepOfTrials]) -> str:
+    """The page, HTML.
 
     Args:
-        path: The file.
         title: Of the recipe.
         metric: What is compared.
         users: At most so many validation rows.
@@ -73,7 +70,7 @@ def write_trials(path: Path, title: str, metric: str, users: int, steps: Sequenc
     parts += [f"<section><h2>{escape(step.name)}</h2>{_step(step, metric)}</section>" for step in steps]
     template = resources.files("triewise.reports").joinpath("report.html").read_text(encoding="utf-8")
     page, rest = template.split("{title}")
-    write_text(path, page + escape(f"Tuning of {title}") + rest.replace("{body}", "\n".join(parts)))
+    return page + escape(f"Tuning of {title}") + rest.replace("{body}", "\n".join(parts))
 
 
 def _step(step: StepOfTrials, metric: str) -> str:

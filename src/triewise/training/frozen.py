@@ -23,7 +23,6 @@ from torch import Tensor
 from triewise.errors import UserError
 from triewise.files import atomic_path, remove
 from triewise.models import Reached, body, head_weight, layers_of, rope_switch
-from triewise.training import processes
 
 if TYPE_CHECKING:
     from triewise.settings import TrainingSettings
@@ -33,7 +32,9 @@ FOLDER, DATA, INDEX = "states", "states.bin", "index.npz"
 _PROBE = 12  # tokens on which it is tried whether states can be kept
 
 
-def kept_states(model: Any, examples: Examples, settings: TrainingSettings, out: Path) -> KeptStates | None:
+def kept_states(
+    model: Any, examples: Examples, settings: TrainingSettings, out: Path, alone: bool = True
+) -> KeptStates | None:
     """Where the states of ``settings.freeze`` layers are kept; None where there are none, or none would be read again.
 
     Args:
@@ -41,6 +42,7 @@ def kept_states(model: Any, examples: Examples, settings: TrainingSettings, out:
         examples: What is learned from.
         settings: Budget and optimiser.
         out: The run folder.
+        alone: Whether one process trains.
 
     Raises:
         UserError: States that are not always the same or do not stand for the layers, several processes, or a disk
@@ -50,7 +52,7 @@ def kept_states(model: Any, examples: Examples, settings: TrainingSettings, out:
     if not (settings.freeze and settings.keep_states) or seen_once:
         return None
     layers = list(layers_of(model)[: settings.freeze])
-    _check(model, layers)
+    _check(model, layers, alone)
     device, width = head_weight(model).device, int(body(model)(_ids(model)).last_hidden_state.shape[-1])
     tokens = int(examples.size.sum()) + len(examples) * len(examples.prompts.encode([]))
     size, free = tokens * width * 4, shutil.disk_usage(_there(out)).free
@@ -76,10 +78,10 @@ def _ids(model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _check(model: Any, layers: list[Any]) -> None:
+def _check(model: Any, layers: list[Any], alone: bool) -> None:
     """Refuse layers whose output is drawn, or is not all that the layers above them get."""
     reason, was = None, model.training
-    if processes.count() > 1:
+    if not alone:
         reason = "several processes"
     elif rope_switch(model) is not None:
         reason = "positions that depend on the longest row"

@@ -208,7 +208,12 @@ class TrainingState:
             with (
                 signals_set(self.asked_to_stop),
                 tracked(
-                    self.settings.report_to, self.out, title, facts or self.identity, watch, self.step
+                    self.settings.report_to if processes.is_first() else (),
+                    self.out,
+                    title,
+                    facts or self.identity,
+                    watch,
+                    self.step,
                 ) as self.watch,
                 progress(title or "training", left, "steps") as advance,
             ):

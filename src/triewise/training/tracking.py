@@ -14,7 +14,6 @@ from typing import Any
 
 from triewise.errors import UserError
 from triewise.files import read_json, write_json
-from triewise.training import processes
 
 PROJECT = "triewise"
 IDS = "tracking.json"  # in a run folder: what trackers call the run, for when it goes on
@@ -43,7 +42,7 @@ def tracked(
     Raises:
         UserError: The package of a tracker is not installed.
     """
-    if not names or not processes.is_first():
+    if not names:
         yield watch
         return
     known: dict[str, str] = read_json(out / IDS) if (out / IDS).is_file() else {}

@@ -154,7 +154,9 @@ class TrieTrainer(Trainer):  # type: ignore[misc]  # transformers has no types
         self.run = TrainingState(model, self.args.device, learned, settings, seed, out, validate)
         if settings.gradient_checkpointing:
             compute_again(trained, True)
-        self.titles.kept = kept_states(model, examples, settings, out) if self.titles.by_hand else None
+        self.titles.kept = None
+        if self.titles.by_hand:
+            self.titles.kept = kept_states(model, examples, settings, out, processes.count() == 1)
         packing = settings.packing and self.titles.by_hand and self.titles.kept is None
         self.packing = packing and packs(model, examples, self.titles.many_rows)
         self.loader: Ahead | None = None
