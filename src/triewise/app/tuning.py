@@ -265,12 +265,14 @@ class _Study:
             study.tell(trial, state=self.optuna.trial.TrialState.PRUNED)
         else:
             study.tell(trial, result.best_metric)
-        # One look at all: another process may tell the best between two.
-        told = study.get_trials(deepcopy=False)
-        best = self._best(step, told)
-        for one in told:
-            if one.state.is_finished() and (best is None or one.number != best.number):
-                _tidy(self.folder(step, one.number))
+        with one_writer(self.out, wait=True):
+            told = study.get_trials(
+                deepcopy=False
+            )  # one look at all: another process may tell the best between two
+            best = self._best(step, told)
+            for one in told:
+                if one.state.is_finished() and (best is None or one.number != best.number):
+                    _tidy(self.folder(step, one.number))
         return True
 
     def _run(self, recipe: Recipe, folder: Path, watch: Any = None) -> Any:
