@@ -48,8 +48,14 @@ def test_missing_places_are_named(tmp_path: Path) -> None:
         (b'a,b\n1,2\n"",4\n', "row 2: wanted a value in column a, got an empty cell"),
         (b"a,b\n1,2,3\n", "line 2: wanted 2 cells, got 3, the last '3'; put a cell"),
         (b'a,b\n1,"2\n', "line 2: wanted quotes around whole cells .*, got '1,\"2'; repair"),
-        (gzip.compress(b"a,b\n1,2\n" * 1000, mtime=0)[:-30], "cannot read .*: Compressed file ended before .*; copy"),
-        (gzip.compress(b"a,b\n1,2\n", mtime=0)[:-4] + b"\0\0\0\0", "cannot read .*: Incorrect length of data"),
+        (
+            gzip.compress(b"a,b\n1,2\n" * 1000, mtime=0)[:-30],
+            "cannot read .*: Compressed file ended before .*; copy",
+        ),
+        (
+            gzip.compress(b"a,b\n1,2\n", mtime=0)[:-4] + b"\0\0\0\0",
+            "cannot read .*: Incorrect length of data",
+        ),
         (b"\x1f\x8bno gzip", "cannot read .*; copy or download it again"),
     ],
 )
