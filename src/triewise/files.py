@@ -392,6 +392,14 @@ def decoded(content: bytes) -> str:
     return content.decode("latin-1")
 
 
+def parquet_metadata(path: Path) -> dict[str, str]:
+    """What a Parquet file says of itself beside its rows."""
+    import polars as pl
+
+    with path.open("rb") as file:
+        return pl.read_parquet_metadata(file)
+
+
 def scan(
     source: Path | bytes | list[Path],
     form: Literal["parquet", "csv", "lines", "json"] = "parquet",

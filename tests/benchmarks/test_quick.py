@@ -33,6 +33,7 @@ PROMISED: dict[str, set[str]] = {
     "ranking": {"sizes", "peak_mib_by_users", "matrix_mib_of_most_users"},
     "scale": {"sizes", "runs", "threads"},
     "sequential": {"same_targets", "ratio", "shifted_seconds", "prefix_seconds", "targets"},
+    "serve": {"requests", "alone_ms", "http_ms", "overhead", "times", "overload", "afterwards"},
     "train_step": {"same_gradients", "gradient_gap", "speedup", "rows_per_second", "packing"},
     "trie_build": {"n_items", "seconds", "peak_mb", "dict_ratio", "dict_memory_ratio", "load_seconds"},
 }

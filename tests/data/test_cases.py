@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import SHARED
 from triewise.data import Dataset, prepare
 from triewise.errors import UserError
+from triewise.ranking import Groups
 from triewise.serving import answer
 
 CASES = SHARED.parent / "cases" / "data"
@@ -270,7 +271,7 @@ def test_a_history_is_found_whatever_its_normal_form_and_outer_space(name: str, 
         none = np.full((1, 1), -1)
         return SimpleNamespace(items=none, scores=none, certified=[True], tied=None, counters={})
 
-    groups = SimpleNamespace(of_item=data.catalog.group, n_groups=8)
-    recommender: Any = SimpleNamespace(catalog=data.catalog, groups=groups, recommend=recommend)
+    groups = Groups.from_labels(data.catalog.group)
+    recommender: Any = SimpleNamespace(catalog=data.catalog, groups=groups, recommend=recommend, former=None)
     assert answer(recommender, [[name]], 1).of_each[0].unknown == ()
     assert len(seen[0]) == 1

@@ -63,7 +63,9 @@ def test_one_function_hands_paths_to_polars() -> None:
         and node.value.id in ("pl", "polars")
     ]
     assert {place.partition(":")[0] for place in places} == {"files"}
-    assert len(places) == 4  # one for each form, all of them in `files.scan`
+    assert (
+        len(places) == 5
+    )  # one for each form, in `files.scan`, and `files.parquet_metadata`, which opens the file
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------

@@ -354,7 +354,7 @@ def test_a_full_disk_is_told(run: Path, users: Path, tmp_path: Path, monkeypatch
         monkeypatch.context() as patched,
         pytest.raises(UserError, match="no space left; free some and go on"),
     ):
-        patched.setattr(pl.DataFrame, "write_parquet", full)
+        patched.setattr(Path, "write_bytes", full)
         recommend_file(run, users, tmp_path / "out", 4, rows=4, workers=1)
     assert file_names(tmp_path / "out") == ["job.json"]
 

@@ -123,7 +123,7 @@ def test_a_plain_prompt_without_history_is_an_empty_one() -> None:
     prompts = make_prompts([[2, 0]])
     assert prompts.without_history() == prompts.encode([]) == [1]
     with pytest.raises(
-        UserError, match=r"'unknown' needs an instruction template \(msl or d3\), got 'plain'"
+        UserError, match=r"'unknown' needs an instruction template \(msl or d3\) that does not grow"
     ):
         prompts.without_history("unknown")
     with pytest.raises(UserError, match="wanted without_history among no-input, unknown, got 'none'"):

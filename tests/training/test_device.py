@@ -110,7 +110,7 @@ def two_steps(
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes compare numbers, which meta tensors do not have; they are run before training, not in a step."""
     monkeypatch.setattr("triewise.training.objective.hand_head", lambda model: Head())
-    monkeypatch.setattr(trainer_module, "packs", lambda model, examples: True)
+    monkeypatch.setattr(trainer_module, "packs", lambda model, examples, many_rows: True)
 
 
 @pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])

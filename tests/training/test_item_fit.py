@@ -396,7 +396,7 @@ def hit_rate(
 LEARNERS = [
     ("gru4rec", {}),
     ("sasrec", {}),
-    ("esasrec", {}),
+    ("esasrec", {"steps": 100}),  # learns the rows by heart after that
     ("lrurec", {}),
     ("bert4rec", {"mask_last": 0.9}),
     ("sasrec", {"loss": "bce", "negatives": 4}),
@@ -478,7 +478,7 @@ def test_micro_batches_of_like_length_change_no_step(kind: str, tmp_path: Path) 
     if not masks:  # what is masked is drawn for each part
         assert logs[0] == pytest.approx(np.array(logs[1]), rel=1e-4)
         for name, weight in ends[0].items():
-            torch.testing.assert_close(ends[1][name], weight, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(ends[1][name], weight, atol=2e-4, rtol=1e-4)  # of steps of .01
     assert len(logs[0]) == len(logs[1]) == 3
 
 

@@ -17,7 +17,16 @@ import polars as pl
 
 from triewise.app.folders import consented, data_of, open_run, titles_of, trained_data
 from triewise.errors import UserError, reading
-from triewise.files import Shape, atomic_folder, atomic_path, read_json, sha256_file, write_json, write_text
+from triewise.files import (
+    Shape,
+    atomic_folder,
+    atomic_path,
+    read_json,
+    scan,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from triewise.ranking import METRICS, evaluate, load_evaluation, metrics_from_rank
 from triewise.recommenders import GenerativeRecommender, load
 from triewise.reports import (
@@ -307,7 +316,7 @@ def measured(run: Path) -> Tables:
     tables = {}
     for kind in KINDS:
         with reading(place / f"{kind}.parquet"):
-            tables[kind] = pl.read_parquet(place / f"{kind}.parquet")
+            tables[kind] = scan(place / f"{kind}.parquet").collect()
     return tables
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from triewise.errors import UserError, reading
-from triewise.files import Shape, atomic_path
+from triewise.files import Shape, atomic_path, parquet_metadata, scan
 from triewise.serving.answers import Answer, answer
 from triewise.serving.batch_input import Source, read_part
 
@@ -78,6 +79,14 @@ class Task:
         """Where a part is."""
         return self.out / f"part-{part:06d}.parquet"
 
+    def write(self, part: int, frame: pl.DataFrame, facts: dict[str, Any]) -> None:
+        """Write the file of a part, unless its bytes are there."""
+        file, content = self.file(part), io.BytesIO()
+        frame.write_parquet(content, metadata={KEY: json.dumps(facts, sort_keys=True)})
+        if not file.is_file() or file.read_bytes() != content.getvalue():
+            with atomic_path(file) as temporary:
+                temporary.write_bytes(content.getvalue())
+
     def facts(self, part: int, look: bool = False) -> PartFacts | None:
         """What a part says of itself; None where it is not there.
 
@@ -88,17 +97,19 @@ class Task:
         Raises:
             UserError: It is damaged, or of another batch.
         """
-        import polars as pl
-
         file = self.file(part)
         if not file.is_file():
             return None
         with reading(file):
-            found = PartFacts.model_validate_json(pl.read_parquet_metadata(file)[KEY])
-            if look and _digest(pl.read_parquet(file), found.model_dump(mode="json")) != found.sha256:
-                raise ValueError("its rows are others than were written")
+            found = PartFacts.model_validate_json(parquet_metadata(file)[KEY])
+            if look:
+                frame = scan(file).collect()
+                if _digest(frame, found.model_dump(mode="json")) != found.sha256:
+                    raise ValueError("its rows are others than were written")
         if found.job != self.job:
             raise UserError(f"{file} is of another batch than this one; choose another --out, or remove it")
+        if look:  # what stands beside the rows, such as the least value of a column, is right again
+            self.write(part, frame, found.model_dump(mode="json"))
         return found
 
 
@@ -132,8 +143,7 @@ def make_part(task: Task, recommender: SavedRecommender, part: int) -> None:
     facts |= {"bad": users.bad[:NAMED], "unknown": unknown[:NAMED]}
     frame = pl.DataFrame(columns)
     facts["sha256"] = _digest(frame, facts)
-    with atomic_path(task.file(part)) as temporary:
-        frame.write_parquet(temporary, metadata={KEY: json.dumps(facts)})
+    task.write(part, frame, facts)
 
 
 def _digest(frame: pl.DataFrame, facts: dict[str, Any]) -> str:
