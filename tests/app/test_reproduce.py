@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from tests.worlds import write_msl_folder
 from triewise.app import evaluate_run, open_run, row
 from triewise.app.paper_tables import SCALES, deviation, read_table, table_names, verdict
-from triewise.app.reproduce import TableRow, reproduce_table as reproduce
+from triewise.app.reproduce import TableRow, _common, reproduce_table as reproduce
 from triewise.app.runs import train_run
-from triewise.app.tabulating import Wish, judged
+from triewise.app.tabulating import Wish, _findings, judged
 from triewise.cli import app
 from triewise.data import load_dataset
 from triewise.errors import UserError
@@ -438,3 +438,14 @@ def test_time_and_deviation_of_seeds_stand_beside_the_papers(world: dict[str, An
     spread = reproduce("msl-table-3", tmp_path, **ask)
     each = [run.metrics["NDCG@10"] for run in spread.rows[0].evaluation.runs]  # type: ignore[union-attr]
     assert spread.rows[0].findings[0].ours == pytest.approx(deviation(each)[0])
+    assert "seeds</figcaption>" in (tmp_path / "report.html").read_text("utf-8").replace("seeds.<", "seeds<")
+    toys = Wish(read_table("msl-table-3", "small"), "small", Path(), "toy", (), 2, None, n_items=11758)
+    said = next(iter(_findings(toys, spread.rows[0], None)))
+    assert (said.paper, said.verdict) == (2.0, "of llama-3-8b: not comparable")
+
+
+def test_steam_is_prepared_by_the_rules_of_the_paper(tmp_path: Path) -> None:
+    known = read_table("igd-table-6")
+    recipe = load_recipe(known.rows["igd"].recipe, _common(known, tmp_path, known.data, None, None))
+    assert (recipe.data.pipeline, recipe.data.max_history, recipe.data.k_core) == ("igd-steam", 10, 5)
+    assert (recipe.data.split, recipe.evaluation.exclude) == ("time-growing", "none")

@@ -121,6 +121,8 @@ def _common(table: PaperTable, out: Path, data: str, steps: int | None, backbone
         common.append(f"data.folder={(out / 'prepared').absolute().as_posix()}")
     if data.startswith(("msl:", "d3:")):
         common += ["data.max_history=10", "evaluation.exclude=none"]
+    elif data.startswith("steam:"):  # the rows of IGD's script
+        common += ["data.pipeline=igd-steam", "data.max_history=10", "evaluation.exclude=none"]
     elif table.published:
         common.append("data.max_history=20")
     common += [f"training.steps={steps}"] if steps else []
@@ -185,7 +187,7 @@ def _row(wish: Wish, plan: RowPlan) -> TableRow:
         {n: float(np.mean([m["beam"][n] for m in metrics])) for n in ("HR@10", "NDCG@10") if with_beams},
         float(np.mean([m[beams] if with_beams else np.nan for m in metrics])),
         float(np.mean(times)),
-        run=runs[0],
+        runs=tuple(runs),
         other=_together(plan.title, others) if others else None,
         recipe=recipe,
         times=times,
