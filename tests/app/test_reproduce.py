@@ -202,6 +202,13 @@ def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
     assert set(found) == {"msl", "lml", "report"} and found["lml"]["differences"]["HR@10"]["a"] == "LML"
     again = CliRunner().invoke(app, [*asked, "--rows", "msl, lml", "--trials", "1", *changes])
     assert again.stdout.startswith("| loss | chosen on validation | NDCG@10 | minus msl [95 %]")
+    # A row over item ids has no beams, and one seed no deviation: numbers that there are not are null.
+    asked = ["reproduce", "igd-table-2", "--scale", "small", "--rows", "sasrec", *asked[2:]]
+    asked[asked.index("--out") + 1] = str(tmp_path / "ids")
+    done = CliRunner().invoke(app, [*asked, "--trials", "1", *changes[2:], "--json"])
+    assert done.exit_code == 0, done.output
+    sasrec = json.loads(done.stdout)["sasrec"]
+    assert sasrec["pruned@10"] is None and sasrec["findings"][0]["ours"] is not None
 
 
 @pytest.mark.parametrize(

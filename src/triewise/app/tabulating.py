@@ -80,8 +80,8 @@ class ReproducedTable:
     html: Path | None
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
+        """JSON values; a number that there is not is null."""
+        found = {
             r.name: {"failed": r.failed}
             if r.failed
             else {"findings": [vars(one) for one in r.findings]}
@@ -97,6 +97,7 @@ class ReproducedTable:
             }
             for r in self.rows
         }
+        return {name: _known(each) for name, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,15 @@ class Wish:
     seeds: int
     trials: int | None
     n_items: int = 0
+
+
+def _known(value: Any) -> Any:
+    """JSON values with None for NaN."""
+    if isinstance(value, dict):
+        return {name: _known(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> ReproducedTable:
