@@ -221,6 +221,10 @@ def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
             {"changes": ["training.learning_rate=0.02"], "rows": ["msl", "pos"]},
             "got 'training.learning_rate=0.02', which msl chooses; leave msl out",
         ),
+        (
+            {"changes": ["seed = 5"]},
+            "wanted seeds from 0 on, as many as --seeds says, got the change 'seed = 5'",
+        ),
         ({"trials": 9}, "wanted 1 to 3 trials and at least one seed, got 9 and 3"),
     ],
 )

@@ -77,9 +77,9 @@ def reproduce_table(
         trust_remote_code: Execute code that comes with the language model; changes can ask for it, not grant it.
 
     Raises:
-        UserError: No such table or row, a change of a key that a row tunes (only that row would ignore it), more trials
-            than a row has values, runs in a folder that are not to be used again, or code that is not granted. What
-            goes wrong in a row is its text.
+        UserError: No such table or row, a change of a key that a row tunes (only that row would ignore it) or of the
+            seed, more trials than a row has values, runs in a folder that are not to be used again, or code that is not
+            granted. What goes wrong in a row is its text.
     """
     if table not in table_names():
         raise UserError(f"wanted a table among {', '.join(table_names())}, got {table!r}")
@@ -143,6 +143,11 @@ def _check(
         name = tuned[fixed.partition("=")[0].strip()]
         raise UserError(
             f"wanted changes of what no row tunes, got {fixed!r}, which {name} chooses; leave {name} out"
+        )
+    seed = next((change for change in changes if change.partition("=")[0].strip() == "seed"), None)
+    if seed is not None:
+        raise UserError(
+            f"wanted seeds from 0 on, as many as --seeds says, got the change {seed!r}; leave it out"
         )
     most = max(len(plan.values) for plan in table.rows.values())
     if not 1 <= (trials or most) <= most or seeds < 1:
