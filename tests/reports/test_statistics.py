@@ -266,6 +266,11 @@ def test_runs_on_different_rows_are_not_compared() -> None:
     assert igd.evaluation is not None
     other = replace(igd, evaluation=replace(igd.evaluation, target=np.ones(40, np.int32)))
     assert "were evaluated on different rows" in made("beta", lml, other).sentence
+    assert made("accuracy-time", lml, other) is None
+    one, two = run("one", BAD, support="trie"), run("two", GOOD, support="trie", temperature=2.0)
+    assert two.evaluation is not None
+    apart = replace(two, evaluation=replace(two.evaluation, target=np.ones(40, np.int32)))
+    assert made("temperature", one, two) and made("temperature", one, apart) is None
 
 
 def test_what_is_said_of_tokens_and_logs() -> None:

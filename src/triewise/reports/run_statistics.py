@@ -48,7 +48,7 @@ RANKED = ("split", "exclude", "search", "support", "alpha", "length_penalty", "a
 def temperature(runs: Runs, data: Data) -> Statistic | None:
     """MSL, Figure 6: runs of the masked softmax with several temperatures."""
     rows = list[tuple[Any, ...]]()
-    for run in _writers(runs):
+    for run in _alike(_writers(runs)):
         how, tau = run.recipe.objective, run.recipe.objective.temperature
         if how.support == "trie" and how.weight == UNIFORM and not how.expand_negatives:
             logged = (row["temperature"] for row in reversed(run.log) if "temperature" in row)
@@ -110,7 +110,7 @@ def beta(runs: Runs, data: Data) -> Statistic | None:
 
 def accuracy_time(runs: Runs, data: Data) -> Statistic | None:
     """MSL, Figure 7."""
-    judged = [run for run in _judged(runs) if run.seconds > 0]
+    judged = [run for run in _alike(_judged(runs)) if run.seconds > 0]
     if len(judged) < 2:
         return None
     rows = [(run.name, run.seconds, run.steps, *_result(run)) for run in judged]
@@ -262,6 +262,12 @@ def make_statistics(names: Sequence[str], runs: Runs, data: Data = ()) -> tuple[
 
 def _judged(runs: Runs) -> list[StudiedRun]:
     return [run for run in runs if run.evaluation is not None]
+
+
+def _alike(judged: Sequence[StudiedRun]) -> list[StudiedRun]:
+    """Those of some evaluated runs that ranked the same rows as the first."""
+    of = [run.evaluation.target for run in judged if run.evaluation is not None]
+    return [run for run, target in zip(judged, of, strict=True) if np.array_equal(target, of[0])]
 
 
 def _repeated(runs: Runs, ranked: Sequence[str] = ()) -> list[list[StudiedRun]]:
