@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.worlds import write_msl_folder
-from triewise.app import evaluate_run, open_run, row
+from triewise.app import evaluate_run, open_run, row, tabulating
 from triewise.app.paper_tables import SCALES, deviation, read_table, table_names, verdict
 from triewise.app.reproduce import TableRow, _common, reproduce_table as reproduce
 from triewise.app.runs import train_run
@@ -26,6 +26,7 @@ from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.ranking import load_evaluation
 from triewise.recipe import load_recipe, recipe_folder
+from triewise.recommenders import load
 from triewise.reports import item_score_entropy
 
 TINY = {"vocabulary": 300, "width": 16, "heads": 2, "feed_forward": 32}
@@ -151,13 +152,24 @@ def test_what_a_row_needs_is_trained_once(world: dict[str, Any], tmp_path: Path)
     assert not made.differences  # nothing to compare with
 
 
-def test_code_of_a_model_runs_where_the_command_says_so(world: dict[str, Any], tmp_path: Path) -> None:
+def test_code_of_a_model_runs_where_the_command_says_so(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asks = {"changes": [*world["changes"], "backbone.trust_remote_code=true"]}
     ask = world | {"seeds": 1, "rows": ["msl"], "trials": 1}
     with pytest.raises(UserError, match="the table ledger asks to run code .*--trust-remote-code"):
         reproduce("ledger", tmp_path, **(ask | asks))
     made = reproduce("ledger", tmp_path, **ask, trust_remote_code=True)
     assert not made.rows[0].failed and open_run(tmp_path / "msl" / "trial-0")[0].backbone.trust_remote_code
+    ask |= {"changes": [each for each in asks["changes"] if not each.startswith("data.folder")]}
+    ask |= {"rows": ["alpha-0"], "scale": "small", "trust_remote_code": True}
+    with monkeypatch.context() as patch:  # whose lists are looked at once more
+        granted: list[bool] = []
+        patch.setattr(
+            tabulating, "load", lambda *a, **how: granted.append(how["trust_remote_code"]) or load(*a, **how)
+        )
+        assert reproduce("igd-table-7", tmp_path / "lists", **ask).rows[0].findings
+    assert granted == [True]
 
 
 def test_a_row_that_fails_is_a_line(

@@ -214,8 +214,10 @@ def judged(wish: Wish, recipe: Recipe, paper: float | None, low: float, high: fl
 
 def _listed(wish: Wish, r: TableRow) -> Iterator[Beside]:
     """How alike the titles are that a user gets, and how even their scores."""
-    writer = load(r.runs[0], assistant=False)
-    assert isinstance(writer, GenerativeRecommender) and r.evaluation is not None and r.recipe is not None
+    assert r.evaluation is not None and r.recipe is not None
+    trust = r.recipe.backbone.trust_remote_code  # asked for and granted, or there were no run
+    writer = load(r.runs[0], assistant=False, trust_remote_code=trust)
+    assert isinstance(writer, GenerativeRecommender)
     runs = r.evaluation.runs if isinstance(r.evaluation, Repeats) else (r.evaluation,)
     of_users = {
         "repetition": [first_word_repetition(writer.trie, run.items) for run in runs],
