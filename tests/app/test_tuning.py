@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import triewise.app.tuning as tuning
 from tests.worlds import write_msl_folder
+from triewise import locks
 from triewise.app import Tuned, tune
 from triewise.app.space import Range, read_space
 from triewise.cli import app
@@ -332,6 +333,23 @@ def test_a_trial_that_ended_before_its_lock_was_free_is_not_made_again(
     with contextlib.ExitStack() as held:
         claimed = study._claim(step, held)
     assert claimed is not None and claimed[0].number == 1
+
+
+@pytest.mark.filterwarnings("ignore:this model is decoded on the plain")
+def test_folders_are_tidied_by_one_process_at_a_time(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one removes a file that another is about to remove, and its call ends with an error."""
+    out, locked, really = tmp_path / "study", list[bool](), tuning._tidy
+
+    def tidy(folder: Path) -> None:
+        locked.append(any(file.parent == out.resolve() for file in locks._held))
+        really(folder)
+
+    monkeypatch.setattr(tuning, "_tidy", tidy)
+    text = '[space]\n"training.learning_rate" = [1e-2, 1e30]\n'  # one ends, one cannot be
+    tune(recipe.changed("training.learning_rate=1e-2"), written(tmp_path, text), 2, out)
+    assert locked and all(locked)
 
 
 def test_the_folder_of_a_run_is_left_alone(whole, recipe: Recipe, tmp_path: Path) -> None:

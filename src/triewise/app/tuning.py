@@ -250,7 +250,8 @@ class _Study:
     def _failed(self, step: Step, trial: Any, error: UserError) -> bool:
         note(f"warning: {step.name}, trial {trial.number + 1} cannot be: {error}")
         self.studies[step.name].tell(trial, state=self.optuna.trial.TrialState.FAIL)
-        _tidy(self.folder(step, trial.number))
+        with one_writer(self.out, wait=True):
+            _tidy(self.folder(step, trial.number))
         return True
 
     def _trained(self, step: Step, trial: Any, recipe: Recipe) -> bool:
