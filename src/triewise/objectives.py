@@ -153,7 +153,7 @@ class ObjectiveSettings(Section):
     flow: FlowSettings | None = None
 
     @property
-    def _objectives(self) -> tuple[tuple[str, bool], ...]:
+    def objectives(self) -> tuple[tuple[str, bool], ...]:
         """Losses of which one can be learned, and whether each is chosen."""
         named = self.soft_targets is not None or self.flow is not None
         alone = named or self.bear.strength > 0 or self.apao.strength > 0
@@ -176,7 +176,7 @@ class ObjectiveSettings(Section):
             raise ValueError("temperature = 'adaptive' needs support = 'trie'")
         if self.expand_negatives and self.support != "trie":
             raise ValueError("expand_negatives = true needs support = 'trie'")
-        chosen = [name for name, on in self._objectives if on]
+        chosen = [name for name, on in self.objectives if on]
         if len(chosen) > 1:
             raise ValueError(f"{chosen[0]} and {chosen[1]} are two objectives; use one")
         if self.bear.strength and self.support != "trie":

@@ -15,17 +15,18 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.worlds import write_msl_folder
-from triewise.app import evaluate_run, open_run, row
+from triewise.app import evaluate_run, open_run, row, tabulating
 from triewise.app.paper_tables import SCALES, deviation, read_table, table_names, verdict
-from triewise.app.reproduce import TableRow, reproduce_table as reproduce
+from triewise.app.reproduce import TableRow, _common, reproduce_table as reproduce
 from triewise.app.runs import train_run
-from triewise.app.tabulating import Wish, judged
+from triewise.app.tabulating import Wish, _findings, judged
 from triewise.cli import app
 from triewise.data import load_dataset
 from triewise.errors import UserError
 from triewise.files import read_json
 from triewise.ranking import load_evaluation
 from triewise.recipe import load_recipe, recipe_folder
+from triewise.recommenders import load
 from triewise.reports import item_score_entropy
 
 TINY = {"vocabulary": 300, "width": 16, "heads": 2, "feed_forward": 32}
@@ -151,13 +152,24 @@ def test_what_a_row_needs_is_trained_once(world: dict[str, Any], tmp_path: Path)
     assert not made.differences  # nothing to compare with
 
 
-def test_code_of_a_model_runs_where_the_command_says_so(world: dict[str, Any], tmp_path: Path) -> None:
+def test_code_of_a_model_runs_where_the_command_says_so(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asks = {"changes": [*world["changes"], "backbone.trust_remote_code=true"]}
     ask = world | {"seeds": 1, "rows": ["msl"], "trials": 1}
     with pytest.raises(UserError, match="the table ledger asks to run code .*--trust-remote-code"):
         reproduce("ledger", tmp_path, **(ask | asks))
     made = reproduce("ledger", tmp_path, **ask, trust_remote_code=True)
     assert not made.rows[0].failed and open_run(tmp_path / "msl" / "trial-0")[0].backbone.trust_remote_code
+    ask |= {"changes": [each for each in asks["changes"] if not each.startswith("data.folder")]}
+    ask |= {"rows": ["alpha-0"], "scale": "small", "trust_remote_code": True}
+    with monkeypatch.context() as patch:  # whose lists are looked at once more
+        granted: list[bool] = []
+        patch.setattr(
+            tabulating, "load", lambda *a, **how: granted.append(how["trust_remote_code"]) or load(*a, **how)
+        )
+        assert reproduce("igd-table-7", tmp_path / "lists", **ask).rows[0].findings
+    assert granted == [True]
 
 
 def test_a_row_that_fails_is_a_line(
@@ -202,6 +214,13 @@ def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
     assert set(found) == {"msl", "lml", "report"} and found["lml"]["differences"]["HR@10"]["a"] == "LML"
     again = CliRunner().invoke(app, [*asked, "--rows", "msl, lml", "--trials", "1", *changes])
     assert again.stdout.startswith("| loss | chosen on validation | NDCG@10 | minus msl [95 %]")
+    # A row over item ids has no beams, and one seed no deviation: numbers that there are not are null.
+    asked = ["reproduce", "igd-table-2", "--scale", "small", "--rows", "sasrec", *asked[2:]]
+    asked[asked.index("--out") + 1] = str(tmp_path / "ids")
+    done = CliRunner().invoke(app, [*asked, "--trials", "1", *changes[2:], "--json"])
+    assert done.exit_code == 0, done.output
+    sasrec = json.loads(done.stdout)["sasrec"]
+    assert sasrec["pruned@10"] is None and sasrec["findings"][0]["ours"] is not None
 
 
 @pytest.mark.parametrize(
@@ -213,6 +232,10 @@ def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
         (
             {"changes": ["training.learning_rate=0.02"], "rows": ["msl", "pos"]},
             "got 'training.learning_rate=0.02', which msl chooses; leave msl out",
+        ),
+        (
+            {"changes": ["seed = 5"]},
+            "wanted seeds from 0 on, as many as --seeds says, got the change 'seed = 5'",
         ),
         ({"trials": 9}, "wanted 1 to 3 trials and at least one seed, got 9 and 3"),
     ],
@@ -438,3 +461,14 @@ def test_time_and_deviation_of_seeds_stand_beside_the_papers(world: dict[str, An
     spread = reproduce("msl-table-3", tmp_path, **ask)
     each = [run.metrics["NDCG@10"] for run in spread.rows[0].evaluation.runs]  # type: ignore[union-attr]
     assert spread.rows[0].findings[0].ours == pytest.approx(deviation(each)[0])
+    assert "seeds</figcaption>" in (tmp_path / "report.html").read_text("utf-8").replace("seeds.<", "seeds<")
+    toys = Wish(read_table("msl-table-3", "small"), "small", Path(), "toy", (), 2, None, n_items=11758)
+    said = next(iter(_findings(toys, spread.rows[0], None)))
+    assert (said.paper, said.verdict) == (2.0, "of llama-3-8b: not comparable")
+
+
+def test_steam_is_prepared_by_the_rules_of_the_paper(tmp_path: Path) -> None:
+    known = read_table("igd-table-6")
+    recipe = load_recipe(known.rows["igd"].recipe, _common(known, tmp_path, known.data, None, None))
+    assert (recipe.data.pipeline, recipe.data.max_history, recipe.data.k_core) == ("igd-steam", 10, 5)
+    assert (recipe.data.split, recipe.evaluation.exclude) == ("time-growing", "none")

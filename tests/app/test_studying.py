@@ -108,6 +108,11 @@ def test_what_was_measured_is_kept_until_the_run_is_another_one(here: Path, monk
         again = measure(run, USERS, 0)
     assert all(first[kind].equals(again[kind]) for kind in first)
     assert not first["tokens"].equals(measure(run, USERS, 1)["tokens"])
+    record = read_json(run / "statistics" / "measured.json")
+    write_json(run / "statistics" / "measured.json", record | {"format": 0})
+    assert measured(run) == {}, "tables of another format"
+    write_json(run / "statistics" / "measured.json", record)
+    assert measured(run)
     write_json(run / "run.json", read_json(run / "run.json") | {"commit": "another"})
     assert measured(run) == {}
     with pytest.raises(UserError, match="wanted at least 2 users to measure on, got 1; give more"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -17,8 +18,9 @@ from typer.testing import CliRunner
 
 import triewise.app.tuning as tuning
 from tests.worlds import write_msl_folder
+from triewise import locks
 from triewise.app import Tuned, tune
-from triewise.app.space import read_space
+from triewise.app.space import Range, read_space
 from triewise.cli import app
 from triewise.errors import UserError
 from triewise.recipe import Recipe, load_recipe
@@ -292,6 +294,8 @@ WRONG = {
     "[[step]]\ntrials = 0\n[step.space]\nx = [1]": "if at all, trials > 0",
     '[[step]]\nname = "a"\n[step.space]\n"training.steps" = [1]\n[[step]]\nname = "a"\n[step.space]\n'
     '"training.steps" = [1]': "wanted steps of different names",
+    '[space]\n"training.steps" = [2020-01-01]': "training.steps: Input should be a valid integer",
+    "[[step]]\n[step.space.objective]": "wanted a step with a name of letters and digits, its space",
     "[space": "wanted UTF-8 TOML",
 }
 
@@ -301,6 +305,62 @@ def test_a_space_that_cannot_be_is_one_line(text: str, recipe: Recipe, tmp_path:
     with pytest.raises(UserError) as problem:
         read_space(written(tmp_path, text), recipe)
     assert WRONG[text] in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_the_recipe_as_it_is_comes_first_where_a_range_holds_it(recipe: Recipe, tmp_path: Path) -> None:
+    """The batch of 8 is the second of four values; half steps between whole ends are numbers of any kind."""
+    assert Range(4, 16, step=4).holds(8) and not Range(4, 16, step=4).holds(9)
+    assert Range(0.1, 0.5, step=0.1).holds(0.3) and not Range(0, 1).holds(0.5)
+    assert not Range(1, 2, step=0.5).whole and Range(1, 2, step=0.5).holds(1.5)
+    text = '[space]\n"training.batch_size" = { low = 4, high = 16, step = 4 }\n'
+    tune(recipe.changed("training.steps=2"), written(tmp_path, text), 1, tmp_path / "study")
+    assert trials_of(tmp_path / "study", "all")[0][1] == {"training.batch_size": 8}
+
+
+def test_a_trial_that_ended_before_its_lock_was_free_is_not_made_again(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process ends its trial between our look at what is running and the lock."""
+    from optuna.distributions import FloatDistribution
+
+    space, out = written(tmp_path, PLAN), tmp_path / "study"
+    study = tuning._Study(tuning._optuna(), recipe, read_space(space, recipe), 3, out, False)
+    study.begin(space, False)
+    step, of = study.plan[0], study.studies["learn"]
+    of.tell(of.ask({"training.learning_rate": FloatDistribution(1e-3, 3e-2, log=True)}), 0.5)
+    really, stale = study._running, [of.get_trials()]
+    monkeypatch.setattr(study, "_running", lambda of: stale.pop() if stale else really(of))
+    with contextlib.ExitStack() as held:
+        claimed = study._claim(step, held)
+    assert claimed is not None and claimed[0].number == 1
+
+
+@pytest.mark.filterwarnings("ignore:this model is decoded on the plain")
+def test_folders_are_tidied_by_one_process_at_a_time(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one removes a file that another is about to remove, and its call ends with an error."""
+    out, locked, really = tmp_path / "study", list[bool](), tuning._tidy
+
+    def tidy(folder: Path) -> None:
+        locked.append(any(file.parent == out.resolve() for file in locks._held))
+        really(folder)
+
+    monkeypatch.setattr(tuning, "_tidy", tidy)
+    text = '[space]\n"training.learning_rate" = [1e-2, 1e30]\n'  # one ends, one cannot be
+    tune(recipe.changed("training.learning_rate=1e-2"), written(tmp_path, text), 2, out)
+    assert locked and all(locked)
+
+
+def test_the_folder_of_a_run_is_left_alone(whole, recipe: Recipe, tmp_path: Path) -> None:
+    run = next((whole[0] / "trials").glob("learn-*"))
+    assert (run / "recipe.toml").is_file() and not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    for name in ("recipe.toml", "run.json"):
+        (tmp_path / "run" / name).write_bytes((run / name).read_bytes())
+    with pytest.raises(UserError, match="holds a run, whose recipe a study would replace; choose another"):
+        tune(recipe.changed("seed=7"), written(tmp_path, PLAN), 1, tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.toml").read_bytes() == (run / "recipe.toml").read_bytes()
 
 
 def test_a_study_of_another_space_and_a_missing_package_are_one_line(

@@ -189,8 +189,12 @@ def test_temperatures() -> None:
     runs = (
         run("one", BAD, support="trie"),
         run("two", GOOD, support="trie", temperature=2.0),
-        replace(run("ats", GOOD, support="trie", temperature="adaptive"), log=({"temperature": 1.7},)),
+        replace(
+            run("ats", GOOD, support="trie", temperature="adaptive"),
+            log=({"step": 10, "temperature": 1.7}, {"step": 10, "valid": {"NDCG@10": 0.1}}),
+        ),
         run("lml", GOOD, support="vocabulary", temperature=3.0),
+        run("alpha", GOOD, support="trie", expand_negatives=True),
     )
     found = made("temperature", *runs)
     assert found.table["temperature"].to_list() == [1.0, 2.0, 1.7]
@@ -205,7 +209,8 @@ def test_betas() -> None:
         run("igd", GOOD, support="vocabulary", weight="igd", beta=0.2),
         run("worse", BAD, support="vocabulary", weight="igd", beta=0.5),
     )
-    found = made("beta", *runs)
+    gini = run("gini", GOOD, support="vocabulary", weight="igd-linear", beta=0.4, measure="gini")
+    found = made("beta", *runs, gini)
     assert found.table["beta"].to_list() == [1.0, 0.2, 0.5]
     assert found.sentence.startswith(
         "IGD with beta 0.2 is above lml, which weighs all tokens alike: NDCG@10 +"
@@ -226,6 +231,10 @@ def test_times_seeds_and_the_ablation() -> None:
     assert found.table.select("run", "seeds").rows() == [("msl", 2)]
     values = [r.evaluation.metrics["NDCG@10"] for r in (msl, again) if r.evaluation is not None]
     assert found.table["relative_deviation"][0] == pytest.approx(np.std(values, ddof=1) / np.mean(values))
+    assert again.evaluation is not None
+    alpha = replace(again, evaluation=replace(again.evaluation, metrics={"NDCG@10": 0.5, "alpha": 0.4}))
+    assert made("seeds", msl, run("msl", BAD, support="trie")) is None, "one seed twice says nothing of seeds"
+    assert made("seeds", msl, alpha) is None, "they differ in how they were ranked"
     found = made("ablation", lml, msl, again)
     assert found.table.select("variant", "run").rows() == [("LML", "lml"), ("MSL", "msl")]
     assert "MSL is above LML: NDCG@10 +0.591" in found.sentence
@@ -241,9 +250,15 @@ def test_variants_of_the_loss() -> None:
         ("MSL + ATS", {"support": "trie", "temperature": "adaptive"}),
         ("MSL + alpha", {"support": "trie", "expand_negatives": True}),
         (None, {"support": "trie", "weight": "igd"}),
+        (None, {"support": "trie", "bear": {"strength": 0.25}}),
+        (None, {"support": "vocabulary", "apao": {"strength": 0.1}}),
+        (None, {"support": "trie", "soft_targets": "runs/sasrec"}),
+        (None, {"support": "vocabulary", "contrast": {"strength": 0.1}}),
     ]
     for expected, objective in kinds:
         assert variant(run("x", GOOD, **objective).recipe) == expected
+    lml, bear = run("lml", BAD, support="vocabulary"), run("bear", GOOD, support="trie", bear={"strength": 1})
+    assert made("ablation", lml, bear) is None, "what BEAR reaches is not said of MSL"
 
 
 def test_runs_on_different_rows_are_not_compared() -> None:
@@ -251,6 +266,11 @@ def test_runs_on_different_rows_are_not_compared() -> None:
     assert igd.evaluation is not None
     other = replace(igd, evaluation=replace(igd.evaluation, target=np.ones(40, np.int32)))
     assert "were evaluated on different rows" in made("beta", lml, other).sentence
+    assert made("accuracy-time", lml, other) is None
+    one, two = run("one", BAD, support="trie"), run("two", GOOD, support="trie", temperature=2.0)
+    assert two.evaluation is not None
+    apart = replace(two, evaluation=replace(two.evaluation, target=np.ones(40, np.int32)))
+    assert made("temperature", one, two) and made("temperature", one, apart) is None
 
 
 def test_what_is_said_of_tokens_and_logs() -> None:

@@ -20,6 +20,7 @@ from triewise.files import read_json
 from triewise.models import SequentialModel
 from triewise.settings import SequentialSettings, TrainingSettings
 from triewise.training import Objective, Sequences, fit, make_windows, target_counts, train
+from triewise.training.tracking import tracked
 from triewise.training.trainer import TrieTrainer
 
 KINDS = ("language model", "sequential")
@@ -101,7 +102,7 @@ class Told(types.ModuleType):
     def _keeps(self, name: str) -> Any:
         def keep(*args: Any, **how: Any) -> Any:
             self.calls.append((name, args, how))
-            return types.SimpleNamespace(id="r1")
+            return types.SimpleNamespace(id="r1", name="a-2")
 
         return keep
 
@@ -132,8 +133,15 @@ def test_services_are_told_by_their_own_interface(
     steps = [how["step"] for call, _, how in told.calls if call == "log"]
     assert steps == [row["step"] for row in result.history]
     assert any("valid.NDCG@10" in args[0] for call, args, _ in told.calls if call == "log")
-    if name == "wandb":  # a run that goes on is the same run there
-        assert read_json(tmp_path / "tracking.json") == {"wandb": "r1"}
+    # A run that goes on is the same run there, and another one of the same title is not.
+    assert read_json(tmp_path / "tracking.json") == {name: "r1" if name == "wandb" else "a-2"}
+    assert init["resume"] == ("allow" if name == "wandb" else "never") and "id" not in init
+    told.calls.clear()
+    with tracked([name], tmp_path, "a", {}):
+        again = told.calls[0][2]
+    assert again["resume"] == "allow" and (again.get("id"), again["name"]) == (
+        ("r1", "a") if name == "wandb" else (None, "a-2")
+    )
 
 
 def test_mlflow_is_told_and_a_resumed_run_is_the_same(

@@ -77,9 +77,9 @@ def reproduce_table(
         trust_remote_code: Execute code that comes with the language model; changes can ask for it, not grant it.
 
     Raises:
-        UserError: No such table or row, a change of a key that a row tunes (only that row would ignore it), more trials
-            than a row has values, runs in a folder that are not to be used again, or code that is not granted. What
-            goes wrong in a row is its text.
+        UserError: No such table or row, a change of a key that a row tunes (only that row would ignore it) or of the
+            seed, more trials than a row has values, runs in a folder that are not to be used again, or code that is not
+            granted. What goes wrong in a row is its text.
     """
     if table not in table_names():
         raise UserError(f"wanted a table among {', '.join(table_names())}, got {table!r}")
@@ -121,6 +121,8 @@ def _common(table: PaperTable, out: Path, data: str, steps: int | None, backbone
         common.append(f"data.folder={(out / 'prepared').absolute().as_posix()}")
     if data.startswith(("msl:", "d3:")):
         common += ["data.max_history=10", "evaluation.exclude=none"]
+    elif data.startswith("steam:"):  # the rows of IGD's script
+        common += ["data.pipeline=igd-steam", "data.max_history=10", "evaluation.exclude=none"]
     elif table.published:
         common.append("data.max_history=20")
     common += [f"training.steps={steps}"] if steps else []
@@ -141,6 +143,11 @@ def _check(
         name = tuned[fixed.partition("=")[0].strip()]
         raise UserError(
             f"wanted changes of what no row tunes, got {fixed!r}, which {name} chooses; leave {name} out"
+        )
+    seed = next((change for change in changes if change.partition("=")[0].strip() == "seed"), None)
+    if seed is not None:
+        raise UserError(
+            f"wanted seeds from 0 on, as many as --seeds says, got the change {seed!r}; leave it out"
         )
     most = max(len(plan.values) for plan in table.rows.values())
     if not 1 <= (trials or most) <= most or seeds < 1:
@@ -185,7 +192,7 @@ def _row(wish: Wish, plan: RowPlan) -> TableRow:
         {n: float(np.mean([m["beam"][n] for m in metrics])) for n in ("HR@10", "NDCG@10") if with_beams},
         float(np.mean([m[beams] if with_beams else np.nan for m in metrics])),
         float(np.mean(times)),
-        run=runs[0],
+        runs=tuple(runs),
         other=_together(plan.title, others) if others else None,
         recipe=recipe,
         times=times,

@@ -24,7 +24,7 @@ MOST_AT_ONCE = 1000  # combinations that are counted
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from low to high, both included; whole ones where both are.
+    """Numbers from low to high, both included; whole ones where all that is given is.
 
     Attributes:
         low: The smallest.
@@ -41,7 +41,7 @@ class Range:
     @property
     def whole(self) -> bool:
         """Whether only whole numbers are drawn."""
-        return isinstance(self.low, int) and isinstance(self.high, int)
+        return all(isinstance(number, int) for number in (self.low, self.high, self.step or 0))
 
     def ends(self) -> list[Any]:
         """Values that stand for all, to be tried on the recipe."""
@@ -49,8 +49,10 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         """Whether it may be drawn."""
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and self.low <= value <= self.high and (self.step is None or value == self.low)
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
+            return False
+        steps = 0.0 if self.step is None else (value - self.low) / self.step
+        return self.low <= value <= self.high and abs(steps - round(steps)) < 1e-8  # as Optuna has it
 
     def draw(self, trial: Any, key: str) -> Any:
         """One of them, as a trial of Optuna suggests."""
@@ -160,14 +162,15 @@ def read_space(file: Path, recipe: Recipe) -> list[Step]:
 def _step(file: Path, number: int, given: Any) -> Step:
     values = given if isinstance(given, dict) else {}
     name, trials, space = values.get("name", f"step-{number}"), values.get("trials"), values.get("space")
-    sound = isinstance(name, str) and name.replace("-", "").isalnum() and isinstance(space, dict) and space
+    axes = dict(_axes(file, space)) if isinstance(space, dict) else {}
+    sound = isinstance(name, str) and name.replace("-", "").isalnum() and axes
     counted = trials is None or (type(trials) is int and trials > 0)
     if not (sound and counted and set(values) <= {"name", "trials", "space"}):
         raise UserError(
             f"wanted a step with a name of letters and digits, its space and, if at all, trials > 0 in {file}, got "
             f"{values or given}"
         )
-    return Step(str(name), dict(_axes(file, space or {})), trials)
+    return Step(str(name), axes, trials)
 
 
 def _axes(file: Path, table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Range | Choices]]:
@@ -177,7 +180,7 @@ def _axes(file: Path, table: Mapping[str, Any], prefix: str = "") -> Iterator[tu
         if isinstance(value, dict) and not set(value) & _OF_A_RANGE:
             yield from _axes(file, value, f"{key}.")
         elif isinstance(value, list) and value:
-            yield key, Choices(tuple(dict.fromkeys(json.dumps(one) for one in value)))
+            yield key, Choices(tuple(dict.fromkeys(json.dumps(one, default=str) for one in value)))
         else:
             yield key, _range(file, key, value)
 

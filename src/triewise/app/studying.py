@@ -309,9 +309,10 @@ def measure(run: Path, users: int, seed: int, *, trust: bool = False) -> Tables:
 def measured(run: Path) -> Tables:
     """What was measured of a run as it is now; nothing where that was not done since it was trained."""
     place = run / FOLDER
-    if not (place / RECORD).is_file() or read_json(place / RECORD, _Measured)["of"] != sha256_file(
-        run / "run.json"
-    ):
+    if not (place / RECORD).is_file():
+        return {}
+    known = read_json(place / RECORD, _Measured)
+    if (known["format"], known["of"]) != (FORMAT, sha256_file(run / "run.json")):
         return {}
     tables = {}
     for kind in KINDS:

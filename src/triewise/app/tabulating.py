@@ -20,6 +20,7 @@ from triewise.reports import (
     Comparison,
     Report,
     Row,
+    StudiedRun,
     first_word_repetition,
     item_score_entropy,
     make_statistics,
@@ -47,7 +48,7 @@ class TableRow:
         pruned: How often they drop the true title.
         seconds: Mean time of a training.
         failed: Why there is nothing.
-        run: Folder of its first run.
+        runs: Folders of its runs.
         other: Its runs ranked with the probabilities of the other support; None where that was not asked for.
         recipe: What was chosen.
         times: Seconds of each training.
@@ -62,7 +63,7 @@ class TableRow:
     pruned: float = float("nan")
     seconds: float = float("nan")
     failed: str = ""
-    run: Path = Path()
+    runs: tuple[Path, ...] = ()
     other: Evaluation | Repeats | None = None
     recipe: Recipe | None = None
     times: tuple[float, ...] = ()
@@ -79,8 +80,8 @@ class ReproducedTable:
     html: Path | None
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
+        """JSON values; a number that there is not is null."""
+        found = {
             r.name: {"failed": r.failed}
             if r.failed
             else {"findings": [vars(one) for one in r.findings]}
@@ -96,6 +97,7 @@ class ReproducedTable:
             }
             for r in self.rows
         }
+        return {name: _known(each) for name, each in found.items()}
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,18 @@ class Wish:
     n_items: int = 0
 
 
+def _known(value: Any) -> Any:
+    """JSON values with None for NaN."""
+    if isinstance(value, dict):
+        return {name: _known(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
 def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> ReproducedTable:
     """The table as text, and a page of it in a report."""
-    table, first = wish.table, next((r.run for r in rows if r.evaluation is not None), None)
+    table, first = wish.table, next((r.runs[0] for r in rows if r.evaluation is not None), None)
     if first is not None:
         wish = replace(wish, n_items=data_of(first, open_run(first)[1]).catalog.n_items)
     base = next((r for r in rows if r.name == table.against and r.evaluation is not None), None)
@@ -138,7 +149,7 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
         failed = [
             f"{r.title} {'not run' if table.published else 'failed'}: {r.failed}" for r in rows if r.failed
         ]
-        record = open_run(ordered[0].run)[1]
+        record = open_run(ordered[0].runs[0])[1]
         how = "as the authors rank" if table.published and wish.scale == "paper" else "ranked exactly"
         report = Report(
             title=f"{table.title or table.name}: {len(rows)} {'rows' if table.published else 'losses'} on {data}",
@@ -148,12 +159,19 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
             comparisons=tuple(c for each in differences.values() for c in each.values()),
             notes=(*_said(table, rows), *failed),
             provenance=record["versions"] | {"commit": record["commit"] or "installed package"},
-            statistics=make_statistics(
-                table.statistics, studied_runs([r.run for r in done], [r.title for r in done])
-            ),
+            statistics=make_statistics(table.statistics, _studied(table, done)),
         )
         write_report(html, report)
     return ReproducedTable(rows, differences, text, html)
+
+
+def _studied(table: PaperTable, rows: Sequence[TableRow]) -> list[StudiedRun]:
+    """The first run of each row, and for what is said of seeds the others too."""
+    most = None if "seeds" in table.statistics else 1
+    runs = {
+        run: f"{r.title}, seed {n}" if n else r.title for r in rows for n, run in enumerate(r.runs[:most])
+    }
+    return studied_runs(list(runs), list(runs.values()))
 
 
 def _findings(wish: Wish, r: TableRow, base: TableRow | None) -> Iterator[Beside]:
@@ -165,7 +183,7 @@ def _findings(wish: Wish, r: TableRow, base: TableRow | None) -> Iterator[Beside
         runs = r.evaluation.runs if isinstance(r.evaluation, Repeats) else (r.evaluation,)
         ours = deviation([run.metrics[METRIC] for run in runs])
         paper = table.number(r.name, wish.data, "deviation")
-        said = verdict(paper, *ours[1:]) if len(runs) > 1 else "wanted at least two seeds"
+        said = judged(wish, r.recipe, paper, *ours[1:]) if len(runs) > 1 else "wanted at least two seeds"
         yield Beside(f"deviation of {METRIC} over {len(runs)} seeds, %", *ours, paper, said)
     elif table.measure == "seconds" and base is not None and base is not r:
         times = [a / b for a, b in zip(r.times, base.times, strict=False)]
@@ -196,8 +214,10 @@ def judged(wish: Wish, recipe: Recipe, paper: float | None, low: float, high: fl
 
 def _listed(wish: Wish, r: TableRow) -> Iterator[Beside]:
     """How alike the titles are that a user gets, and how even their scores."""
-    writer = load(r.run, assistant=False)
-    assert isinstance(writer, GenerativeRecommender) and r.evaluation is not None and r.recipe is not None
+    assert r.evaluation is not None and r.recipe is not None
+    trust = r.recipe.backbone.trust_remote_code  # asked for and granted, or there were no run
+    writer = load(r.runs[0], assistant=False, trust_remote_code=trust)
+    assert isinstance(writer, GenerativeRecommender)
     runs = r.evaluation.runs if isinstance(r.evaluation, Repeats) else (r.evaluation,)
     of_users = {
         "repetition": [first_word_repetition(writer.trie, run.items) for run in runs],

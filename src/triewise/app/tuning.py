@@ -117,6 +117,10 @@ class _Study:
         """Make the folder's files, or compare them with what is given."""
         from sqlalchemy.engine import URL
 
+        if (self.out / "run.json").is_file():
+            raise UserError(
+                f"{self.out} holds a run, whose recipe a study would replace; choose another --out"
+            )
         given = {RECIPE: dump_recipe(self.start), SPACE: space.read_text(encoding="utf-8")}
         if (self.out / STUDY).is_file():
             if not resume:
@@ -199,6 +203,8 @@ class _Study:
         for dead in self._running(study):
             with contextlib.suppress(UserError):  # another process makes it
                 held.enter_context(one_writer(self.folder(step, dead.number)))
+                if all(t.number != dead.number for t in self._running(study)):
+                    continue  # it has ended since
                 trial = self.optuna.trial.Trial(study, dead._trial_id)
                 return trial, {key: axis.draw(trial, key) for key, axis in step.axes.items()}
         sampler = self.optuna.samplers.TPESampler
@@ -244,7 +250,8 @@ class _Study:
     def _failed(self, step: Step, trial: Any, error: UserError) -> bool:
         note(f"warning: {step.name}, trial {trial.number + 1} cannot be: {error}")
         self.studies[step.name].tell(trial, state=self.optuna.trial.TrialState.FAIL)
-        _tidy(self.folder(step, trial.number))
+        with one_writer(self.out, wait=True):
+            _tidy(self.folder(step, trial.number))
         return True
 
     def _trained(self, step: Step, trial: Any, recipe: Recipe) -> bool:
@@ -340,7 +347,8 @@ class _Study:
         importance: dict[str, float] = {}
         values = {t.value for t in trials if t.state.name == "COMPLETE"}
         if len(step.axes) > 1 and len(values) > 1:
-            importance = dict(self.optuna.importance.get_param_importances(study))
+            how = self.optuna.importance.PedAnovaImportanceEvaluator()  # Optuna 4's own wants scikit-learn
+            importance = dict(self.optuna.importance.get_param_importances(study, evaluator=how))
         rows = tuple(
             TrialShown(
                 t.number + 1,

@@ -41,15 +41,18 @@ if TYPE_CHECKING:
 METRIC = "NDCG@10"
 UNIFORM = "uniform"
 IGD = {"igd": "IGD", "igd-linear": "IGD's linear weights"}
+# How a run was ranked: those that differ here are no repeats of each other.
+RANKED = ("split", "exclude", "search", "support", "alpha", "length_penalty", "assistant")
 
 
 def temperature(runs: Runs, data: Data) -> Statistic | None:
     """MSL, Figure 6: runs of the masked softmax with several temperatures."""
     rows = list[tuple[Any, ...]]()
-    for run in _writers(runs):
+    for run in _alike(_writers(runs)):
         how, tau = run.recipe.objective, run.recipe.objective.temperature
-        if how.support == "trie" and how.weight == UNIFORM:
-            at = run.log[-1].get("temperature", 1.0) if tau == "adaptive" else tau
+        if how.support == "trie" and how.weight == UNIFORM and not how.expand_negatives:
+            logged = (row["temperature"] for row in reversed(run.log) if "temperature" in row)
+            at = next(logged, how.adaptive.initial) if tau == "adaptive" else tau
             rows.append((run.name, "adaptive" if tau == "adaptive" else "fixed", float(at), *_result(run)))
     names = ["run", "kind", "temperature", "value", "low", "high", "users"]
     table = pl.DataFrame(rows, names, orient="row")
@@ -81,7 +84,7 @@ def beta(runs: Runs, data: Data) -> Statistic | None:
     rows = list[tuple[Any, ...]]()
     for run in _writers(runs):
         how = run.recipe.objective
-        if how.weight in (UNIFORM, *IGD):
+        if how.weight == UNIFORM or (how.weight in IGD and how.measure == "information"):
             at = 1.0 if how.weight == UNIFORM else how.beta
             rows.append((run.name, how.support, how.weight, at, *_result(run)))
     names = ["run", "support", "weight", "beta", "value", "low", "high", "users"]
@@ -107,7 +110,7 @@ def beta(runs: Runs, data: Data) -> Statistic | None:
 
 def accuracy_time(runs: Runs, data: Data) -> Statistic | None:
     """MSL, Figure 7."""
-    judged = [run for run in _judged(runs) if run.seconds > 0]
+    judged = [run for run in _alike(_judged(runs)) if run.seconds > 0]
     if len(judged) < 2:
         return None
     rows = [(run.name, run.seconds, run.steps, *_result(run)) for run in judged]
@@ -137,7 +140,8 @@ def accuracy_time(runs: Runs, data: Data) -> Statistic | None:
 def seeds(runs: Runs, data: Data) -> Statistic | None:
     """MSL, Table 3: runs that differ in nothing but the seed."""
     rows, said = [], []
-    for group in _repeated(runs):
+    for repeats in _repeated(runs, RANKED):
+        group = list({run.recipe.seed: run for run in reversed(repeats)}.values())
         if len(group) < 2:
             continue
         each = np.array([run.evaluation.metrics[METRIC] for run in group if run.evaluation is not None])
@@ -189,7 +193,7 @@ def ablation(runs: Runs, data: Data) -> Statistic | None:
 def variant(recipe: Recipe) -> str | None:
     """The row of MSL's Table 6 that a recipe is; None for weights and losses that it does not have."""
     how = recipe.objective
-    if how.weight != UNIFORM:
+    if how.weight != UNIFORM or not _by_tokens(recipe):
         return None
     kind = "MSL" if how.support == "trie" else "LML"
     if how.expand_negatives:
@@ -260,24 +264,32 @@ def _judged(runs: Runs) -> list[StudiedRun]:
     return [run for run in runs if run.evaluation is not None]
 
 
-def _repeated(runs: Runs) -> list[list[StudiedRun]]:
-    """Evaluated runs by recipe, seed and name left aside."""
+def _alike(judged: Sequence[StudiedRun]) -> list[StudiedRun]:
+    """Those of some evaluated runs that ranked the same rows as the first."""
+    of = [run.evaluation.target for run in judged if run.evaluation is not None]
+    return [run for run, target in zip(judged, of, strict=True) if np.array_equal(target, of[0])]
+
+
+def _repeated(runs: Runs, ranked: Sequence[str] = ()) -> list[list[StudiedRun]]:
+    """Evaluated runs by recipe, seed and name left aside, and by some of what their rankings were made with."""
     groups: dict[str, list[StudiedRun]] = {}
     for run in _judged(runs):
-        key = run.recipe.model_dump_json(exclude={"seed", "name", "title", "evaluation"})
+        how = {} if run.evaluation is None else run.evaluation.metrics
+        recipe = run.recipe.model_dump_json(exclude={"seed", "name", "title", "evaluation"})
+        key = f"{recipe} {[how.get(name) for name in ranked]}"
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
 def _writers(runs: Runs) -> list[StudiedRun]:
     """Evaluated runs that write titles and learn by token losses alone, of each recipe the first."""
-    found = []
-    for run, *_ in _repeated(runs):
-        recipe, how = run.recipe, run.recipe.objective
-        more = how.preference.negatives or how.contrast.strength or recipe.hybrid
-        if recipe.sequential is None and recipe.identifier.kind == "title" and not more:
-            found.append(run)
-    return found
+    first = [run for run, *_ in _repeated(runs)]
+    return [run for run in first if run.recipe.identifier.kind == "title" and _by_tokens(run.recipe)]
+
+
+def _by_tokens(recipe: Recipe) -> bool:
+    """Whether a language model learns by weighed token losses and by nothing else."""
+    return not (recipe.sequential or recipe.hybrid or any(on for _, on in recipe.objective.objectives))
 
 
 def _result(run: StudiedRun) -> tuple[float, float, float, int]:

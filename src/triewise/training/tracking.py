@@ -102,12 +102,15 @@ def _service(
     package: Any, out: Path, title: str, facts: dict[str, Any], known: dict[str, str], step: int
 ) -> Iterator[Tell]:
     """Weights & Biases, and Trackio, which has its interface."""
-    ours, more = package.__name__, {}
+    ours = package.__name__
     if ours == "wandb":
-        more = {"dir": str(out)} | ({"id": known[ours]} if ours in known else {})
-    run = package.init(project=PROJECT, name=title, config=facts, resume="allow", **more)
-    if ours == "wandb":
-        known[ours] = str(run.id)
+        how = {"name": title, "resume": "allow", "dir": str(out)} | (
+            {"id": known[ours]} if ours in known else {}
+        )
+    else:  # it knows runs by name: of a new one a name that another run has is left to it
+        how = {"name": known.get(ours, title), "resume": "allow" if ours in known else "never"}
+    run = package.init(project=PROJECT, config=facts, **how)
+    known[ours] = str(run.id if ours == "wandb" else run.name)
     try:
         yield lambda step, numbers: package.log(numbers, step=step)
     finally:
