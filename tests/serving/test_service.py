@@ -228,6 +228,21 @@ def test_keys() -> None:
             assert one("GET", "/v1/models", headers=how).status_code == 200
 
 
+def test_a_mounted_service_wants_its_keys() -> None:
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    with served(keys=[KEY], limits=Limits(max_body=1000)) as one:
+        one.app = Starlette(routes=[Mount("/some/where", one.app)])  # type: ignore[assignment]
+        refused(one("GET", "/some/where/v1/models"), 401, "unauthorized")
+        refused(one("POST", "/some/where/v1/catalog/rollback"), 401, "unauthorized")
+        refused(one("GET", "/some/where/metrics"), 401, "unauthorized")
+        key = {"x-api-key": KEY.decode()}
+        long = {"remove": ["x" * 900] * 2}  # as long as a change may be, and no other request
+        refused(one("POST", "/some/where/v1/catalog", json=long, headers=key), 422, "invalid")
+        assert 'path="/v1/catalog"' in one("GET", "/some/where/metrics", headers=key).text
+
+
 def test_pages_of_other_sites_change_nothing(one: Served) -> None:
     for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 422)):
         response = one("POST", "/v1/catalog/rollback", headers={"sec-fetch-site": site})
