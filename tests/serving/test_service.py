@@ -16,7 +16,7 @@ from tests import slot_worlds, worlds
 from tests.serving.served import TITLES, Served, served
 from triewise.models import SequentialModel
 from triewise.recommenders import SequentialRecommender
-from triewise.serving import Limits, answer, contract
+from triewise.serving import Limits, answer, batching, contract
 from triewise.serving.guard import Refusal
 from triewise.settings import EncoderSettings
 
@@ -418,6 +418,37 @@ def test_overload_is_refused_and_passes(monkeypatch: pytest.MonkeyPatch) -> None
         assert int(busy.headers["retry-after"]) >= 1
         assert ready.status_code == 503 and ready.json()["reasons"] == ["the queue is full"]
         assert one("GET", "/health/ready").status_code == 200
+        ask(one, histories=[{}])
+
+
+def test_many_kinds_of_requests_do_not_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(max_batch=2, wait_ms=0, queue=10)
+    with served(worlds.recommender(TITLES, search="exact", batch_users=2), limits) as one:
+        held = Held(monkeypatch)
+
+        async def all_kinds(client: httpx.AsyncClient) -> list[httpx.Response]:
+            def asked(k: int) -> asyncio.Task[httpx.Response]:
+                body = {"histories": [{}], "k": k, "search": ("exact", "beam")[k % 2]}
+                return asyncio.create_task(client.post("/v1/recommend", json=body))
+
+            tasks = [asked(1)]
+            await asyncio.to_thread(held.begun.wait)
+            tasks += [asked(k) for k in range(2, 11)]
+            await asyncio.sleep(0.05)
+            held.go.set()
+            return await asyncio.gather(*tasks)
+
+        seen: list[int] = []
+        step = batching.Batcher._step
+
+        def counted(batcher: batching.Batcher, work: batching.Work) -> None:
+            seen.append(len(batcher._sessions))
+            step(batcher, work)
+
+        monkeypatch.setattr(batching.Batcher, "_step", counted)
+        responses = one.many(all_kinds)
+        assert [len(response.json()["results"][0]["items"]) for response in responses] == list(range(1, 11))
+        assert max(seen) == batching.KINDS
         ask(one, histories=[{}])
 
 
