@@ -15,6 +15,7 @@ import pytest
 from tests import slot_worlds, worlds
 from tests.serving.served import TITLES, Served, served
 from triewise.models import SequentialModel
+from triewise.ranking import Groups
 from triewise.recommenders import SequentialRecommender
 from triewise.serving import Limits, answer, batching, contract
 from triewise.serving.guard import Refusal
@@ -81,6 +82,21 @@ def test_searches_filters_and_sets(one: Served, search: str | None) -> None:
     assert not {item["id"] for item in without["items"]} & {f"raw-{i}" for i in range(6)}
     nothing = ask(one, histories=[{}], search=search, allow=["no"])["results"][0]
     assert nothing["items"] == []
+
+
+def test_what_is_excluded_is_read_once_a_request(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be 100,000 items for 100 histories; what belongs to each of them is the engine's work."""
+    read, members = [], Groups.members
+
+    def counted(groups: Groups, items: Any) -> Any:
+        read.append((threading.current_thread().name, len(items)))
+        return members(groups, items)
+
+    monkeypatch.setattr(Groups, "members", counted)
+    told = ask(one, histories=[{"ids": [f"raw-{i}"]} for i in range(9)], exclude="reds", k=18)
+    assert [n for thread, n in read if thread != "engine"] == [6]
+    for i, result in enumerate(told["results"]):
+        assert {item["id"] for item in result["items"]} == {f"raw-{j}" for j in range(6, 18) if j != i}
 
 
 def test_explained_and_compared(one: Served) -> None:

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 Counts = dict[str, int]
-KINDS = 8  # searches that run side by side, each with memory of its own; a kind is a catalogue, a search and a k
+KINDS = (
+    8  # searches that run side by side, each with memory of its own; a kind is a catalogue, a search and a k
+)
 
 
 class Session(Protocol):

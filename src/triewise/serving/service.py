@@ -73,9 +73,7 @@ class Service:
         if not self.batcher.alive:
             self.batcher.start()
             work = Recommending(self.view, None, min(10, self.view.catalog.n_items))
-            question = self.view.question(
-                said.History(titles=list(self.view.catalog.title[:1]), ids=None), (), None, False
-            )
+            question = self.view.question(said.History(titles=list(self.view.catalog.title[:1]), ids=None))
             job = Job(work, [(question, self.view.generative, False)], time.monotonic() + 3600)
             self.batcher.submit(job).add_done_callback(lambda done: setattr(self, "warm", True))
 
@@ -199,7 +197,8 @@ def _add_answers(app: FastAPI, service: Service, needs: list[Any]) -> None:
             raise UserError(
                 "wanted neither explain nor compare of a model that writes no titles; leave them out"
             )
-        unwanted, unknown = view.named(body.exclude)
+        listed, unknown = view.named(body.exclude)
+        unwanted = view.recommender.groups.members(listed)
         only, more = (None, []) if body.allow is None else view.named(body.allow)
         rows = [
             (view.question(history, unwanted, only, body.keep_history), body.explain, body.compare)
@@ -220,7 +219,7 @@ def _add_answers(app: FastAPI, service: Service, needs: list[Any]) -> None:
         found = [view.items(ids) for ids in body.candidates]
         lists = [items for items, _ in found] * (len(body.histories) if len(found) == 1 else 1)
         few = _few(body.histories, service.limits)
-        asked = [view.question(history, (), None, True) for history in few]
+        asked = [view.question(history) for history in few]
         done = await service.ask(request, Scoring(view), list(zip(asked, lists, strict=True)))
         return _answer(request, view, done, [raw for _, ids in found for raw in ids], body.histories, {})
 
