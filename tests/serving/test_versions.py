@@ -25,6 +25,7 @@ from triewise.ranking import MostPopular
 from triewise.recommenders import GenerativeRecommender, SequentialRecommender
 from triewise.serving import LiveCatalogue, Version, answer
 from triewise.serving.versions import KEPT
+from triewise.serving.view import View
 from triewise.tokens import Identifier, Trie, build_prompts
 
 NEW = [("new-0", "Alien Resurrection (1997)"), ("new-1", "Brazil (1985)"), ("new-2", "Dune (2021)")]
@@ -83,6 +84,16 @@ def test_a_new_title_is_recommended_at_once_and_running_requests_finish_on_the_o
     titles = {r.title for r in answer(after.recommender, [["Alien (1979)"]], 12).of_each[0].recommendations}
     assert titles >= {title for _, title in NEW if title != "Brazil (1985)"}
     assert before.recommender.recommend([[0]], 9).items.tolist() == rankings
+
+
+def test_no_request_makes_what_a_version_has_made() -> None:
+    version = LiveCatalogue(worlds.recommender(alpha=0.5, search="beam")).change(NEW, [])
+    view = View(version, {})
+    assert view.searching(None) is version.recommender
+    for other in (view.searching("exact"), view.searching(None, beams=True)):
+        assert other.gain is version.recommender.gain and other.groups is version.recommender.groups  # type: ignore[attr-defined]
+    other = version.recommender.with_settings(measure="gini")
+    assert not np.array_equal(other.gain, version.recommender.gain)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("made", [worlds.recommender, sequential])

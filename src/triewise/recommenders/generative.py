@@ -198,6 +198,9 @@ class GenerativeRecommender(SearchSettings, Assisted, Changeable):
         other = replace(self, **changes)
         if "engine" in self.__dict__ and not {"backbone", "trie", "support", "batch_users"} & changes.keys():
             other.__dict__["engine"] = self.engine  # the model was probed, and the shared instruction run
+        for name in {"groups", "titles", "gain"} & self.__dict__.keys():
+            if not {"catalog", "trie", "counts", "measure"} & changes.keys():
+                other.__dict__[name] = self.__dict__[name]
         if "grounded" in self.__dict__ and not {"backbone", "prompts"} & changes.keys():
             other.__dict__["grounded"] = replace(other.grounded, kept=self.grounded.kept)  # titles embedded
         return other

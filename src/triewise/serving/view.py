@@ -107,7 +107,8 @@ class View:
             if (search, beams) not in self._searching:
                 changes: dict[str, Any] = {} if search is None else {"search": search}
                 changes = {"search": "beam", "beams": BEAMS} if beams else changes
-                self._searching[search, beams] = self.recommender.with_settings(**changes)
+                other = self.recommender.with_settings(**changes) if changes else self.recommender
+                self._searching[search, beams] = other
             return self._searching[search, beams]
 
 
