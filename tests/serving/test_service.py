@@ -125,6 +125,15 @@ def test_scores(one: Served) -> None:
     assert "one for each of 1 histories" in refused(wrong, 422, "invalid")
 
 
+def test_scores_are_bounded() -> None:
+    with served(limits=Limits(max_k=5, max_histories=4)) as one:
+        body = {"histories": [{}] * 2, "candidates": [["raw-0"] * 10]}
+        assert one("POST", "/v1/score", json=body).status_code == 200
+        body["candidates"][0].append("raw-0")  # type: ignore[arg-type]
+        line = refused(one("POST", "/v1/score", json=body), 422, "invalid")
+        assert line.startswith("wanted at most 20 scores, of all candidates of all histories, got 22;")
+
+
 def test_models_and_the_catalogue(one: Served) -> None:
     [model] = contract.Models.model_validate(one("GET", "/v1/models").json()).data
     assert (model.id, model.kind, model.search, model.n_items) == ("small", "generative", "exact", 18)

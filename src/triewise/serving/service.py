@@ -217,9 +217,9 @@ def _add_answers(app: FastAPI, service: Service, needs: list[Any]) -> None:
         """Scores of given items after histories, by the model alone."""
         view = service.view
         found = [view.items(ids) for ids in body.candidates]
-        lists = [items for items, _ in found] * (len(body.histories) if len(found) == 1 else 1)
-        few = _few(body.histories, service.limits)
-        asked = [view.question(history) for history in few]
+        asked = [view.question(history) for history in _few(body.histories, service.limits)]
+        lists = [items for items, _ in found] * (len(asked) if len(found) == 1 else 1)
+        _few_scores(sum(map(len, lists)), service.limits)
         done = await service.ask(request, Scoring(view), list(zip(asked, lists, strict=True)))
         return _answer(request, view, done, [raw for _, ids in found for raw in ids], body.histories, {})
 
@@ -251,6 +251,14 @@ def _few(histories: list[said.History], limits: Limits) -> list[said.History]:
             f"wanted at most {limits.max_histories} histories, got {len(histories)}; ask more often"
         )
     return histories
+
+
+def _few_scores(n_scores: int, limits: Limits) -> None:
+    most = limits.max_k * limits.max_histories
+    if n_scores > most:
+        raise UserError(
+            f"wanted at most {most} scores, of all candidates of all histories, got {n_scores}; ask more often"
+        )
 
 
 def _answer(
