@@ -86,6 +86,19 @@ def test_a_new_title_is_recommended_at_once_and_running_requests_finish_on_the_o
     assert before.recommender.recommend([[0]], 9).items.tolist() == rankings
 
 
+@pytest.mark.parametrize("search", ["exact", "beam", "catalogue"])
+def test_all_titles_may_be_new(search: str) -> None:
+    """Then no token was a training target: none decides more than another."""
+    live = LiveCatalogue(worlds.recommender(alpha=0.5, search=search))
+    after = live.change([("n1", "Red Sun"), ("n2", "Red Moon")], live.current.recommender.catalog.item_id)
+    plain = after.recommender.with_settings(alpha=0.0)
+    for recommender in (after.recommender, plain):
+        found = answer(recommender, [["Alien (1979)"]], 2, explain=True).of_each[0].recommendations
+        assert {one.title for one in found} == {"Red Sun", "Red Moon"}
+        alone = answer(plain, [["Alien (1979)"]], 2).of_each[0].recommendations
+        assert [one.score for one in found] == [one.score for one in alone]
+
+
 def test_no_request_makes_what_a_version_has_made() -> None:
     version = LiveCatalogue(worlds.recommender(alpha=0.5, search="beam")).change(NEW, [])
     view = View(version, {})
