@@ -25,7 +25,7 @@ from triewise import load
 from triewise.cli import main
 from triewise.errors import UserError
 from triewise.files import file_names, read_json, sha256_file
-from triewise.serving import answer, recommend_file
+from triewise.serving import answer, batch_workers, recommend_file
 from triewise.serving.batch import _job
 from triewise.serving.batch_input import Source, cut, read_part
 from triewise.serving.batch_parts import Task, make_part
@@ -367,6 +367,17 @@ def test_a_full_disk_is_told(run: Path, users: Path, tmp_path: Path, monkeypatch
 def test_workers_take_turns_on_the_devices() -> None:
     assert [_device_of(n, None) for n in range(3)] == ["0", "1", "2"]
     assert [_device_of(n, "4,7") for n in range(3)] == ["4", "7", "4"]
+
+
+@pytest.mark.parametrize(("devices", "taken"), [(0, [0, 1, 2, 3, 4]), (2, [0, 1, 0, 1, 0])])
+def test_more_workers_than_devices_take_turns(devices: int, taken: list[int], monkeypatch: Any) -> None:
+    context = MagicMock()
+    context.Pipe.side_effect = lambda: (MagicMock(), MagicMock())
+    monkeypatch.setattr(batch_workers.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(batch_workers, "n_devices", lambda: devices)
+    for n in range(5):
+        batch_workers._hired(MagicMock(), n)
+    assert [call.kwargs["args"][2] for call in context.Process.call_args_list] == taken
 
 
 def test_what_an_actor_says_is_told(run: Path, users: Path, tmp_path: Path, monkeypatch: Any) -> None:
