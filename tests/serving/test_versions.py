@@ -86,6 +86,17 @@ def test_a_new_title_is_recommended_at_once_and_running_requests_finish_on_the_o
     assert before.recommender.recommend([[0]], 9).items.tolist() == rankings
 
 
+def test_what_could_not_be_added_is_forgotten() -> None:
+    live = LiveCatalogue(worlds.recommender())
+    live.change([("a", "Metropolis")], [])
+    for _ in range(3):
+        with pytest.raises(UserError, match="wanted titles of at most 256 tokens"):
+            live.change([("b", "Solaris"), ("c", "x" * 999)], ["a"])
+    assert len(live._met) == len(live._number_met) == 1
+    assert live.change([("b", "Solaris")], ["a"]).recommender.catalog.item_id[-1] == "b"
+    assert live.change([("a", "Metropolis")], []).recommender.catalog.title[-2:] == ("Solaris", "Metropolis")
+
+
 @pytest.mark.parametrize("search", ["exact", "beam", "catalogue"])
 def test_all_titles_may_be_new(search: str) -> None:
     """Then no token was a training target: none decides more than another."""
