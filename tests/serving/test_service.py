@@ -403,6 +403,26 @@ def test_answers_are_of_the_version_they_name(rng: np.random.Generator) -> None:
         assert len({response.json()["catalog_version"] for response in responses}) >= 2
 
 
+def test_many_changes_do_not_hold_up_who_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    with served() as one:
+        monkeypatch.setattr(one.service.live, "rollback", lambda: (go.wait(10), one.service.live.current)[1])
+
+        async def types(client: httpx.AsyncClient) -> list[httpx.Response]:
+            changes = [asyncio.create_task(client.post("/v1/catalog/rollback")) for _ in range(40)]
+            await asyncio.sleep(0.1)
+            try:
+                async with asyncio.timeout(5):
+                    found = await client.get("/v1/catalog?starts=red")
+            finally:
+                go.set()
+            return [found, *await asyncio.gather(*changes)]
+
+        responses = one.many(types)
+        assert {response.status_code for response in responses} == {200}
+        assert responses[0].json()["items"][0]["title"] == "Red Sun one"
+
+
 class Held:
     """Lets the engine's thread wait."""
 

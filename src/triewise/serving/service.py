@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,7 +66,9 @@ class Service:
             lambda: self.batcher.waiting, lambda: (self.view.number, self.view.catalog.n_items)
         )
         self.warm = self.draining = False
-        self._publishing = threading.Lock()
+        self._publisher = ThreadPoolExecutor(
+            1, "catalogue"
+        )  # changes wait for each other, and nobody for them
 
     def start(self) -> None:
         """Start the engine, with a first request that measures the model."""
@@ -121,11 +123,14 @@ class Service:
             503, "timeout", f"no answer within {self.limits.timeout:g} seconds; come again later", 1
         )
 
-    def publish(self, change: Callable[[], Version]) -> View:
+    async def publish(self, change: Callable[[], Version]) -> View:
         """Make another version and what requests need of it, and use it for what comes from now on."""
-        with self._publishing:  # what is changed last is used last
+
+        def made() -> View:
             self.view = view = View(change(), self.sets)
             return view
+
+        return await asyncio.get_running_loop().run_in_executor(self._publisher, made)
 
 
 async def _gone(request: Request) -> None:
@@ -302,7 +307,7 @@ def _add_catalogue(app: FastAPI, service: Service, needs: list[Any]) -> None:
         return JSONResponse({"catalog_version": view.number, "n_items": view.catalog.n_items, "items": items})
 
     async def changed(request: Request, change: Callable[[], Version]) -> JSONResponse:
-        view = await asyncio.to_thread(lambda: service.publish(change))
+        view = await service.publish(change)
         request.state.said["catalog_version"] = view.number
         took = round(1000 * (time.perf_counter() - request.state.begun), 3)
         head = {"request_id": request.state.request_id, "catalog_version": view.number}
