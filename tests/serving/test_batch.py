@@ -25,7 +25,7 @@ from triewise import load
 from triewise.cli import main
 from triewise.errors import UserError
 from triewise.files import file_names, read_json, sha256_file
-from triewise.serving import answer, recommend_file
+from triewise.serving import answer, batch_workers, recommend_file
 from triewise.serving.batch import _job
 from triewise.serving.batch_input import Source, cut, read_part
 from triewise.serving.batch_parts import Task, make_part
@@ -224,6 +224,10 @@ LINES = [
     b'{"user_id": "\xff", "ids": []}',
     b'{"user_id": "e", "ids": ["raw-1", "gone", "raw-8"], "more": 1}\r',
     b'{"user_id": true, "ids": []}',
+    b'{"user_id": "\\ud83c\\udfac", "ids": []}',
+    b'{"user_id": "\\ud83c", "ids": []}',
+    b'{"user_id": "f", "ids": ["\\uDC00"]}',
+    b'{"user_id": ["\\ud83c"], "ids": []}',
 ]
 
 
@@ -233,9 +237,9 @@ def test_bad_rows_are_told(run: Path, tmp_path: Path, end: bytes, rows: int) -> 
     file = tmp_path / "users.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + b"\n".join(LINES) + end)
     done = recommend_file(run, file, tmp_path / "out", 3, rows=rows, workers=1)
-    assert (done["rows"], done["users"], done["column"]) == (12, 3, "ids")
+    assert (done["rows"], done["users"], done["column"]) == (16, 4, "ids")
     told = {one["row"]: one["problem"] for one in done["bad_rows"]["named"]}
-    assert done["bad_rows"]["count"] == len(told) == 9
+    assert done["bad_rows"]["count"] == len(told) == 12
     assert told[2].startswith("no JSON: ")
     assert told[3].startswith("no JSON: ")
     assert told[4] == "[1] is no object"
@@ -245,9 +249,10 @@ def test_bad_rows_are_told(run: Path, tmp_path: Path, end: bytes, rows: int) -> 
     assert told[8] == 'ids is "raw-1", no list'
     assert "utf-8" in told[9]
     assert told[11].startswith("user_id is true")
+    assert all("surrogates not allowed" in told[row] for row in (13, 14, 15))
     assert done["unknown"] == {"count": 1, "named": ["gone"]}
     made = pl.concat([pl.read_parquet(tmp_path / "out" / name) for name in done["sha256"]])
-    assert made["user_id"].to_list() == ["7", "a", "e"]
+    assert made["user_id"].to_list() == ["7", "a", "e", "\U0001f3ac"]
     assert not set(made["items"][0]) & {"raw-0", "raw-3", "raw-4"}
 
 
@@ -319,15 +324,15 @@ def test_the_command(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -
     with pytest.raises(SystemExit, match="0"):
         main()
     told = capsys.readouterr()
-    assert told.out == f"{tmp_path / 'out'}: 3 users in 1 parts\n"
-    assert "9 rows are no users: row 2: no JSON" in told.err
+    assert told.out == f"{tmp_path / 'out'}: 4 users in 1 parts\n"
+    assert "12 rows are no users: row 2: no JSON" in told.err
     assert "1 unknown ids, such as 'gone', were left out" in told.err
     made = pl.read_parquet(tmp_path / "out" / "part-000000.parquet")
-    assert [sorted(row) for row in made["items"].to_list()] == [["raw-0", "raw-2", "raw-8"]] * 3
+    assert [sorted(row) for row in made["items"].to_list()] == [["raw-0", "raw-2", "raw-8"]] * 4
     monkeypatch.setattr("sys.argv", [*command, "--resume", "--json"])
     with pytest.raises(SystemExit, match="0"):
         main()
-    assert json.loads(capsys.readouterr().out)["users"] == 3
+    assert json.loads(capsys.readouterr().out)["users"] == 4
 
 
 def test_an_interrupt_can_be_gone_on_with(
@@ -362,6 +367,17 @@ def test_a_full_disk_is_told(run: Path, users: Path, tmp_path: Path, monkeypatch
 def test_workers_take_turns_on_the_devices() -> None:
     assert [_device_of(n, None) for n in range(3)] == ["0", "1", "2"]
     assert [_device_of(n, "4,7") for n in range(3)] == ["4", "7", "4"]
+
+
+@pytest.mark.parametrize(("devices", "taken"), [(0, [0, 1, 2, 3, 4]), (2, [0, 1, 0, 1, 0])])
+def test_more_workers_than_devices_take_turns(devices: int, taken: list[int], monkeypatch: Any) -> None:
+    context = MagicMock()
+    context.Pipe.side_effect = lambda: (MagicMock(), MagicMock())
+    monkeypatch.setattr(batch_workers.multiprocessing, "get_context", lambda kind: context)
+    monkeypatch.setattr(batch_workers, "n_devices", lambda: devices)
+    for n in range(5):
+        batch_workers._hired(MagicMock(), n)
+    assert [call.kwargs["args"][2] for call in context.Process.call_args_list] == taken
 
 
 def test_what_an_actor_says_is_told(run: Path, users: Path, tmp_path: Path, monkeypatch: Any) -> None:

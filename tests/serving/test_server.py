@@ -152,6 +152,10 @@ def test_the_client_comes_again_and_knows_strangers() -> None:
         answers.append(httpx.Response(502, text="<html>bad gateway"))
         with pytest.raises(ServiceError, match="502 unknown: <html>bad gateway"):
             client.models()
+        for other in ({"error": "bad gateway"}, {"error": {"message": "bad"}}, ["bad"]):
+            answers.append(httpx.Response(502, json=other))
+            with pytest.raises(ServiceError, match="502 unknown: "):
+                client.models()
 
 
 def test_the_client_needs_httpx_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ import pytest
 from tests import slot_worlds, worlds
 from tests.serving.served import TITLES, Served, served
 from triewise.models import SequentialModel
+from triewise.ranking import Groups
 from triewise.recommenders import SequentialRecommender
-from triewise.serving import Limits, answer, contract
+from triewise.serving import Limits, answer, batching, contract
 from triewise.serving.guard import Refusal
 from triewise.settings import EncoderSettings
 
@@ -83,6 +84,21 @@ def test_searches_filters_and_sets(one: Served, search: str | None) -> None:
     assert nothing["items"] == []
 
 
+def test_what_is_excluded_is_read_once_a_request(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be 100,000 items for 100 histories; what belongs to each of them is the engine's work."""
+    read, members = [], Groups.members
+
+    def counted(groups: Groups, items: Any) -> Any:
+        read.append((threading.current_thread().name, len(items)))
+        return members(groups, items)
+
+    monkeypatch.setattr(Groups, "members", counted)
+    told = ask(one, histories=[{"ids": [f"raw-{i}"]} for i in range(9)], exclude="reds", k=18)
+    assert [n for thread, n in read if thread != "engine"] == [6]
+    for i, result in enumerate(told["results"]):
+        assert {item["id"] for item in result["items"]} == {f"raw-{j}" for j in range(6, 18) if j != i}
+
+
 def test_explained_and_compared(one: Served) -> None:
     told = ask(one, histories=[{"ids": ["raw-4"]}], k=3, explain=True, compare=True)["results"][0]
     for item in told["items"]:
@@ -107,6 +123,15 @@ def test_scores(one: Served) -> None:
     assert told["unknown"] == ["nope"]
     wrong = one("POST", "/v1/score", json={"histories": [{}], "candidates": [[], []]})
     assert "one for each of 1 histories" in refused(wrong, 422, "invalid")
+
+
+def test_scores_are_bounded() -> None:
+    with served(limits=Limits(max_k=5, max_histories=4)) as one:
+        body = {"histories": [{}] * 2, "candidates": [["raw-0"] * 10]}
+        assert one("POST", "/v1/score", json=body).status_code == 200
+        body["candidates"][0].append("raw-0")  # type: ignore[arg-type]
+        line = refused(one("POST", "/v1/score", json=body), 422, "invalid")
+        assert line.startswith("wanted at most 20 scores, of all candidates of all histories, got 22;")
 
 
 def test_models_and_the_catalogue(one: Served) -> None:
@@ -226,6 +251,21 @@ def test_keys() -> None:
         assert one("GET", "/health/ready").status_code == 200
         for how in ({"x-api-key": KEY.decode()}, {"authorization": "bearer another-key-of-16"}):
             assert one("GET", "/v1/models", headers=how).status_code == 200
+
+
+def test_a_mounted_service_wants_its_keys() -> None:
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    with served(keys=[KEY], limits=Limits(max_body=1000)) as one:
+        one.app = Starlette(routes=[Mount("/some/where", one.app)])  # type: ignore[assignment]
+        refused(one("GET", "/some/where/v1/models"), 401, "unauthorized")
+        refused(one("POST", "/some/where/v1/catalog/rollback"), 401, "unauthorized")
+        refused(one("GET", "/some/where/metrics"), 401, "unauthorized")
+        key = {"x-api-key": KEY.decode()}
+        long = {"remove": ["x" * 900] * 2}  # as long as a change may be, and no other request
+        refused(one("POST", "/some/where/v1/catalog", json=long, headers=key), 422, "invalid")
+        assert 'path="/v1/catalog"' in one("GET", "/some/where/metrics", headers=key).text
 
 
 def test_pages_of_other_sites_change_nothing(one: Served) -> None:
@@ -363,6 +403,26 @@ def test_answers_are_of_the_version_they_name(rng: np.random.Generator) -> None:
         assert len({response.json()["catalog_version"] for response in responses}) >= 2
 
 
+def test_many_changes_do_not_hold_up_who_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    with served() as one:
+        monkeypatch.setattr(one.service.live, "rollback", lambda: (go.wait(10), one.service.live.current)[1])
+
+        async def types(client: httpx.AsyncClient) -> list[httpx.Response]:
+            changes = [asyncio.create_task(client.post("/v1/catalog/rollback")) for _ in range(40)]
+            await asyncio.sleep(0.1)
+            try:
+                async with asyncio.timeout(5):
+                    found = await client.get("/v1/catalog?starts=red")
+            finally:
+                go.set()
+            return [found, *await asyncio.gather(*changes)]
+
+        responses = one.many(types)
+        assert {response.status_code for response in responses} == {200}
+        assert responses[0].json()["items"][0]["title"] == "Red Sun one"
+
+
 class Held:
     """Lets the engine's thread wait."""
 
@@ -403,6 +463,37 @@ def test_overload_is_refused_and_passes(monkeypatch: pytest.MonkeyPatch) -> None
         assert int(busy.headers["retry-after"]) >= 1
         assert ready.status_code == 503 and ready.json()["reasons"] == ["the queue is full"]
         assert one("GET", "/health/ready").status_code == 200
+        ask(one, histories=[{}])
+
+
+def test_many_kinds_of_requests_do_not_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = Limits(max_batch=2, wait_ms=0, queue=10)
+    with served(worlds.recommender(TITLES, search="exact", batch_users=2), limits) as one:
+        held = Held(monkeypatch)
+
+        async def all_kinds(client: httpx.AsyncClient) -> list[httpx.Response]:
+            def asked(k: int) -> asyncio.Task[httpx.Response]:
+                body = {"histories": [{}], "k": k, "search": ("exact", "beam")[k % 2]}
+                return asyncio.create_task(client.post("/v1/recommend", json=body))
+
+            tasks = [asked(1)]
+            await asyncio.to_thread(held.begun.wait)
+            tasks += [asked(k) for k in range(2, 11)]
+            await asyncio.sleep(0.05)
+            held.go.set()
+            return await asyncio.gather(*tasks)
+
+        seen: list[int] = []
+        step = batching.Batcher._step
+
+        def counted(batcher: batching.Batcher, work: batching.Work) -> None:
+            seen.append(len(batcher._sessions))
+            step(batcher, work)
+
+        monkeypatch.setattr(batching.Batcher, "_step", counted)
+        responses = one.many(all_kinds)
+        assert [len(response.json()["results"][0]["items"]) for response in responses] == list(range(1, 11))
+        assert max(seen) == batching.KINDS
         ask(one, histories=[{}])
 
 

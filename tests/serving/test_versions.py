@@ -25,6 +25,7 @@ from triewise.ranking import MostPopular
 from triewise.recommenders import GenerativeRecommender, SequentialRecommender
 from triewise.serving import LiveCatalogue, Version, answer
 from triewise.serving.versions import KEPT
+from triewise.serving.view import View
 from triewise.tokens import Identifier, Trie, build_prompts
 
 NEW = [("new-0", "Alien Resurrection (1997)"), ("new-1", "Brazil (1985)"), ("new-2", "Dune (2021)")]
@@ -83,6 +84,40 @@ def test_a_new_title_is_recommended_at_once_and_running_requests_finish_on_the_o
     titles = {r.title for r in answer(after.recommender, [["Alien (1979)"]], 12).of_each[0].recommendations}
     assert titles >= {title for _, title in NEW if title != "Brazil (1985)"}
     assert before.recommender.recommend([[0]], 9).items.tolist() == rankings
+
+
+def test_what_could_not_be_added_is_forgotten() -> None:
+    live = LiveCatalogue(worlds.recommender())
+    live.change([("a", "Metropolis")], [])
+    for _ in range(3):
+        with pytest.raises(UserError, match="wanted titles of at most 256 tokens"):
+            live.change([("b", "Solaris"), ("c", "x" * 999)], ["a"])
+    assert len(live._met) == len(live._number_met) == 1
+    assert live.change([("b", "Solaris")], ["a"]).recommender.catalog.item_id[-1] == "b"
+    assert live.change([("a", "Metropolis")], []).recommender.catalog.title[-2:] == ("Solaris", "Metropolis")
+
+
+@pytest.mark.parametrize("search", ["exact", "beam", "catalogue"])
+def test_all_titles_may_be_new(search: str) -> None:
+    """Then no token was a training target: none decides more than another."""
+    live = LiveCatalogue(worlds.recommender(alpha=0.5, search=search))
+    after = live.change([("n1", "Red Sun"), ("n2", "Red Moon")], live.current.recommender.catalog.item_id)
+    plain = after.recommender.with_settings(alpha=0.0)
+    for recommender in (after.recommender, plain):
+        found = answer(recommender, [["Alien (1979)"]], 2, explain=True).of_each[0].recommendations
+        assert {one.title for one in found} == {"Red Sun", "Red Moon"}
+        alone = answer(plain, [["Alien (1979)"]], 2).of_each[0].recommendations
+        assert [one.score for one in found] == [one.score for one in alone]
+
+
+def test_no_request_makes_what_a_version_has_made() -> None:
+    version = LiveCatalogue(worlds.recommender(alpha=0.5, search="beam")).change(NEW, [])
+    view = View(version, {})
+    assert view.searching(None) is version.recommender
+    for other in (view.searching("exact"), view.searching(None, beams=True)):
+        assert other.gain is version.recommender.gain and other.groups is version.recommender.groups  # type: ignore[attr-defined]
+    other = version.recommender.with_settings(measure="gini")
+    assert not np.array_equal(other.gain, version.recommender.gain)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("made", [worlds.recommender, sequential])

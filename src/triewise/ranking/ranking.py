@@ -147,10 +147,11 @@ class Groups:
         member = self.preference[np.argsort(self.of_item[self.preference], kind="stable")]
         return member, np.searchsorted(self.of_item[member], np.arange(self.n_groups + 1))
 
-    def members(self, items: Sequence[int]) -> NDArray[np.int64]:
+    def members(self, items: Items) -> NDArray[np.int64]:
         """All items of the groups of some, ascending; numbers behind the items are of no group."""
         member, start = self.by_group
-        group = np.unique(self.of_item[[item for item in items if item < self.n_items]])
+        listed = np.asarray(items, dtype=np.int64)
+        group = np.unique(self.of_item[listed[listed < self.n_items]])
         return np.sort(member[ranges(start[group], start[group + 1] - start[group]).at])
 
     def total(self, counts: NDArray[np.integer]) -> NDArray[np.float64]:

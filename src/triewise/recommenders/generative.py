@@ -169,8 +169,15 @@ class GenerativeRecommender(SearchSettings, Assisted, Changeable):
 
     @cached_property
     def gain(self) -> NDArray[np.float64]:
-        """(N,) how much each token decides, for IGD-decoding and explanations."""
+        """(N,) how much each token decides, for IGD-decoding and explanations; 0 where all titles are new."""
+        if not self.counts.any():
+            return np.zeros(self.trie.n_nodes)
         return gain_by(self.trie, self.counts, self.measure)
+
+    @property
+    def _strength(self) -> float:
+        """``alpha``, where a token has training targets: others are left as they are."""
+        return self.alpha if self.counts.any() else 0.0
 
     @cached_property
     def grounded(self) -> GroundedRecommender:
@@ -198,6 +205,9 @@ class GenerativeRecommender(SearchSettings, Assisted, Changeable):
         other = replace(self, **changes)
         if "engine" in self.__dict__ and not {"backbone", "trie", "support", "batch_users"} & changes.keys():
             other.__dict__["engine"] = self.engine  # the model was probed, and the shared instruction run
+        for name in {"groups", "titles", "gain"} & self.__dict__.keys():
+            if not {"catalog", "trie", "counts", "measure"} & changes.keys():
+                other.__dict__[name] = self.__dict__[name]
         if "grounded" in self.__dict__ and not {"backbone", "prompts"} & changes.keys():
             other.__dict__["grounded"] = replace(other.grounded, kept=self.grounded.kept)  # titles embedded
         return other
@@ -243,8 +253,8 @@ class GenerativeRecommender(SearchSettings, Assisted, Changeable):
             [self.prompts.encode(history) for history in histories],
             k,
             length_penalty=self.length_penalty,
-            alpha=self.alpha,
-            gain=self.gain if self.alpha else None,
+            alpha=self._strength,
+            gain=self.gain if self._strength else None,
             exclude=excluded,
             allow=allowed,
             assistant=None if helper is None else log_probabilities(helper, histories),
@@ -263,9 +273,9 @@ class GenerativeRecommender(SearchSettings, Assisted, Changeable):
             k,
             max(k, self.beams) if self.search == "beam" else None,
             length_penalty=self.length_penalty,
-            alpha=self.alpha,
+            alpha=self._strength,
             scope=self.scope,
-            gain=self.gain if self.alpha else None,
+            gain=self.gain if self._strength else None,
             assisted=self.asked is not None,
             assistant_weight=self.assistant_weight,
             counts=self.counts,

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from triewise.errors import UserError
 from triewise.reports import Recommendation, pieces
 
@@ -58,14 +60,22 @@ class Question:
     Attributes:
         known: The history, without what is not in the catalogue.
         unknown: What is not.
-        without: Items that may not be returned.
+        unwanted: Items that may not be returned, with all of their titles; those of a request share them.
         only: The only ones that may; None for all.
+        keep_history: Whether titles of the history may be.
     """
 
     known: tuple[int, ...]
     unknown: tuple[str, ...]
-    without: Int64
+    unwanted: Int64
     only: Items | None = None
+    keep_history: bool = False
+
+    def without(self, recommender: SavedRecommender) -> Int64:
+        """All items that may not be returned; made where they are needed, for they may be many."""
+        if self.keep_history or not self.known:
+            return self.unwanted
+        return np.union1d(self.unwanted, recommender.groups.members(self.known))
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ def answer(
         spelled = catalog.spelled if by == "title" else str
         _check(catalog, by, item, [spelled(name) for names in histories for name in names])
     _check(catalog, by, item, exclude)
-    unwanted = [item[name] for name in exclude]
+    unwanted = recommender.groups.members([item[name] for name in exclude])
     asked = [question(recommender, names, by, item, unwanted, keep_history, allow) for names in histories]
     return answered(recommender, asked, k, [explain] * len(asked))
 
@@ -148,16 +158,16 @@ def question(
     names: Sequence[str],
     by: Literal["title", "id"],
     item: Mapping[str, int],
-    unwanted: Sequence[int] = (),
+    unwanted: Int64,
     keep_history: bool = False,
     allow: Items | None = None,
 ) -> Question:
-    """What one user asks; arguments as those of `answer`, ``item`` is `items_by_name`, ``unwanted`` are indices."""
+    """What one user asks; arguments as those of `answer` and `Question`, ``item`` is `items_by_name`."""
     if by == "title":
         names = list(map(recommender.catalog.spelled, names))
     known = tuple(item[name] for name in names if name in item)
-    without = recommender.groups.members([*unwanted, *(() if keep_history else known)])
-    return Question(known, tuple(name for name in names if name not in item), without, allow)
+    unknown = tuple(name for name in names if name not in item)
+    return Question(known, unknown, unwanted, allow, keep_history)
 
 
 def answered(
@@ -168,7 +178,7 @@ def answered(
     only = [one.only for one in asked] if any(one.only is not None for one in asked) else None
     k = min(k, recommender.groups.n_groups)
     # A list that holds None is for searches that are asked by users with and without `only`.
-    ranking = recommender.recommend(known, k, [one.without for one in asked], only)  # type: ignore[arg-type]
+    ranking = recommender.recommend(known, k, [one.without(recommender) for one in asked], only)  # type: ignore[arg-type]
     answers = [told(recommender, one, ranking, b, explain[b]) for b, one in enumerate(asked)]
     return Answers(tuple(answers), ranking.counters)
 

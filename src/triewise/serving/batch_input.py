@@ -144,7 +144,10 @@ def _first_keys(path: Path) -> list[str]:
 def _parsed(line: bytes) -> Any:
     """The JSON value of a line, or the error that says why there is none."""
     try:
-        return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        value = json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
+        if b"\\ud" in line.lower():  # half a character, which is no text: no file takes it
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         return error
 

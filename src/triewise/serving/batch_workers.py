@@ -133,7 +133,8 @@ def _hired(task: Task, n: int) -> _Worker:
     """A process that waits for parts."""
     context = multiprocessing.get_context("spawn")
     line, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, task, n), daemon=True)
+    device = n % (n_devices() or n + 1)  # more workers than GPUs take turns
+    process = context.Process(target=_serve, args=(theirs, task, device), daemon=True)
     process.start()
     theirs.close()
     return _Worker(process, line)

@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 Counts = dict[str, int]
+KINDS = (
+    8  # searches that run side by side, each with memory of its own; a kind is a catalogue, a search and a k
+)
 
 
 class Session(Protocol):
@@ -201,6 +204,8 @@ class Batcher:
                 batch and job.work == batch[0].work and self._size(batch, job) > self.max_batch
             ):
                 continue
+            if job.work.joins and job.work not in self._sessions and len(self._sessions) >= KINDS:
+                break  # nobody overtakes who waits for a search to end: those that run get no users more
             done = True
             try:
                 session = self._session(job)

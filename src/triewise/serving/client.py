@@ -212,7 +212,7 @@ class Client:
         name = response.headers.get("x-request-id", "")
         try:
             told: dict[str, Any] = response.json()
-            error = {} if response.is_success else told["error"]
+            error = {} if response.is_success else {name: told["error"][name] for name in ("code", "message")}
         except (ValueError, KeyError, TypeError):  # of something in between that is no service
             told, error = {}, {"code": "unknown", "message": response.text[:200]}
         if error:

@@ -90,6 +90,7 @@ class Guard:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         name = given if re.fullmatch(r"[\w.:-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
         said: dict[str, Any] = {}
+        path = _path(scope)
         scope["state"] = {**scope.get("state", {}), "request_id": name, "said": said, "begun": begun}
         status = 0
 
@@ -103,8 +104,8 @@ class Guard:
             await send(message)
 
         try:
-            self._admit(scope["method"], scope["path"], headers)
-            body = await self._body(scope, headers, receive)
+            self._admit(scope["method"], path, headers)
+            body = await self._body(path, headers, receive)
             if body is None:
                 return
             await self.app(scope, _again(body, receive), out)
@@ -118,8 +119,7 @@ class Guard:
                 await Refusal(500, "internal", message).response()(scope, receive, out)
         finally:
             seconds = time.perf_counter() - begun
-            path = scope["path"] if scope["path"] in self.rules.paths else "other"
-            self.rules.measure(path, status, seconds)
+            self.rules.measure(path if path in self.rules.paths else "other", status, seconds)
             line = {"time": round(time.time(), 3), "request_id": name, "method": scope["method"]}
             line |= {"path": scope["path"][:200], "status": status, "took_ms": round(1000 * seconds, 3)}
             self.rules.log(line | said)
@@ -140,9 +140,9 @@ class Guard:
                 401, "unauthorized", "wanted a valid key in X-API-Key or as Authorization: Bearer KEY"
             )
 
-    async def _body(self, scope: Scope, headers: Mapping[bytes, bytes], receive: Receive) -> bytes | None:
+    async def _body(self, path: str, headers: Mapping[bytes, bytes], receive: Receive) -> bytes | None:
         """All of the body; None where the client has gone."""
-        most = self.rules.max_body * (CHANGES if scope["path"] == "/v1/catalog" else 1)
+        most = self.rules.max_body * (CHANGES if path == "/v1/catalog" else 1)
 
         def too_large() -> NoReturn:
             raise Refusal(413, "too_large", f"wanted a body of at most {most} bytes; send less at a time")
@@ -165,6 +165,12 @@ class Guard:
                         return b"".join(parts)
         except TimeoutError:
             raise Refusal(408, "timeout", f"wanted the body within {BODY_SECONDS:g} seconds") from None
+
+
+def _path(scope: Scope) -> str:
+    """What routes go by: the path without that under which another application, or a proxy, has put this one."""
+    path, root = str(scope["path"]), scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

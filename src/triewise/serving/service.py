@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,16 +66,16 @@ class Service:
             lambda: self.batcher.waiting, lambda: (self.view.number, self.view.catalog.n_items)
         )
         self.warm = self.draining = False
-        self._publishing = threading.Lock()
+        self._publisher = ThreadPoolExecutor(
+            1, "catalogue"
+        )  # changes wait for each other, and nobody for them
 
     def start(self) -> None:
         """Start the engine, with a first request that measures the model."""
         if not self.batcher.alive:
             self.batcher.start()
             work = Recommending(self.view, None, min(10, self.view.catalog.n_items))
-            question = self.view.question(
-                said.History(titles=list(self.view.catalog.title[:1]), ids=None), (), None, False
-            )
+            question = self.view.question(said.History(titles=list(self.view.catalog.title[:1]), ids=None))
             job = Job(work, [(question, self.view.generative, False)], time.monotonic() + 3600)
             self.batcher.submit(job).add_done_callback(lambda done: setattr(self, "warm", True))
 
@@ -123,11 +123,14 @@ class Service:
             503, "timeout", f"no answer within {self.limits.timeout:g} seconds; come again later", 1
         )
 
-    def publish(self, change: Callable[[], Version]) -> View:
+    async def publish(self, change: Callable[[], Version]) -> View:
         """Make another version and what requests need of it, and use it for what comes from now on."""
-        with self._publishing:  # what is changed last is used last
+
+        def made() -> View:
             self.view = view = View(change(), self.sets)
             return view
+
+        return await asyncio.get_running_loop().run_in_executor(self._publisher, made)
 
 
 async def _gone(request: Request) -> None:
@@ -199,7 +202,8 @@ def _add_answers(app: FastAPI, service: Service, needs: list[Any]) -> None:
             raise UserError(
                 "wanted neither explain nor compare of a model that writes no titles; leave them out"
             )
-        unwanted, unknown = view.named(body.exclude)
+        listed, unknown = view.named(body.exclude)
+        unwanted = view.recommender.groups.members(listed)
         only, more = (None, []) if body.allow is None else view.named(body.allow)
         rows = [
             (view.question(history, unwanted, only, body.keep_history), body.explain, body.compare)
@@ -218,9 +222,9 @@ def _add_answers(app: FastAPI, service: Service, needs: list[Any]) -> None:
         """Scores of given items after histories, by the model alone."""
         view = service.view
         found = [view.items(ids) for ids in body.candidates]
-        lists = [items for items, _ in found] * (len(body.histories) if len(found) == 1 else 1)
-        few = _few(body.histories, service.limits)
-        asked = [view.question(history, (), None, True) for history in few]
+        asked = [view.question(history) for history in _few(body.histories, service.limits)]
+        lists = [items for items, _ in found] * (len(asked) if len(found) == 1 else 1)
+        _few_scores(sum(map(len, lists)), service.limits)
         done = await service.ask(request, Scoring(view), list(zip(asked, lists, strict=True)))
         return _answer(request, view, done, [raw for _, ids in found for raw in ids], body.histories, {})
 
@@ -252,6 +256,14 @@ def _few(histories: list[said.History], limits: Limits) -> list[said.History]:
             f"wanted at most {limits.max_histories} histories, got {len(histories)}; ask more often"
         )
     return histories
+
+
+def _few_scores(n_scores: int, limits: Limits) -> None:
+    most = limits.max_k * limits.max_histories
+    if n_scores > most:
+        raise UserError(
+            f"wanted at most {most} scores, of all candidates of all histories, got {n_scores}; ask more often"
+        )
 
 
 def _answer(
@@ -295,7 +307,7 @@ def _add_catalogue(app: FastAPI, service: Service, needs: list[Any]) -> None:
         return JSONResponse({"catalog_version": view.number, "n_items": view.catalog.n_items, "items": items})
 
     async def changed(request: Request, change: Callable[[], Version]) -> JSONResponse:
-        view = await asyncio.to_thread(lambda: service.publish(change))
+        view = await service.publish(change)
         request.state.said["catalog_version"] = view.number
         took = round(1000 * (time.perf_counter() - request.state.begun), 3)
         head = {"request_id": request.state.request_id, "catalog_version": view.number}

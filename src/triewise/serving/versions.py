@@ -122,12 +122,19 @@ class LiveCatalogue:
             now = self._contents[-1]
             gone = _checked(self._current.recommender.catalog, add, remove)
             leaving = self._items(now)[gone]
+            known = len(self._met)
             arriving = np.array([self._number(*pair) for pair in add], dtype=np.int64)
             new = arriving[arriving >= self._base.n_items]
             added = np.concatenate([now.added[~np.isin(now.added, leaving)], new])
             former = np.concatenate([now.former, leaving])
             former = former[~np.isin(former, arriving)]
-            return self._put(_Content(now.number + 1, now.number, added, former), write=True)
+            try:
+                return self._put(_Content(now.number + 1, now.number, added, former), write=True)
+            except Exception:
+                for pair in self._met[known:]:  # what could not be added was never met
+                    del self._number_met[pair]
+                del self._met[known:]
+                raise
 
     def rollback(self) -> Version:
         """Make the catalogue before the last change the current one again, under a number of its own.

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
+
 from triewise.errors import UserError
 from triewise.recommenders import GenerativeRecommender
 from triewise.serving.answers import Answer, Question, answered, items_by_name, question, told
@@ -19,7 +21,9 @@ from triewise.serving.completion import Completion
 from triewise.serving.contract import History, SearchName
 
 if TYPE_CHECKING:
+    from triewise.arrays import Int64
     from triewise.decoding import Together
+    from triewise.ranking import Items
     from triewise.recommenders import SavedRecommender
     from triewise.serving.versions import Version
 
@@ -42,11 +46,12 @@ class View:
         )
         self.item = self.catalog.item_of_id
         self._by_id, self._by_title = (items_by_name(self.recommender, by) for by in ("id", "title"))
-        self.sets = {name: self.items(ids)[0] for name, ids in sets.items()}
+        self.sets = {name: np.array(self.items(ids)[0], dtype=np.int64) for name, ids in sets.items()}
+        self.nothing = self.recommender.groups.members(())
         self._searching: dict[tuple[str | None, bool], SavedRecommender] = {}
         self._lock = threading.Lock()
         _ = getattr(self.recommender, "engine", None)  # copies with other settings share it
-        self.question(History(titles=[""], ids=None), (), None, False)
+        self.question(History(titles=[""], ids=None))
 
     @property
     def generative(self) -> bool:
@@ -69,7 +74,7 @@ class View:
             raw for raw in ids if raw not in self.item
         ]
 
-    def named(self, given: Sequence[str] | str) -> tuple[list[int], list[str]]:
+    def named(self, given: Sequence[str] | str) -> tuple[Items, list[str]]:
         """Items of raw ids or of a named set, and the ids that are unknown.
 
         Raises:
@@ -83,9 +88,10 @@ class View:
         return self.sets[given], []
 
     def question(
-        self, history: History, unwanted: Sequence[int], only: Sequence[int] | None, keep: bool
+        self, history: History, unwanted: Int64 | None = None, only: Items | None = None, keep: bool = False
     ) -> Question:
-        """One history of a request."""
+        """One history of a request; arguments as those of `Question`."""
+        unwanted = self.nothing if unwanted is None else unwanted
         if history.ids is not None:
             return question(self.recommender, history.ids, "id", self._by_id, unwanted, keep, only)
         names = history.titles or ()
@@ -101,7 +107,8 @@ class View:
             if (search, beams) not in self._searching:
                 changes: dict[str, Any] = {} if search is None else {"search": search}
                 changes = {"search": "beam", "beams": BEAMS} if beams else changes
-                self._searching[search, beams] = self.recommender.with_settings(**changes)
+                other = self.recommender.with_settings(**changes) if changes else self.recommender
+                self._searching[search, beams] = other
             return self._searching[search, beams]
 
 
@@ -163,7 +170,7 @@ class Searching:
     def join(self, row: Row) -> int | None:
         """Let a user in."""
         asked = row[0]
-        number = self.recommender.join(self.search, asked.known, asked.without, asked.only)
+        number = self.recommender.join(self.search, asked.known, asked.without(self.recommender), asked.only)
         if number is not None:
             self.rows[number] = row
         return number
