@@ -71,6 +71,10 @@ def test_awkward_strings_round_trip() -> None:
             "training: batch_size must be a multiple of accumulation, got 10 and 3",
         ),
         (
+            {"training": {"freeze": 2, "gradient_checkpointing": True}},
+            "training: gradient_checkpointing runs layers again: set keep_states = false, got true",
+        ),
+        (
             {"training": {"patience": 2}},
             "training: patience counts validations: wanted evaluate_every > 0, got 0",
         ),
