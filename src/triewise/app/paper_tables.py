@@ -212,7 +212,7 @@ def deviation(values: Sequence[float]) -> tuple[float, float, float]:
     ``s sqrt((n - 1) / q)`` with quantiles q of chi-squared with n - 1 degrees of freedom, by `DRAWS` draws.
 
     >>> [round(float(v), 1) for v in deviation([0.9, 1.0, 1.1])]
-    [10.0, 5.2, 62.4]
+    [10.0, 5.2, 63.1]
     """
     n, mean = len(values), float(np.mean(values))
     if n < 2 or not mean:
