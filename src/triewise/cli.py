@@ -12,8 +12,10 @@ import typer
 
 from triewise.commandline import (
     INTERRUPTED,
+    Allow,
     Changes,
     Json,
+    KeepHistory,
     Overwrite,
     RecipeName,
     Resume,
@@ -270,16 +272,11 @@ def recommend(
         list[str] | None, typer.Option("--history", help="A title, oldest first (repeatable).")
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of titles.")] = 10,
-    keep_history: Annotated[
-        bool, typer.Option("--keep-history", help="Titles of the history may be returned.")
-    ] = False,
+    keep_history: KeepHistory = False,
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="A title that may not be returned (repeatable).")
     ] = None,
-    allow: Annotated[
-        Path | None,
-        typer.Option("--allow", help="Text file of raw item ids, one a line: only these are returned."),
-    ] = None,
+    allow: Allow = None,
     search: Search = None,
     explain: Annotated[bool, typer.Option("--explain", help="Mark the tokens that decided.")] = False,
     trust_remote_code: Trust = False,
@@ -331,13 +328,8 @@ def batch(
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of the input that become one part.")] = 4096,
     resume: Annotated[bool, typer.Option("--resume", help="Make only the parts that are not there.")] = False,
-    keep_history: Annotated[
-        bool, typer.Option("--keep-history", help="Titles of a history may be returned.")
-    ] = False,
-    allow: Annotated[
-        Path | None,
-        typer.Option("--allow", help="Text file of raw item ids, one a line: only these are returned."),
-    ] = None,
+    keep_history: KeepHistory = False,
+    allow: Allow = None,
     search: Search = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,

@@ -45,6 +45,11 @@ RecipeName = Annotated[
     str, typer.Argument(help="A recipe file, or the name of one that comes with triewise.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+KeepHistory = Annotated[bool, typer.Option("--keep-history", help="Titles of a history may be returned.")]
+Allow = Annotated[
+    Path | None,
+    typer.Option("--allow", help="Text file of raw item ids, one a line: only these are returned."),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Execute code that comes with the language model.")
 ]
