@@ -228,8 +228,6 @@ def test_the_command_serves_and_drains(tmp_path: Path) -> None:
 
 def test_an_accepted_connection_sends_at_once() -> None:
     """Else the body of an answer waits for the acknowledgement of its head: 40 ms a request."""
-    import socket
-
     from triewise.serving.server import listening
 
     with listening("127.0.0.1", 0) as ours, socket.create_connection(ours.getsockname()):

@@ -264,9 +264,14 @@ class GenerativeRecommender(SearchSettings, Assisted, Changeable):
             **({} if watch is None else {"watch": watch}),
         )
 
+    @property
+    def joinable(self) -> bool:
+        """Whether users can join and leave its search while it runs."""
+        return self.search == "beam" or (self.search == "exact" and self.scope != "step")
+
     def together(self, k: int) -> Together | None:
         """A search that users join and leave while it runs, see `Together`; None where its search is no such one."""
-        if self.search not in ("exact", "beam") or (self.search, self.scope) == ("exact", "step"):
+        if not self.joinable:
             return None
         return Together(
             self.engine,

@@ -102,14 +102,15 @@ class Task:
             return None
         with reading(file):
             found = PartFacts.model_validate_json(parquet_metadata(file)[KEY])
+            said = found.model_dump(mode="json")
             if look:
                 frame = scan(file).collect()
-                if _digest(frame, found.model_dump(mode="json")) != found.sha256:
+                if _digest(frame, said) != found.sha256:
                     raise ValueError("its rows are others than were written")
         if found.job != self.job:
             raise UserError(f"{file} is of another batch than this one; choose another --out, or remove it")
         if look:  # what stands beside the rows, such as the least value of a column, is right again
-            self.write(part, frame, found.model_dump(mode="json"))
+            self.write(part, frame, said)
         return found
 
 

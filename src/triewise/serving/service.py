@@ -280,10 +280,15 @@ def _answer(
     state.said.update(batch=done.counters["users"], queue_ms=round(1000 * done.waited, 3))
     if request.app.state.log_titles:
         state.said["asked"] = [history.model_dump(exclude_none=True) for history in histories]
+    more = {"counters": done.counters, "unknown": unknown}
+    return JSONResponse({"results": list(done.results), **_head(request, view), **more})
+
+
+def _head(request: Request, view: View) -> dict[str, Any]:
+    """What every answer about a catalogue says of itself."""
+    state = request.state
     took = round(1000 * (time.perf_counter() - state.begun), 3)
-    head = {"request_id": state.request_id, "catalog_version": view.number, "took_ms": took}
-    body = {"results": list(done.results), **head, "counters": done.counters, "unknown": unknown}
-    return JSONResponse(body)
+    return {"request_id": state.request_id, "catalog_version": view.number, "took_ms": took}
 
 
 def _add_catalogue(app: FastAPI, service: Service, needs: list[Any]) -> None:
@@ -309,9 +314,7 @@ def _add_catalogue(app: FastAPI, service: Service, needs: list[Any]) -> None:
     async def changed(request: Request, change: Callable[[], Version]) -> JSONResponse:
         view = await service.publish(change)
         request.state.said["catalog_version"] = view.number
-        took = round(1000 * (time.perf_counter() - request.state.begun), 3)
-        head = {"request_id": request.state.request_id, "catalog_version": view.number}
-        return JSONResponse({**head, "n_items": view.catalog.n_items, "took_ms": took})
+        return JSONResponse({**_head(request, view), "n_items": view.catalog.n_items})
 
     @app.post(route, response_model=said.Changed, responses=ERRORS, dependencies=needs)
     async def change(body: said.Change, request: Request) -> JSONResponse:

@@ -127,7 +127,7 @@ class Recommending:
     def joins(self) -> bool:
         """Whether users join a search that runs."""
         recommender = self.view.searching(self.search)
-        return isinstance(recommender, GenerativeRecommender) and recommender.search in ("exact", "beam")
+        return isinstance(recommender, GenerativeRecommender) and recommender.joinable
 
     def open(self) -> Searching | None:
         """A search that users join, where they do."""
