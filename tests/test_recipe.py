@@ -134,6 +134,13 @@ def test_set_changes_one_key(tmp_path: Path) -> None:
         load_recipe(file, ["seed=1", "seed.x=2"])
 
 
+def test_ats_on_llama_3_looks_at_the_rows_of_the_released_code() -> None:
+    """Its tokenizer merges the opening quote with the first word, so the root is where a title begins."""
+    found = [load_recipe(file) for file in EVERY if "papers" in file.parts]
+    rows = [r.objective.adaptive.rows for r in found if r.objective.temperature == "adaptive"]
+    assert rows == ["root"] * 3
+
+
 @pytest.mark.parametrize("file", EVERY, ids=[f.stem for f in EVERY])
 def test_a_recipe_with_changes_is_a_new_recipe(file: Path) -> None:
     recipe = load_recipe(file)
