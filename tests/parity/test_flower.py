@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor
 from tests.parity.golden import close, piece
 from triewise.objectives import FlowSettings
 from triewise.tokens import Trie
-from triewise.training import Objective
-from triewise.training.flow import balance, flow_parts, history_prior, personal_terms, state_rewards
+from triewise.training import Objective, flow
+from triewise.training.flow import FlowLoss, balance, flow_parts, history_prior, personal_terms, state_rewards
 
 REWARDS = {"div": "div", "add": "add", "logp": "plain"}  # ours: theirs
 
@@ -104,7 +105,17 @@ def test_a_balanced_sampler_has_no_loss() -> None:
     assert balance(arrays[0], arrays[1], arrays[2] * 2, torch.tensor([3])).item() > 0.1
 
 
-def test_total() -> None:
+def test_total(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What training adds up, of a loss of the true titles and a balance that are those of the authors."""
     given, wanted = piece("flower", "total")
-    theta = given["theta"]
-    assert theta * given["sft"] + (1 - theta) * given["flow"] == pytest.approx(wanted["total"], abs=1e-12)
+    both: Any = SimpleNamespace(
+        strength=given["theta"],
+        objective=None,
+        stop=0,
+        losses=lambda *_: (torch.tensor([[given["sft"], 0.0, 0.0]]).double(), torch.zeros(1)),
+    )
+    monkeypatch.setattr(flow, "balance", lambda *_: torch.tensor(given["flow"]).double())
+    one, yes = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
+    batch = {"place": one[None], "true": one, "n_prefixes": one, "zero_gain": yes, "decision": yes}
+    total = FlowLoss.forward(both, **batch, log_r=one[None], pair_weight=1.0)["loss"]
+    assert total.item() == pytest.approx(wanted["total"], abs=1e-12)
