@@ -426,6 +426,7 @@ def test_a_service_is_asked_and_asked_again_where_that_helps(
         (503, "no", "wanted an answer of the model from .*, got: HTTP Error 503"),
         (200, "no json", "wanted an answer of the model from .*, got: Expecting value"),
         (200, {"error": "x"}, "wanted choices with a message from .*, got .*error"),
+        (200, said([{"type": "text"}]), "wanted choices with a message from .*, got .*type"),  # type: ignore[arg-type]
     ],
 )
 def test_a_service_that_does_not_answer_is_one_line(
@@ -435,6 +436,14 @@ def test_a_service_that_does_not_answer_is_one_line(
     with pytest.raises(UserError, match=line):
         reason(by({"model": "chat", "endpoint": service.url, "batch_size": 1}, small), tmp_path / "chains")
     assert len(service.asked) == (3 if status == 503 or answer == "no json" else 1)
+
+
+def test_an_address_that_is_none_is_one_line(small: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("TRIEWISE_OFFLINE", raising=False)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for place, problem in (("model/v1", "unknown url type"), ("http://[::1", "Invalid IPv6 URL")):
+        with pytest.raises(UserError, match=f"wanted an answer of the model from .*, got: {problem}"):
+            reason(by({"model": "chat", "endpoint": place, "batch_size": 1}, small), tmp_path / "chains")
 
 
 # ---------------------------------------------------------------- what is refused

@@ -98,10 +98,9 @@ def _endpoint(settings: WriterSettings, url: str) -> Writer:
 
     def ask(prompt: str, seed: int) -> list[str]:
         body = json.dumps(asked | {"seed": seed, "messages": [{"role": "user", "content": prompt}]}).encode()
-        request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", body, headers)
-        answer = _answer(request, url)
+        answer = _answer(f"{url.rstrip('/')}/chat/completions", body, headers, url)
         try:
-            return [choice["message"]["content"] or "" for choice in answer["choices"]]
+            return [str.strip(choice["message"]["content"] or "") for choice in answer["choices"]]
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"wanted choices with a message from {url}, got {str(answer)[:80]!r} ({first_line(error)}); "
@@ -115,10 +114,11 @@ def _endpoint(settings: WriterSettings, url: str) -> Writer:
     return write
 
 
-def _answer(request: urllib.request.Request, url: str) -> Any:
+def _answer(place: str, body: bytes, headers: dict[str, str], url: str) -> Any:
     """What a service says, asked again where that may help."""
     for again in range(TRIES):
         try:
+            request = urllib.request.Request(place, body, headers)
             with urllib.request.urlopen(request, timeout=SECONDS) as response:
                 return json.load(response)
         except (OSError, http.client.HTTPException, ValueError) as error:
