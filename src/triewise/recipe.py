@@ -158,8 +158,11 @@ class Recipe(Section):
             raise ValueError(
                 "hybrid.frozen = true trains no adapter: set backbone.lora.rank = 0 and quantisation = 'none'"
             )
-        if self.hybrid is not None and self.hybrid.frozen and self.hybrid.share_of_curriculum:
+        course = 0.0 if self.hybrid is None else self.hybrid.share_of_curriculum
+        if self.hybrid is not None and self.hybrid.frozen and course:
             raise ValueError("hybrid.frozen = true learns nothing from text alone: set hybrid.curriculum = 0")
+        if course and self.objective.preference.negatives:
+            raise ValueError("the reference of S-DPO always reads item vectors: set hybrid.curriculum = 0")
         for name in ("soft_targets", "flow"):
             if getattr(self.objective, name) is not None and self.training.workers:
                 raise ValueError(

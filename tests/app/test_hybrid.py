@@ -244,6 +244,9 @@ def test_recipes_that_cannot_be_meant_are_refused(small: World) -> None:
         small.train(WORDS + HYBRID, "refused", "hybrid.frozen=true", "backbone.lora.rank=2")
     with pytest.raises(UserError, match="learns nothing from text alone: set hybrid.curriculum = 0"):
         small.train(WORDS + HYBRID, "refused", "hybrid.frozen=true")
+    compared = ("objective.preference.negatives=2", "objective.preference.reference=x")
+    with pytest.raises(UserError, match="S-DPO always reads item vectors: set hybrid.curriculum = 0"):
+        small.train(WORDS + HYBRID, "refused", *compared)
     with pytest.raises(UserError, match="has no use for hybrid"):
         small.train(ITEMS + HYBRID, "refused")
 
