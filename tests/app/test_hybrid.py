@@ -158,6 +158,8 @@ def test_s_dpo_goes_on_from_a_hybrid(small: World, kind: str) -> None:
     other = next(name for name in KINDS if name != kind)
     with pytest.raises(UserError, match=f"wanted hybrid.kind = '{kind}'"):
         small.train(WORDS + HYBRID, "refused", *changes, kind=other)
+    with pytest.raises(UserError, match=f"wanted hybrid.kind = '{kind}', .* got None"):
+        small.train(WORDS, "refused", *FEW[:3], f"backbone.name={first / 'model'}", "backbone.template=plain")
     assert torch.equal(slots[0].table, slots[1].table)
     assert not torch.equal(slots[0].item[0].weight, slots[1].item[0].weight)
 

@@ -25,15 +25,21 @@ def with_slots(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Backbone
     """The backbone with slots for the items of the run that a recipe names; those of a reference are trained on.
 
     Raises:
-        UserError: That run is none of this data, or has seen what this one may not; a reference of another kind.
+        UserError: That run is none of this data, or has seen what this one may not; a model to start from whose slots
+            are of another kind.
     """
-    hybrid = recipe.hybrid
+    hybrid, model = recipe.hybrid, backbone.model
+    slots = slots_of(model)
+    kind = None if hybrid is None else hybrid.kind
+    if slots is not None and slots.kind != kind:
+        raise UserError(
+            f"wanted hybrid.kind = {slots.kind!r}, whose item slots the model to start from has, got {kind!r}; "
+            "give the same, or start from another model"
+        )
     if hybrid is None:
         return backbone
-    model = backbone.model
     if hybrid.frozen:
         model.requires_grad_(False)
-    slots = slots_of(model)
     if slots is None:
         items = open_sequential(hybrid.items, recipe, dataset).model
         words, name = model.get_input_embeddings(), dataset.catalog.fingerprint()
@@ -47,11 +53,6 @@ def with_slots(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Backbone
             table, encoder = table.new_zeros(len(table), hybrid.alignment.width), items
         slots = ItemSlots(words, hybrid.kind, table, name, encoder, recipe.seed)
         attach(model, slots)
-    elif slots.kind != hybrid.kind:
-        raise UserError(
-            f"wanted hybrid.kind = {slots.kind!r}, whose item slots the model to start from has, got {hybrid.kind!r}; "
-            "give the same, or start from another model"
-        )
     for part in (slots.item, slots.user):
         if part is not None:
             part.requires_grad_(True)
