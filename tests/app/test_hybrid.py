@@ -210,6 +210,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(small: World, kind: str) -> None
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_does_not_go_on_with_other_item_vectors(small: World, kind: str) -> None:
+    """Its projections were learned for those of its start."""
+    items = small.train(ITEMS, f"items-of-{kind}", "training.steps=2")
+    how = (*FEW, f"hybrid.items={items}", "hybrid.curriculum=0", "training.checkpoint_every=2")
+    small.train(WORDS + HYBRID, f"{kind}-begun", *how, "training.time_limit_s=1e-9", kind=kind)
+    small.train(ITEMS, items.name, "training.steps=2", "seed=1", overwrite=True)
+    with pytest.raises(UserError, match="the items changed since .*-begun was started; restore it"):
+        small.train(WORDS + HYBRID, f"{kind}-begun", *how, kind=kind, resume=True)
+
+
 def test_the_alignment_is_made_once(small: World, capfd: pytest.CaptureFixture[str]) -> None:
     """Its file is read again by a run that goes on, and replaced where its inputs are others."""
     how = (*FEW, "training.checkpoint_every=3")

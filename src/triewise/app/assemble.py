@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from triewise.app.enhance import enhancement_of
 from triewise.app.folders import open_partner, open_run
 from triewise.app.guided import guide_of
-from triewise.app.hybrid import align, remember, taught, with_slots
+from triewise.app.hybrid import align, item_hashes, remember, taught, with_slots
 from triewise.app.item_codes import identifier_of, with_codes
 from triewise.errors import UserError
 from triewise.models import (
@@ -251,7 +251,7 @@ def _generative(recipe: Recipe, dataset: Dataset) -> Learner:
 
     made = GenerativeRecommender(parts.backbone, dataset.catalog, parts.prompts, parts.trie, parts.counts)
     recommender = made.configured(recipe.evaluation)
-    known = hashes(parts.prompts, parts.trie, parts.counts)
+    known = hashes(parts.prompts, parts.trie, parts.counts) | item_hashes(parts.backbone)
     sizes = (model.num_parameters(), model.num_parameters(only_trainable=True))
     facts = _facts(known, parts.backbone.origin, sizes, parts.windows, parts.counts)
     return Learner(recommender, facts, fit_it)

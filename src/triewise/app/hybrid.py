@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,18 @@ def with_slots(recipe: Recipe, dataset: Dataset, backbone: Backbone) -> Backbone
         if part is not None:
             part.requires_grad_(True)
     return replace(backbone, origin=backbone.origin | {"hybrid": hybrid.kind})
+
+
+def item_hashes(backbone: Backbone) -> dict[str, str]:
+    """Hex SHA-256 of what slots read and no training changes, for ``run.json``; nothing where there are none."""
+    slots = slots_of(backbone.model)
+    if slots is None:
+        return {}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(slots.parts().items()):
+        if not name.startswith(("item.", "user.")):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return {"items": digest.hexdigest()}
 
 
 def remember(backbone: Backbone, windows: Windows, max_history: int) -> None:

@@ -141,11 +141,9 @@ def _train_run(
     validate = validator(recipe, dataset, recommender) if recipe.training.evaluate_every else None
     if going_on is None:
         processes.on_first(lambda: _begin(recipe, out, record))
-    elif going_on["hashes"] != record["hashes"]:
-        before = going_on["hashes"]
-        changed = next(part for part, value in record["hashes"].items() if before.get(part) != value)
+    elif changed := [n for n, value in record["hashes"].items() if going_on["hashes"].get(n, value) != value]:
         raise UserError(
-            f"the {changed} changed since {out} was started; restore it, or start anew with --overwrite"
+            f"the {changed[0]} changed since {out} was started; restore it, or start anew with --overwrite"
         )
     how: dict[str, Any] = {"title": recipe.name, "watch": watch, "facts": recipe.model_dump(mode="json")}
     result = learner.fit(out, validate=validate, resume=going_on is not None, **how)
