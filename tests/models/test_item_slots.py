@@ -99,6 +99,8 @@ def test_numbers_of_histories_are_the_same_everywhere_and_old_ones_are_forgotten
     first.states([kept, *numbers[2:]], torch.device("cpu"))
     with pytest.raises(UserError, match="the slot of an unknown user"):
         first.states(numbers[:1], torch.device("cpu"))
+    assert first.number([2]) == numbers[2]  # again, so it is newer than the last one
+    first.states([first.number([8]), numbers[2]], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

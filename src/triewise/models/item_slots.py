@@ -60,6 +60,7 @@ class Histories:
             if keep:
                 self._kept[number] = items
             elif number not in self._kept:
+                self._recent.pop(number, None)  # one that comes again is the newest
                 self._recent[number] = items
                 if len(self._recent) > REMEMBERED:
                     del self._recent[next(iter(self._recent))]
