@@ -80,6 +80,8 @@ def test_prompt_and_answer_are_one_row_behind_the_user() -> None:
     )
     batch = batch_of([[user, *prompt] for prompt in prompts], [title[1:] for title in titles])
     mask = torch.tensor(values.outputs["mask_with_user_token"]).bool()
+    values.close(mask[:, 1:].int(), "mask", 0)
+    assert batch.n_tokens == mask.sum()
     expected = torch.tensor(values.outputs["ids"])
     assert (batch.input_ids[:, 0] == user).all()
     assert torch.equal(torch.from_numpy(batch.input_ids[:, 1:])[mask[:, 1:]], expected[mask[:, 1:]])

@@ -128,6 +128,8 @@ def test_losses_weights_and_gradient(name: str, monkeypatch: pytest.MonkeyPatch)
     if "loss_all_if_rows_were_paired" in wanted:
         paired = total(settings.model_copy(update={"dros_rows": "paired"}), base)
         close(paired, wanted["loss_all_if_rows_were_paired"])
+        apart = (paired - total(without[1], base)) / settings.lam
+        close(apart, wanted["loss_distillation_if_rows_were_paired"])
     described = total(settings.model_copy(update={"negative": "described"}), base)
     negative = scores.gather(1, given["negative"][:, None])
     meant = -(1 - negative.sigmoid()).log() + (1 - negative).sigmoid().log()  # weights sum to 1
