@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 import triewise
 from tests.worlds import catalog, split, write_msl_folder
@@ -343,6 +347,21 @@ def enhancing_hash(small: Recipe, tmp_path: Path) -> str:
     """The same without a folder."""
     train_run(small, tmp_path / "without")
     return str(read_json(tmp_path / "without" / "run.json")["hashes"]["chains"])
+
+
+def test_a_chain_is_read_to_its_end(tmp_path: Path) -> None:
+    """It concludes in its last words; a template's, which lists a history first, has them behind 128 tokens."""
+    words = {word: i for i, word in enumerate(("[UNK]", "[PAD]", "thing", "Yes", "No"))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    spoken = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+    spoken.save_pretrained(tmp_path)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=5, max_position_embeddings=300, **sizes)).save_pretrained(tmp_path)
+    chains = [f"{'thing ' * n}{end}" for n in (250, 900) for end in ("Yes", "No")]
+    found = text_vectors(str(tmp_path), ["thing"], chains, 0)[1]
+    assert not torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[3])  # behind all places that the encoder has
 
 
 def test_a_real_encoder_of_sentences_finds_what_is_alike() -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from triewise.training import Task
 
 AT_ONCE = 256  # texts or rows
+LONGEST = 512  # tokens of a text that are read: a chain has 256, and ends in what it concludes
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def text_vectors(name: str, titles: Sequence[str], chains: Sequence[str], seed: 
     if name == "tiny":
         ids = load_tokenizer("tiny", titles=titles)(texts, add_special_tokens=False)["input_ids"]
         tokens = Ragged.from_lists(ids)
-    encoder = title_encoder(name, texts, tokens, seed).eval()
+    encoder = title_encoder(name, texts, tokens, seed, LONGEST).eval()
     with torch.no_grad():
         parts = [encoder(part) for part in torch.split(torch.arange(len(texts)), AT_ONCE)]
     found = torch.cat(parts)

@@ -53,7 +53,9 @@ class TitleEncoder(nn.Module):
         return (total / real.sum(1, keepdim=True).clamp(min=1)).float()
 
 
-def title_encoder(name: str, titles: Sequence[str], tokens: Ragged, seed: int = 0) -> TitleEncoder:
+def title_encoder(
+    name: str, titles: Sequence[str], tokens: Ragged, seed: int = 0, longest: int = LONGEST
+) -> TitleEncoder:
     """A text encoder over the titles of a catalogue, on the CPU.
 
     Args:
@@ -62,6 +64,7 @@ def title_encoder(name: str, titles: Sequence[str], tokens: Ragged, seed: int = 
         titles: I texts.
         tokens: The tokens of each, for ``tiny``.
         seed: Of the weights of ``tiny``.
+        longest: Tokens of a text that are read, where the encoder can; ``tiny`` reads all.
 
     Raises:
         UserError: The package is not installed, or the encoder cannot be had.
@@ -78,7 +81,9 @@ def title_encoder(name: str, titles: Sequence[str], tokens: Ragged, seed: int = 
     place = _packaged() if name == PACKAGED else name
     tokenizer = from_hub(AutoTokenizer.from_pretrained, place, None)
     inner = from_hub(AutoModel.from_pretrained, place, None)
-    read = tokenizer(list(titles), padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+    positions = getattr(inner.config, "max_position_embeddings", longest)
+    longest = min(longest, positions, tokenizer.model_max_length)
+    read = tokenizer(list(titles), padding=True, truncation=True, max_length=longest, return_tensors="pt")
     return TitleEncoder(
         inner, read["input_ids"], read["attention_mask"].bool(), int(inner.config.hidden_size)
     )
