@@ -128,6 +128,11 @@ class Catalog:
         items = self._first_of_title.tolist()
         return dict(zip(map(self.title.__getitem__, items), items, strict=True))
 
+    @cached_property
+    def origin(self) -> tuple[Catalog, NDArray[np.int32]] | None:
+        """What `changed` made this of, and where each of its items is here (-1: gone); None: of nothing."""
+        return None
+
     def changed(self, gone: NDArray[np.int64], added: Sequence[tuple[str, str]]) -> Catalog:
         """What `from_titles` gives without some items and with others behind; what stays is not looked at again.
 
@@ -155,7 +160,7 @@ class Catalog:
         by_id = _Changed(self.item_of_id, place, dict(zip(ids, range(len(kept), made.n_items), strict=True)))
         unlike = sorted((int(first[item]), form) for item, form in self._unlike if first[item] >= 0)
         unlike += _unlike_of(by_title.added)
-        made.__dict__.update(item_of_id=by_id, item_of_title=by_title, _unlike=unlike)
+        made.__dict__.update(item_of_id=by_id, item_of_title=by_title, _unlike=unlike, origin=(self, place))
         return made
 
     def spelled(self, title: str) -> str:

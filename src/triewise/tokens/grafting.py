@@ -74,9 +74,10 @@ def changed_trie(trie: Trie, source_J: Int64, added: Ragged) -> Trie:
 
 
 def _number_before(place: Ints, n: int) -> Int32:
-    """How many of some places, which ascend, lie before each of 0, 1, ..., n; int32 (n + 1,)."""
-    ends = np.concatenate([[0], place.astype(np.int64) + 1, [n + 1]])
-    return np.repeat(np.arange(len(ends) - 1, dtype=np.int32), np.diff(ends))
+    """How many of some places lie before each of 0, 1, ..., n; int32 (n + 1,)."""
+    step = np.zeros(n + 2, dtype=np.int32)
+    np.add.at(step, place + 1, 1)
+    return np.cumsum(step[:-1], dtype=np.int32)
 
 
 def _places(trie: Trie, own: Trie) -> tuple[Bool, Int64]:
@@ -115,7 +116,8 @@ def _finished(
             f"wanted no title that begins another, got item {int(np.argmax(inner))}, which another one continues; end "
             "every title with one terminator token"
         )
-    running = offsets_of(count).astype(np.int32)
+    running = np.zeros(len(count) + 1, dtype=np.int32)
+    np.cumsum(count, dtype=np.int32, out=running[1:])  # from int32 to int32: other threads run meanwhile
     lo = np.zeros(len(token), dtype=np.int32)
     for up, low, high in zip(level_ptr, level_ptr[1:], level_ptr[2:], strict=False):
         shift = lo[up:low] - running[child_ptr[up:low]]
