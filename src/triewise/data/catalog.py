@@ -199,12 +199,8 @@ class _Changed(Mapping[str, int]):
     added: dict[str, int]
 
     def __getitem__(self, name: str) -> int:
-        item = self.added.get(name, -1)
-        if item < 0:
-            item = int(self.place[self.before[name]])
-        if item < 0:
-            raise KeyError(name)
-        return item
+        item = int(self.place[self.before[name]]) if name in self.before else -1
+        return self.added[name] if item < 0 else item
 
     def __iter__(self) -> Iterator[str]:
         return chain((name for name, item in self.before.items() if self.place[item] >= 0), self.added)
