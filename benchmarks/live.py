@@ -1,21 +1,26 @@
 """How long does a catalogue of a million titles take to change while it is recommended from, and how is it built anew?
 
-    python benchmarks/live.py [--items N] [--change N] [--runs R] [--quick]
+    python benchmarks/live.py [--items N] [--change N] [--runs R] [--clients C] [--quick]
 
 Titles are three to eight made-up words; the model is the `tiny` one with a tokenizer trained on 5,000 of them. A change
 removes and adds so many items, in memory and on disk; another thread asks for recommendations all the while. The result
-is compared with a recommender built from nothing: the hashes of prompts, trie and counts (`equal`).
+is compared with a recommender built from nothing: the hashes of prompts, trie and counts (`equal`). At last the same
+recommender is served (`triewise serve`), and its catalogue changed over HTTP while C clients ask: `http` has the
+statuses of their answers and how long they waited, before the change and during it.
 The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 from benchmarks._command import parsed, peak_bytes  # noqa: E402
+from benchmarks.serve import Connection, port_of  # noqa: E402
 from triewise.data import Catalog  # noqa: E402
 from triewise.models import load_backbone  # noqa: E402
 from triewise.progress import note  # noqa: E402
@@ -56,7 +62,57 @@ def built(like: Any, item_id: tuple[str, ...], title: tuple[str, ...], counts: A
     return GenerativeRecommender(like, catalog, prompts, trie, counts, search="beam", alpha=0.2)
 
 
-def measure(n_items: int, n_change: int, runs: int) -> dict[str, Any]:
+def over_http(recommender: GenerativeRecommender, change: dict[str, Any], clients: int) -> dict[str, Any]:
+    """What clients of a service get while its catalogue changes."""
+    with tempfile.TemporaryDirectory() as folder:
+        run, log = Path(folder, "run"), Path(folder, "log")
+        recommender.save_pretrained(run)
+        command = [sys.executable, "-m", "triewise", "serve", str(run), "--port", "0", "--timeout", "600"]
+        with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr) as server:
+            try:
+                return asyncio.run(
+                    asked_meanwhile(port_of(log, server), json.dumps(change).encode(), clients)
+                )
+            finally:
+                server.terminate()
+
+
+async def asked_meanwhile(port: int, change: bytes, clients: int) -> dict[str, Any]:
+    """Waits of clients who ask again when they have their answer: 20 of each before a change, and all during it."""
+    waits: dict[str, list[float]] = {"before": [], "during": []}
+    status, phase, body = Counter[int](), "before", b'{"histories": [{"ids": ["1", "7"]}], "k": 10}'
+
+    async def client() -> None:
+        nonlocal phase
+        async with Connection(port) as connection:
+            for n in range(1 << 30):
+                if phase == "after" or (phase == "before" and n == 20):
+                    return
+                begun, asked = time.perf_counter(), phase
+                status[(await connection.ask("POST", "/v1/recommend", body))[0]] += 1
+                waits[asked].append(time.perf_counter() - begun)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    phase = "during"
+    running = [asyncio.create_task(client()) for _ in range(clients)]
+    begun = time.perf_counter()
+    async with Connection(port) as connection:
+        told, _ = await connection.ask("POST", "/v1/catalog", change)
+    seconds, phase = time.perf_counter() - begun, "after"
+    await asyncio.gather(*running)
+    found: dict[str, Any] = {
+        "change_status": told,
+        "change_seconds": round(seconds, 2),
+        "status": dict(status),
+    }
+    for name, each in waits.items():
+        p50, p99, longest = (round(1000 * float(np.quantile(each, q))) for q in (0.5, 0.99, 1))
+        found[name] = {"requests": len(each), "p50_ms": p50, "p99_ms": p99, "longest_ms": longest}
+    note(f"over HTTP: {found}")
+    return found
+
+
+def measure(n_items: int, n_change: int, runs: int, clients: int) -> dict[str, Any]:
     names = titles(n_items + n_change * runs)
     backbone = load_backbone("tiny", titles=names[:5000], device="cpu")
     backbone.model.requires_grad_(False)
@@ -107,6 +163,8 @@ def measure(n_items: int, n_change: int, runs: int) -> dict[str, Any]:
         made = again.current.recommender
     wanted = built(backbone, made.catalog.item_id, made.catalog.title, made.counts)
     same = hashes(made.prompts, made.trie, made.counts) == hashes(wanted.prompts, wanted.trie, wanted.counts)
+    add = [{"id": f"new-{i}", "title": names[i]} for i in range(n_items, n_items + n_change)]
+    http = over_http(base, {"add": add, "remove": list(ids[:n_change])}, clients)
     return {
         "equal": bool(same),
         "items": n_items,
@@ -119,6 +177,7 @@ def measure(n_items: int, n_change: int, runs: int) -> dict[str, Any]:
         "restart_seconds": round(restart, 2),
         "requests_meanwhile": len(waits),
         "longest_request_seconds": round(max(waits, default=0.0), 2),
+        "http": http,
         "peak_gb": round(peak_bytes() / 1e9, 2),
     }
 
@@ -128,8 +187,9 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--change", type=int, default=1_000)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--clients", type=int, default=8)
     settings = parsed(parser, items=3_000, change=30, runs=2)
-    print(json.dumps(measure(settings.items, settings.change, settings.runs)))
+    print(json.dumps(measure(settings.items, settings.change, settings.runs, settings.clients)))
 
 
 if __name__ == "__main__":

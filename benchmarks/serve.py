@@ -1,12 +1,13 @@
 """What does HTTP cost, and how much more does the service answer when many ask at once?
 
-    python benchmarks/serve.py RUN [--requests N] [--clients C] [--search S] [--k K]
+    python benchmarks/serve.py RUN [--requests N] [--clients C] [--search S] [--k K] [--memory N]
     python benchmarks/serve.py --quick
 
 RUN is a trained run. `triewise serve RUN` is started on a free port of this machine. First each history is asked for
 alone, in this process and over HTTP in turn: the medians and their difference. Then as many requests come from one
 client, and from C clients of which each asks again when it has its answer: throughput, p50 and p99. At last twice as
 many clients as there is room for ask at once: how many are told to come again, and whether one is answered afterwards.
+With ``--memory`` C clients ask N times more: the memory of the service (RSS, MB) after a tenth, a half and all of it.
 The last line of stdout is one JSON object.
 """
 
@@ -47,7 +48,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--search", default="exact")
     parser.add_argument("--k", type=int, default=10)
-    options = parsed(parser, requests=20)
+    parser.add_argument("--memory", type=int, default=0)
+    options = parsed(parser, requests=20, memory=40)
     if (options.run is None) != options.quick:
         parser.error("wanted either a run or --quick")
     with tempfile.TemporaryDirectory() as scratch:
@@ -57,7 +59,7 @@ def main() -> None:
         log = Path(scratch, "log")
         with log.open("w") as stderr, subprocess.Popen(command, stderr=stderr) as server:
             try:
-                print(json.dumps(measured(options, port_of(log, server))))
+                print(json.dumps(measured(options, port_of(log, server), server.pid)))
             finally:
                 server.terminate()
     sys.exit(server.returncode)
@@ -90,7 +92,7 @@ class Connection:
 
     async def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """Status and body of an answer."""
-        head = f"{method} {path} HTTP/1.1\r\nhost: here\r\ncontent-type: application/json\r\n"
+        head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         self.writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         answer = await self.reader.readuntil(b"\r\n\r\n")
         length = re.search(rb"content-length: (\d+)", answer)
@@ -104,7 +106,7 @@ class Connection:
             return (await connection.ask(method, path))[0]
 
 
-def measured(options: argparse.Namespace, port: int) -> dict[str, Any]:
+def measured(options: argparse.Namespace, port: int, process: int) -> dict[str, Any]:
     """All of it."""
     recommender = load(options.run).with_settings(search=options.search)
     ids, rng = recommender.catalog.item_id, np.random.default_rng(0)
@@ -121,7 +123,12 @@ def measured(options: argparse.Namespace, port: int) -> dict[str, Any]:
     one, many = (asyncio.run(load_of(port, bodies, clients)) for clients in (1, options.clients))
     crowd = asyncio.run(load_of(port, bodies[: 4 * (QUEUE + MAX_BATCH)], 2 * (QUEUE + MAX_BATCH)))
     again = asyncio.run(load_of(port, bodies[:10], 1))
+    resident: list[float | None] = []
+    for n in (options.memory // 10, options.memory * 2 // 5, options.memory // 2) if options.memory else ():
+        asyncio.run(load_of(port, [bodies[i % len(bodies)] for i in range(n)], options.clients))
+        resident.append(resident_mb(process))
     return {
+        "resident_mb": resident,
         "requests": options.requests,
         "alone_ms": 1000 * alone,
         "http_ms": 1000 * over_http,
@@ -132,6 +139,12 @@ def measured(options: argparse.Namespace, port: int) -> dict[str, Any]:
         "overload": crowd["status"],
         "afterwards": again["status"],
     }
+
+
+def resident_mb(process: int) -> float | None:
+    """Memory of a process; None where the system does not say."""
+    file = Path(f"/proc/{process}/statm")
+    return round(int(file.read_text().split()[1]) * 4096 / 1e6, 1) if file.exists() else None
 
 
 async def in_turn(port: int, lists: list[Any], bodies: list[bytes], here: Any) -> tuple[float, float]:

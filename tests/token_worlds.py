@@ -24,11 +24,17 @@ def make_split(rows: Sequence[Row]) -> Split:
     )
 
 
+class _ByHand(Prompts):
+    """Prompts without a tokenizer that could be hashed."""
+
+    hash = "by hand"  # type: ignore[assignment]
+
+
 def make_prompts(
     sequences: Sequence[Sequence[int]], template: str = "plain", max_tokens: int = 1024
 ) -> Prompts:
     """Plain prompts of titles that are token sequences already; token 1 starts each prompt."""
-    return Prompts(
+    return _ByHand(
         tokenizer=None,
         title=tuple(str(s) for s in sequences),
         template=template,
@@ -39,7 +45,7 @@ def make_prompts(
         lead="",
         max_history=20,
         max_tokens=max_tokens,
-        hash="by hand",
+        n_items=len(sequences),
         settings={},
     )
 

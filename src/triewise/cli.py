@@ -374,6 +374,12 @@ def serve(
         list[str] | None,
         typer.Option("--items", help="NAME=FILE of raw ids, a set for exclude and allow (repeatable)."),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", help="Another name under which it is asked, without a key (repeatable)."
+        ),
+    ] = None,
     search: Search = None,
     log_titles: Annotated[bool, typer.Option("--log-titles", help="Log histories too.")] = False,
     trust_remote_code: Trust = False,
@@ -390,6 +396,7 @@ def serve(
         name=run.resolve().name,
         host=host,
         port=port,
+        allow_hosts=allow_host or (),
         api_keys=api_keys,
         limits=limits,
         sets=named_sets(items or (), recommender.catalog),

@@ -27,7 +27,7 @@ PROMISED: dict[str, set[str]] = {
     "exact": {"equal", "largest_gap", "expansion_share", "token_forwards", "beam_10", "beam_20"},
     "families": {"families", "cells", "known", "new", "gone"},
     "lemma1": {"holds", "users", "max_ndcg_minus_msl", "max_msl_minus_lml"},
-    "live": {"equal", "items", "change_seconds", "change_cpu_seconds", "longest_request_seconds"},
+    "live": {"equal", "items", "change_seconds", "change_cpu_seconds", "longest_request_seconds", "http"},
     "loss": {"same_results", "time_ratio", "memory_ratio", "rows"},
     "prepare": {"n", "seconds", "peak_gb", "users", "items", "train_rows"},
     "ranking": {"sizes", "peak_mib_by_users", "matrix_mib_of_most_users"},

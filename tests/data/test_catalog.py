@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from triewise.data import Catalog
 from triewise.data.titles import clean_titles
@@ -77,3 +78,31 @@ def test_titles_are_left_as_they_are_unless_asked() -> None:
 )
 def test_cleaning_unescapes_html_once_and_collapses_white_space(title: str, cleaned: str) -> None:
     assert clean_titles([title], "html+space") == (cleaned,)
+
+
+NAMES = st.sampled_from(
+    ["Heat", " Heat", "Heat ", "Cafe\u0301", "Caf\u00e9", " Caf\u00e9", "Alien", "", "\u3000"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_changed_catalogue_is_the_rebuilt_one(data: st.DataObject) -> None:
+    ids, titles = [f"old-{i}" for i in range(8)], data.draw(st.lists(NAMES, min_size=8, max_size=8))
+    made = Catalog.from_titles(ids, titles)
+    for step in range(2):  # a changed one can be changed again
+        gone = data.draw(st.sets(st.integers(0, made.n_items - 1), max_size=4))
+        new = [(f"{step}-{i}", title) for i, title in enumerate(data.draw(st.lists(NAMES, max_size=4)))]
+        made = made.changed(np.array(sorted(gone), dtype=np.int64), new)
+        ids = [raw for i, raw in enumerate(ids) if i not in gone] + [raw for raw, _ in new]
+        titles = [title for i, title in enumerate(titles) if i not in gone] + [title for _, title in new]
+        wanted = Catalog.from_titles(ids, titles)
+        assert (made.item_id, made.title) == (wanted.item_id, wanted.title)
+        assert made.group.tolist() == wanted.group.tolist() and made.group.dtype == np.int32
+        for ours, theirs in (
+            (made.item_of_id, wanted.item_of_id),
+            (made.item_of_title, wanted.item_of_title),
+        ):
+            assert dict(ours) == theirs and len(ours) == len(theirs) and "old" not in ours
+        assert made._of_form == wanted._of_form and made.n_titles == wanted.n_titles
+        assert [made.spelled(name) for name in titles] == [wanted.spelled(name) for name in titles]

@@ -335,6 +335,18 @@ def test_the_command(run: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -
     assert json.loads(capsys.readouterr().out)["users"] == 4
 
 
+def test_what_may_be_returned_is_read_once(
+    run: Path, users: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allow, read = tmp_path / "allow.txt", []
+    allow.write_text("raw-0\nraw-2\n", encoding="utf-8")
+    from triewise.data import allowed_items
+
+    monkeypatch.setattr("triewise.data.allowed_items", lambda *of: read.append(of) or allowed_items(*of))
+    done = recommend_file(run, users, tmp_path / "out", 2, rows=10, workers=1, allow=allow)
+    assert len(done["sha256"]) == 3 and len(read) == 1
+
+
 def test_an_interrupt_can_be_gone_on_with(
     run: Path, users: Path, whole: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -190,6 +190,7 @@ def test_mistakes_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         server.serve(recommender, host="no.such.host")
     monkeypatch.setattr(server, "listening", lambda host, port: socket.create_server(("127.0.0.1", 0)))
     monkeypatch.setattr("gc.freeze", lambda: None)
+    monkeypatch.setattr("sys.setswitchinterval", lambda seconds: None)
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: sockets[0].close())
     before = signal.getsignal(signal.SIGTERM)
     server.serve(recommender, host="0.0.0.0", port=0)

@@ -17,8 +17,9 @@ from tests.serving.served import TITLES, Served, served
 from triewise.models import SequentialModel
 from triewise.ranking import Groups
 from triewise.recommenders import SequentialRecommender
-from triewise.serving import Limits, answer, batching, contract
+from triewise.serving import Limits, answer, batching, contract, server
 from triewise.serving.guard import Refusal
+from triewise.serving.service import create_app
 from triewise.settings import EncoderSettings
 
 KEY = b"0123456789abcdef-key"
@@ -272,6 +273,47 @@ def test_pages_of_other_sites_change_nothing(one: Served) -> None:
     for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 422)):
         response = one("POST", "/v1/catalog/rollback", headers={"sec-fetch-site": site})
         refused(response, status, "forbidden" if status == 403 else "invalid")
+
+
+@pytest.mark.parametrize(
+    ("bound", "host", "status"),
+    [
+        ("127.0.0.1", "localhost", 200),
+        ("127.0.0.1", "LOCALHOST:8000", 200),
+        ("127.0.0.1", "127.0.0.1:1", 200),
+        ("127.0.0.1", "[::1]:8000", 200),
+        ("127.0.0.1", "proxy.example", 200),
+        ("127.0.0.1", "evil.example", 421),
+        ("127.0.0.1", "localhost.evil.example", 421),
+        ("127.0.0.1", "10.0.0.1", 421),
+        ("10.0.0.1", "10.0.0.1:8000", 200),
+        ("::2", "[::2]:8000", 200),
+        ("0.0.0.0", "10.0.0.1:8000", 200),
+        ("0.0.0.0", "[::2]", 200),
+        ("0.0.0.0", "evil.example:8000", 421),
+    ],
+)
+def test_a_name_that_leads_here_is_not_enough(one: Served, bound: str, host: str, status: int) -> None:
+    """A page's own name may lead to this machine, and the browser takes us for that page then."""
+    hosts = [*server._names(bound), "Proxy.example"]
+    app = create_app(one.service, hosts=hosts, log=lambda line: None)
+    keyed = create_app(one.service, hosts=hosts, keys=[KEY], log=lambda line: None)
+
+    async def ask(app: Any) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://served") as client:
+            return await client.get("/v1/models", headers={"host": host, "x-api-key": KEY.decode()})
+
+    response = asyncio.run(ask(app))
+    assert response.status_code == status and asyncio.run(ask(keyed)).status_code == 200
+    if status == 421:
+        assert f"got '{host}'; serve --allow-host" in refused(response, 421, "misdirected")
+
+
+def test_nothing_comes_from_elsewhere(one: Served) -> None:
+    assert one("GET", "/docs").status_code == one("GET", "/redoc").status_code == 404
+    assert one("GET", "/openapi.json").json()["info"]["title"] == "triewise"
+    assert "default-src 'none'" in one("GET", "/v1/models").headers["content-security-policy"]
+    assert "script-src 'self'" in one("GET", "/").headers["content-security-policy"]
 
 
 def test_nothing_leaks(one: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,17 @@ def test_all_titles_may_be_new(search: str) -> None:
         assert [one.score for one in found] == [one.score for one in alone]
 
 
+def test_a_model_is_probed_once() -> None:
+    live = LiveCatalogue(worlds.recommender(search="beam"))
+    before = live.current.recommender
+    before.engine.chunk = 8  # type: ignore[attr-defined]  # the probe has as many nodes
+    before.recommend([[0]], 1)
+    assert before.engine._misfits  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("triewise.decoding.engine.measured", None)
+        assert live.change(NEW, []).recommender.recommend([[0]], 1).items.shape == (1, 1)
+
+
 def test_no_request_makes_what_a_version_has_made() -> None:
     version = LiveCatalogue(worlds.recommender(alpha=0.5, search="beam")).change(NEW, [])
     view = View(version, {})

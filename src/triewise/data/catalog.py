@@ -9,9 +9,10 @@ import difflib
 import hashlib
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,7 @@ class Catalog:
     @property
     def n_titles(self) -> int:
         """Number of distinct titles."""
-        return len(np.unique(self.group))
+        return len(self._first_of_title)
 
     def fingerprint(self) -> str:
         """Hex SHA-256 of ids and titles, in their order."""
@@ -79,7 +80,7 @@ class Catalog:
             return self.item_of_title[self.spelled(title)]
         form = _form(title).casefold()
         near = [
-            name for name in reversed(self.item_of_title) if _form(name).casefold() == form
+            name for name in reversed(list(self.item_of_title)) if _form(name).casefold() == form
         ] or difflib.get_close_matches(title, self.item_of_title, n=3, cutoff=0.5)
         there = f"; the nearest are {', '.join(map(repr, near))}" if near else ""
         raise UserError(
@@ -111,16 +112,56 @@ class Catalog:
             raise ValueError("wanted an id and a title for each item")
         return cls.from_titles(frame["item_id"].to_list(), frame["title"].to_list())
 
+    @property
+    def _first_of_title(self) -> NDArray[np.int64]:
+        """The first item of each title, ascending."""
+        return np.flatnonzero(self.group == np.arange(self.n_items))
+
     @cached_property
-    def item_of_id(self) -> dict[str, int]:
+    def item_of_id(self) -> Mapping[str, int]:
         """Items by raw id."""
         return dict(zip(self.item_id, range(self.n_items), strict=True))
 
     @cached_property
-    def item_of_title(self) -> dict[str, int]:
+    def item_of_title(self) -> Mapping[str, int]:
         """Items by title as it stands; of several with one title the first."""
-        items = np.unique(self.group).tolist()
+        items = self._first_of_title.tolist()
         return dict(zip(map(self.title.__getitem__, items), items, strict=True))
+
+    @cached_property
+    def origin(self) -> tuple[Catalog, NDArray[np.int32]] | None:
+        """What `changed` made this of, and where each of its items is here (-1: gone); None: of nothing."""
+        return None
+
+    def changed(self, gone: NDArray[np.int64], added: Sequence[tuple[str, str]]) -> Catalog:
+        """What `from_titles` gives without some items and with others behind; what stays is not looked at again.
+
+        Args:
+            gone: Items of this catalogue.
+            added: Ids, of which none stays, and titles.
+        """
+        stays = np.ones(self.n_items, dtype=bool)
+        stays[gone] = False
+        kept = np.flatnonzero(stays)
+        place = np.where(stays, np.cumsum(stays, dtype=np.int32) - 1, -1)
+        first = np.full(self.n_items, -1, dtype=np.int32)  # of each title's former first item: the first now
+        first[self.group[kept][::-1]] = np.arange(len(kept), dtype=np.int32)[::-1]
+        by_title = _Changed(self.item_of_title, first, {})
+        for item, (_, title) in enumerate(added, len(kept)):
+            if title not in by_title:
+                by_title.added[title] = item
+        of_added = np.array([by_title[title] for _, title in added], dtype=np.int32)
+        which, (ids, titles) = stays.tolist(), zip(*added, strict=True) if added else ((), ())
+        made = Catalog(
+            tuple(chain(compress(self.item_id, which), ids)),
+            tuple(chain(compress(self.title, which), titles)),
+            np.concatenate([first[self.group[kept]], of_added]),
+        )
+        by_id = _Changed(self.item_of_id, place, dict(zip(ids, range(len(kept), made.n_items), strict=True)))
+        unlike = sorted((int(first[item]), form) for item, form in self._unlike if first[item] >= 0)
+        unlike += _unlike_of(by_title.added)
+        made.__dict__.update(item_of_id=by_id, item_of_title=by_title, _unlike=unlike, origin=(self, place))
+        return made
 
     def spelled(self, title: str) -> str:
         """The title as the catalogue has it, where its normal form and its outer space alone differ; else as it is."""
@@ -133,11 +174,45 @@ class Catalog:
         """Titles that are not their own form, by that; of all with one form the first."""
         items = self.item_of_title
         unlike: dict[str, str] = {}
-        for title, item in items.items():
-            if not (title.isascii() and title == title.strip()) and (form := _form(title)) != title:
-                own = items.get(form, item)
-                unlike.setdefault(form, title if item <= own else form)
+        for item, form in self._unlike:
+            unlike.setdefault(form, self.title[item] if item <= items.get(form, item) else form)
         return unlike
+
+    @cached_property
+    def _unlike(self) -> list[tuple[int, str]]:
+        """The first items of titles that are not their own form, ascending, and that form."""
+        return _unlike_of(self.item_of_title)
+
+
+@dataclass(frozen=True, eq=False)
+class _Changed(Mapping[str, int]):
+    """Items by a name, after a change of the catalogue.
+
+    Attributes:
+        before: Items of the catalogue before.
+        place: Where each of these is now, int32; -1: no longer.
+        added: Items under names that none of those has.
+    """
+
+    before: Mapping[str, int]
+    place: NDArray[np.int32]
+    added: dict[str, int]
+
+    def __getitem__(self, name: str) -> int:
+        item = int(self.place[self.before[name]]) if name in self.before else -1
+        return self.added[name] if item < 0 else item
+
+    def __iter__(self) -> Iterator[str]:
+        return chain((name for name, item in self.before.items() if self.place[item] >= 0), self.added)
+
+    def __len__(self) -> int:
+        return int((self.place >= 0).sum()) + len(self.added)
+
+
+def _unlike_of(items: Mapping[str, int]) -> list[tuple[int, str]]:
+    """Those of some items whose titles are not their own form, and that form."""
+    strange = ((i, title) for title, i in items.items() if not (title.isascii() and title == title.strip()))
+    return [(item, form) for item, title in strange if (form := _form(title)) != title]
 
 
 def _form(title: str) -> str:

@@ -160,6 +160,13 @@ class TrieEngine:
         self._misfits: dict[int, str | None] = {}  # of each number of prompt tokens that was tried
         self._probing = threading.Lock()
 
+    def over(self, trie: Trie) -> TrieEngine:
+        """The same over another catalogue; what was found of the model with as many nodes holds there too."""
+        other = TrieEngine(self.model, trie, self.support, chunk=self.chunk, at_once=self.at_once)
+        if min(trie.n_nodes, self.chunk) == min(self.trie.n_nodes, self.chunk):
+            other._misfits.update(self._misfits)
+        return other
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -168,7 +175,7 @@ class TrieEngine:
     @cached_property
     def longest_path(self) -> int:
         """Tokens of the longest title."""
-        return int(self.trie.depth.max())
+        return len(self.trie.level_ptr) - 2
 
     @cached_property
     def head(self) -> Head | None:

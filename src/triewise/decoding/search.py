@@ -413,6 +413,8 @@ def _tolerance(engine: TrieEngine, length_penalty: float, rule: Rule) -> float:
     if engine.tolerance is None:
         weights = [p for p in engine.model.parameters() if p.is_floating_point()]
         engine.tolerance = 0.0 if all(is_precise(p.dtype) for p in weights) else TIMES * _change(engine)
+    if not engine.tolerance:
+        return 0.0
     trie = engine.trie
     shortest = (trie.shortest if length_penalty > 0 else trie.longest)[0]  # its score changes most
     return float(engine.tolerance * rule.weight / shortest**length_penalty)

@@ -369,14 +369,14 @@ class GenerativeRecommender(SearchSettings, Assisted, Changeable):
         prompts = self.prompts.changed(titles, change.source, n_items)
         source = np.where(change.source < self.catalog.n_items, change.source, -1)[:n_items]
         added = prompts.title_tokens.take(np.flatnonzero(source < 0))
-        room = max(LONGEST_TITLE, int(self.trie.depth[-1]))
+        room = max(LONGEST_TITLE, len(self.trie.level_ptr) - 2)
         if added.lengths.max(initial=0) > room:
             long = titles[np.flatnonzero(source < 0)[added.lengths.argmax()]]
             raise UserError(
                 f"wanted titles of at most {room} tokens, got one of {added.lengths.max()} ({long[:40]!r}...); "
                 "shorten it"
             )
-        return replace(
+        other = replace(
             self,
             catalog=change.catalog,
             prompts=prompts,
@@ -386,6 +386,8 @@ class GenerativeRecommender(SearchSettings, Assisted, Changeable):
             assistant=assistant,
             folder=None,
         )
+        other.__dict__["engine"] = self.engine.over(other.trie)
+        return other
 
     def merged(self) -> GenerativeRecommender:
         """The same with the adapter folded into the base, which decodes faster; see `Backbone.merged`."""

@@ -202,7 +202,8 @@ def items_by_name(recommender: SavedRecommender, by: str) -> Mapping[str, int]:
     if former is None or not former.n_items:
         return items
     names = former.item_id if by == "id" else former.title
-    return ChainMap(items, {name: catalog.n_items + n for n, name in enumerate(names)})
+    told = {name: catalog.n_items + n for n, name in enumerate(names)}
+    return ChainMap(items, told)  # type: ignore[arg-type]  # it is only read
 
 
 def _check(catalog: Catalog, by: str, item: Mapping[str, int], names: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from triewise.serving.batch_input import Source, read_part
 if TYPE_CHECKING:
     import polars as pl
 
+    from triewise.arrays import Int32
+    from triewise.data import Catalog
     from triewise.recommenders import SavedRecommender
 
 KEY = "triewise"  # of what a part says of itself, in its Parquet metadata
@@ -118,12 +121,10 @@ def make_part(task: Task, recommender: SavedRecommender, part: int) -> None:
     """Rank the users of a part and write its file, unless it is there."""
     import polars as pl
 
-    from triewise.data import allowed_items
-
     if task.facts(part) is not None:
         return
     users = read_part(task.source, part)
-    allow = None if task.allow is None else allowed_items(task.allow, recommender.catalog)
+    allow = None if task.allow is None else _allowed(task.allow, recommender.catalog)
     how: dict[str, Any] = {"by": task.source.by, "keep_history": task.keep_history, "allow": allow}
     answers: list[Answer] = []
     with on_one_thread():
@@ -145,6 +146,14 @@ def make_part(task: Task, recommender: SavedRecommender, part: int) -> None:
     frame = pl.DataFrame(columns)
     facts["sha256"] = _digest(frame, facts)
     task.write(part, frame, facts)
+
+
+@lru_cache(maxsize=1)
+def _allowed(file: Path, catalog: Catalog) -> Int32:
+    """Items that may be returned; read once, not for each part."""
+    from triewise.data import allowed_items
+
+    return allowed_items(file, catalog)
 
 
 def _digest(frame: pl.DataFrame, facts: dict[str, Any]) -> str:

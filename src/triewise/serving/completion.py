@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import lru_cache
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from triewise.arrays import Ints
+    from triewise.data import Catalog
 
 AT_ONCE = 20_000  # titles of a text; other threads run in between
 
@@ -24,11 +31,20 @@ class Completion:
 
     def __init__(self, titles: Sequence[str]) -> None:
         self._n_items = len(titles)
-        self._texts = []  # with the place where each title begins, and the end
-        for first in range(0, len(titles), AT_ONCE):
-            parts = [_words(title) for title in titles[first : first + AT_ONCE]]
-            start = np.cumsum([0, *(len(part) + 1 for part in parts)])
-            self._texts.append(("\n" + "\n".join(parts), start))
+        self._texts = list(_texts(titles, 0))
+
+    def changed(self, place: Ints, titles: Sequence[str]) -> Completion:
+        """The same where items are elsewhere, and others behind them; texts that are there are not made again.
+
+        Args:
+            place: Where each item is now; -1: gone.
+            titles: Of the others.
+        """
+        other, stay = copy(self), int(np.count_nonzero(place >= 0))
+        other._n_items = stay + len(titles)
+        other._texts = [(text, start, place[items]) for text, start, items in self._texts]
+        other._texts += _texts(titles, stay)
+        return other
 
     def find(self, typed: str, limit: int) -> list[int]:
         """Item indices: first titles that begin with it, then those with a later word that does; each in order."""
@@ -40,12 +56,34 @@ class Completion:
         return [*first, *islice(later, limit - len(first))]
 
     def _places(self, wanted: str) -> Iterator[int]:
-        for n, (text, start) in enumerate(self._texts):
+        for text, start, items in self._texts:
             at = text.find(wanted)
             while at >= 0:
-                item = int(np.searchsorted(start, at, side="right")) - 1
-                yield n * AT_ONCE + item
-                at = text.find(wanted, int(start[item + 1]))
+                n = int(np.searchsorted(start, at, side="right")) - 1
+                if items[n] >= 0:
+                    yield int(items[n])
+                at = text.find(wanted, int(start[n + 1]))
+
+
+def _texts(titles: Sequence[str], first: int) -> Iterator[tuple[str, Ints, Ints]]:
+    """Texts of some titles, where each title begins in them, with the end, and its item, from ``first`` on."""
+    for low in range(0, len(titles), AT_ONCE):
+        parts = [_words(title) for title in titles[low : low + AT_ONCE]]
+        start = np.cumsum([0, *(len(part) + 1 for part in parts)])
+        yield "\n" + "\n".join(parts), start, first + low + np.arange(len(parts))
+
+
+def completion_of(catalog: Catalog) -> Completion:
+    """The index of a catalogue; of one that was changed mostly that of the one before, which is made once."""
+    if catalog.origin is None:
+        return _made(catalog)
+    before, place = catalog.origin
+    return completion_of(before).changed(place, catalog.title[np.count_nonzero(place >= 0) :])
+
+
+@lru_cache(maxsize=1)
+def _made(catalog: Catalog) -> Completion:
+    return Completion(catalog.title)
 
 
 def _words(text: str) -> str:

@@ -6,7 +6,9 @@ An ASGI middleware. Nothing that goes wrong inside leaves the process but as a c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
+import ipaddress
 import re
 import sys
 import time
@@ -29,6 +31,7 @@ Send = Callable[[MutableMapping[str, Any]], Any]
 CHANGES = 8  # times the limit of a body: changes of a catalogue are longer than histories
 CLOSED = ("/v1/", "/metrics")  # to who has no key, where keys are wanted
 BODY_SECONDS = 10.0
+EVERYWHERE = frozenset({"0.0.0.0", "[::]"})
 
 
 class Refusal(Exception):
@@ -66,6 +69,8 @@ class Rules:
         log: Gets the fields of each request's line.
         measure: Gets path, status and seconds of each request.
         paths: Those of the routes; others count as one.
+        hosts: Names in ``Host`` that are answered where there are no keys, in small letters; None: all. With an address
+            that stands for all of the machine every address is answered.
     """
 
     keys: Sequence[bytes]
@@ -73,6 +78,7 @@ class Rules:
     log: Callable[[Mapping[str, Any]], None]
     measure: Callable[[str, int, float], None]
     paths: frozenset[str]
+    hosts: frozenset[str] | None = None
 
 
 class Guard:
@@ -99,6 +105,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 mine = {b"cache-control": b"no-store", b"x-content-type-options": b"nosniff"}
+                mine[b"content-security-policy"] = b"default-src 'none'; frame-ancestors 'none'"
                 mine |= {**dict(message.get("headers", ())), b"x-request-id": name.encode()}
                 message["headers"] = list(mine.items())
             await send(message)
@@ -127,8 +134,16 @@ class Guard:
     def _admit(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> None:
         """Refuse who has no key where one is needed; every key is compared, whatever was found.
 
-        A browser that shows another site's page is refused too: it may stand where everybody may ask.
+        A browser that shows another site's page is refused too: it may stand where everybody may ask. Such a page can
+        have its own name lead here, so where no key is needed the name has to be one of ours.
         """
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        if host and not self.rules.keys and not _is_among(host, self.rules.hosts):
+            raise Refusal(
+                421,
+                "misdirected",
+                f"wanted a Host that this service has, got {host[:100]!r}; serve --allow-host names more",
+            )
         if method == "POST" and headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
             raise Refusal(403, "forbidden", "wanted a request of this service's own page, got another site's")
         if not self.rules.keys or not path.startswith(CLOSED):
@@ -171,6 +186,16 @@ def _path(scope: Scope) -> str:
     """What routes go by: the path without that under which another application, or a proxy, has put this one."""
     path, root = str(scope["path"]), scope.get("root_path", "")
     return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+def _is_among(host: str, names: frozenset[str] | None) -> bool:
+    """Whether ``Host`` names one of some hosts, with any port."""
+    name = re.sub(r":\d*$", "", host)
+    if names is None or name in names:
+        return True
+    with contextlib.suppress(ValueError):
+        return bool(names & EVERYWHERE) and bool(ipaddress.ip_address(name.strip("[]")))
+    return False
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

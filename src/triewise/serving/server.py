@@ -8,9 +8,10 @@ import gc
 import importlib.util
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,29 +32,40 @@ HEADER_BYTES = 32 << 10
 CONNECTIONS = 1000
 KEEP_SECONDS = 20  # of a connection on which nothing is asked
 DRAIN_SECONDS = 60
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+SWITCH_SECONDS = 0.0005  # in Python's 5 ms a thread that changes the catalogue holds up the engine twice as long
+LOOPBACK = frozenset({"127.0.0.1", "[::1]", "localhost"})
 
 
-def serve(recommender: SavedRecommender, *, host: str = "127.0.0.1", port: int = 8000, **how: Any) -> None:
+def serve(
+    recommender: SavedRecommender,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    allow_hosts: Sequence[str] = (),
+    **how: Any,
+) -> None:
     """Answer HTTP requests until the process is told to stop; those that run are finished then.
 
     Args:
         recommender: What answers.
         host: Address to listen on; the default is reached from this machine alone.
         port: To listen on; 0: any that is free.
+        allow_hosts: More names under which it may be asked where there are no keys, such as that of a proxy.
         how: As for `application`.
 
     Raises:
         UserError: The extra is missing, the file of keys is wrong, or the port is taken.
     """
-    app, door = application(recommender, **how), listening(host, port)
-    if host not in LOOPBACK and not how.get("api_keys"):
+    own = _names(host)
+    app, door = application(recommender, hosts=own | {*allow_hosts}, **how), listening(host, port)
+    if own != LOOPBACK and not how.get("api_keys"):
         note(
             f"everybody who reaches {host} may ask, and change the catalogue: --api-key-file wants a key of them"
         )
+    sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()  # what is there now stays; else each full collection looks through all of torch
-    note(f"http://{host}:{door.getsockname()[1]} answers; /docs says what can be asked")
+    note(f"http://{host}:{door.getsockname()[1]} answers; /openapi.json says what can be asked")
     # Told to stop it finishes what runs; uvicorn raises the signal again then, where it is of no use.
     signal.signal(signal.SIGTERM, lambda *_: None)
     _server(app).run(sockets=[door])
@@ -62,7 +74,7 @@ def serve(recommender: SavedRecommender, *, host: str = "127.0.0.1", port: int =
 @contextlib.contextmanager
 def in_background(recommender: SavedRecommender, **how: Any) -> Iterator[str]:
     """Serve from a thread of this process, for a notebook or a test: the address, while the block runs."""
-    app, door = application(recommender, **how), listening("127.0.0.1", 0)
+    app, door = application(recommender, hosts=LOOPBACK, **how), listening("127.0.0.1", 0)
     server = _server(app)
     thread = threading.Thread(target=lambda: server.run(sockets=[door]))
     thread.start()
@@ -85,6 +97,7 @@ def application(
     catalogue: Path | None = None,
     log_titles: bool = False,
     log: Callable[[Mapping[str, Any]], None] | None = None,
+    hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """The service as an ASGI application, for a server of your own.
 
@@ -97,6 +110,7 @@ def application(
         catalogue: Folder in which versions of the catalogue are kept; None: in memory alone.
         log_titles: Whether the log has the histories of requests.
         log: Gets the fields of one line for each request; None: a JSON line on stderr.
+        hosts: Names in ``Host`` that are answered where there are no keys; None: any.
     """
     parts = ("fastapi", "uvicorn", "prometheus_client")
     missing = [part for part in parts if not importlib.util.find_spec(part)]
@@ -111,7 +125,12 @@ def application(
     if hasattr(recommender, "engine"):  # decodes as many users together; no ranking depends on it
         recommender = recommender.with_settings(batch_users=limits.max_batch)
     service = Service(LiveCatalogue(recommender, catalogue), limits, sets or {}, name)
-    return create_app(service, keys=keys, log=log or to_stderr, log_titles=log_titles)
+    return create_app(service, keys=keys, log=log or to_stderr, log_titles=log_titles, hosts=hosts)
+
+
+def _names(host: str) -> frozenset[str]:
+    """What a service on an address is called in ``Host``."""
+    return LOOPBACK | {f"[{host}]" if ":" in host else host}
 
 
 def named_sets(given: Sequence[str], catalog: Catalog) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib import metadata
@@ -35,6 +35,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         403: "A page of another site wants to change something.",
         408: "The body did not come in time.",
         413: "The body is too large.",
+        421: "Asked under a name that this service has not.",
         422: "The request is not what is wanted; the message says what is.",
         429: "The queue is full; Retry-After says when to come again.",
         500: "A fault of the service; the log has more under the request's id.",
@@ -144,6 +145,7 @@ def create_app(
     keys: Sequence[bytes] = (),
     log: Callable[[Mapping[str, Any]], None] = to_stderr,
     log_titles: bool = False,
+    hosts: Collection[str] | None = None,
 ) -> FastAPI:
     """The service as an ASGI application.
 
@@ -152,6 +154,7 @@ def create_app(
         keys: API keys; none: everybody may ask.
         log: Gets the fields of one line for each request.
         log_titles: Whether these have the histories.
+        hosts: Names under which it is asked where there are no keys; None: any.
     """
 
     @asynccontextmanager
@@ -164,7 +167,8 @@ def create_app(
     app.state.service, app.state.log_titles = service, log_titles
     add_page(app)
     paths = frozenset(getattr(route, "path", "") for route in app.routes)
-    rules = Rules(keys, service.limits.max_body, log, service.measures.request, paths)
+    names = None if hosts is None else frozenset(name.lower() for name in hosts)
+    rules = Rules(keys, service.limits.max_body, log, service.measures.request, paths, names)
     app.add_middleware(Guard, rules=rules)
     return app
 
@@ -181,6 +185,7 @@ def _routed(service: Service, lifespan: Any = None) -> FastAPI:
         version=metadata.version("triewise"),
         description="Recommendations with their proof: titles, the tokens that decided, and what it cost.",
         lifespan=lifespan,
+        docs_url=None,  # a page that loads scripts from elsewhere
         redoc_url=None,
     )
     key = Security(APIKeyHeader(name="X-API-Key", auto_error=False))

@@ -173,10 +173,13 @@ class LiveCatalogue:
         place[held] = np.arange(len(held))
         counts = np.append(self._counts, 0)[np.minimum(items, self._base.n_items)]
         source = place[np.concatenate([items, content.former])]
-        change = CatalogueChange(self._catalog(items), counts, self._catalog(content.former), source)
-        made = self._current.recommender.changed(change)
+        gone = content.former[content.former < self._base.n_items]
+        catalog = self._base.changed(gone, self._pairs(content.added))
+        former = self._pairs(content.former)
+        names = Catalog.from_titles([item_id for item_id, _ in former], [title for _, title in former])
+        made = self._current.recommender.changed(CatalogueChange(catalog, counts, names, source))
         made.recommend([[0]], 1)
-        _ = change.catalog.item_of_id, change.catalog.spelled("")
+        catalog.spelled("")  # makes the table of titles that are spelled otherwise
         return Version(content.number, made)
 
     def _items(self, content: _Content) -> Int64:
@@ -198,14 +201,6 @@ class LiveCatalogue:
         """Ids and titles."""
         n, base = self._base.n_items, self._base
         return [(base.item_id[i], base.title[i]) if i < n else self._met[i - n] for i in numbers.tolist()]
-
-    def _catalog(self, numbers: Int64) -> Catalog:
-        """The catalogue of some items, of which those that the model was trained with mostly come first."""
-        base, n = self._base, self._base.n_items
-        first = numbers[: (np.append(numbers, n) >= n).argmax()].tolist()
-        pairs = self._pairs(numbers[len(first) :])
-        ids = [*map(base.item_id.__getitem__, first), *(item_id for item_id, _ in pairs)]
-        return Catalog.from_titles(ids, [*map(base.title.__getitem__, first), *(title for _, title in pairs)])
 
     def _read(self, folder: Path, number: int) -> _Content:
         """A version from its files."""

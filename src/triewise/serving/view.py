@@ -17,7 +17,7 @@ import numpy as np
 from triewise.errors import UserError
 from triewise.recommenders import GenerativeRecommender
 from triewise.serving.answers import Answer, Question, answered, items_by_name, question, told
-from triewise.serving.completion import Completion
+from triewise.serving.completion import Completion, completion_of
 from triewise.serving.contract import History, SearchName
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class View:
     @cached_property
     def completion(self) -> Completion:
         """The titles, for who types them."""
-        return Completion(self.catalog.title)
+        return completion_of(self.catalog)
 
     def items(self, ids: Sequence[str]) -> tuple[list[int], list[str]]:
         """Items of raw ids, and the ids that are unknown."""

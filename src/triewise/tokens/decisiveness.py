@@ -59,11 +59,11 @@ def information_gain(t: Trie, counts_per_item: ArrayLike) -> Float64:
     >>> information_gain(t, [4, 2, 1, 1])[t.walk([1, 3, 9])].round(4).tolist()
     [0.0, 0.2599, 0.3466, 0.2599]
     """
-    mass_N = _masses(t, counts_per_item)
+    mass_N, gain_N = _masses(t, counts_per_item), np.zeros(t.n_nodes)
     entropy_N = _entropy(t, mass_N)
-    gain_N = np.zeros_like(entropy_N)
-    gain_N[1:] = entropy_N[t.parent[1:]] - entropy_N[1:]
-    gain_N[_keeps_all(t, mass_N)] = 0.0
+    edge = t.below(np.flatnonzero(t.branching)).at  # an only token decides nothing
+    up = t.parent[edge]
+    gain_N[edge] = np.where(mass_N[edge] == mass_N[up], 0.0, entropy_N[up] - entropy_N[edge])
     return gain_N
 
 
@@ -158,17 +158,17 @@ def decoding_weights(
             f"wanted a finite gain for each of {t.n_nodes} nodes, got an array of shape {gain_N.shape} with "
             f"{int((~np.isfinite(gain_N)).sum())} values that are not; take it from information_gain"
         )
-    inner = np.flatnonzero(t.n_children)
-    edge, start = gain_N[1:], t.child_ptr[inner] - 1
-    scaled = scale_within(
-        edge, start, None if counts_per_item is None else is_trained(t, counts_per_item)[1:]
-    )
-    return np.concatenate(([1.0], 1.0 - alpha * scaled))
+    split = np.flatnonzero(t.branching)  # elsewhere the only token weighs 1
+    edges, size = t.below(split).at, t.n_children[split]
+    among = None if counts_per_item is None else is_trained(t, counts_per_item, edges)
+    weight_N = np.ones(t.n_nodes)
+    weight_N[edges] = 1.0 - alpha * scale_within(gain_N[edges], np.cumsum(size) - size, among)
+    return weight_N
 
 
-def is_trained(t: Trie, counts_per_item: ArrayLike) -> Bool:
-    """Whether a training target lies under each node: bool (N,); arguments and errors as `gain_entropy`."""
-    return _masses(t, counts_per_item) > 0
+def is_trained(t: Trie, counts_per_item: ArrayLike, node: Int64 | None = None) -> Bool:
+    """Whether a training target lies under each node, or under some: bool (N,); errors as `gain_entropy`."""
+    return _masses(t, counts_per_item, node) > 0
 
 
 def scale_within(gain: Float64, start: NDArray[np.integer], among: Bool | None = None) -> Float64:
@@ -323,8 +323,8 @@ def average_valid_tokens(t: Trie, counts_per_item: ArrayLike) -> float:
     return _edge_mean(t.n_children[t.parent], _masses(t, counts_per_item))
 
 
-def _masses(t: Trie, counts_per_item: ArrayLike) -> Int64:
-    """Checked counts, summed under each node: int64 (N,), positive at the root."""
+def _masses(t: Trie, counts_per_item: ArrayLike, node: Int64 | None = None) -> Int64:
+    """Checked counts, summed under each node, or under some: int64 (N,), positive at the root."""
     counts = np.asarray(counts_per_item)
     if counts.shape != (t.n_items,):
         raise UserError(
@@ -341,7 +341,7 @@ def _masses(t: Trie, counts_per_item: ArrayLike) -> Int64:
         raise UserError(
             "wanted at least one training target, got counts that are all zero; check the training split"
         )
-    return t.subtree_count(count_I)
+    return t.subtree_count(count_I, node)
 
 
 def _entropy(t: Trie, mass_N: Int64) -> Float64:

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from triewise.arrays import Bool, Int64, offsets_of
+from triewise.arrays import Bool, Int32, Int64, offsets_of
 from triewise.errors import UserError
 from triewise.tokens.trie import Trie
 
 if TYPE_CHECKING:
     from triewise.arrays import Ints, Ragged
+
+_NONE, _MINUS_ONE, _ZERO = (np.array(values, dtype=np.int32) for values in ([], [-1], [0]))
+# A trie without titles, which `from_sequences` does not give.
+_ROOT = Trie(_ZERO.repeat(2) + 1, _MINUS_ONE, _MINUS_ONE, _ZERO, _ZERO, _NONE, _NONE, np.array([0, 1]))
 
 
 def changed_trie(trie: Trie, source_J: Int64, added: Ragged) -> Trie:
@@ -36,37 +40,44 @@ def changed_trie(trie: Trie, source_J: Int64, added: Ragged) -> Trie:
     if is_new.all():
         return Trie.from_sequences((added.values, added.offsets))
     stays = source_J[~is_new]
-    count_N = trie.subtree_count(np.bincount(stays, minlength=trie.n_items))
-    keep_N = count_N > 0
-    if not len(added):
-        before_N1 = offsets_of(keep_N)
-        parent, levels = before_N1[trie.parent[keep_N]], before_N1[trie.level_ptr[1:]]
-        leaf = before_N1[trie.leaf[source_J]]
-        return _assembled(trie.token[keep_N], parent, count_N[keep_N], levels, leaf)
-    own = Trie.from_sequences((added.values, added.offsets))
+    own = Trie.from_sequences((added.values, added.offsets)) if len(added) else _ROOT
     known_M, place_M = _places(trie, own)
-    count_M = (own.item_hi - own.item_lo).astype(np.int64)
-    keep_N[place_M[known_M]] = True
+    running_I1 = offsets_of(np.bincount(stays, minlength=trie.n_items)[trie.item_order]).astype(np.int32)
+    count_N = running_I1[trie.item_hi] - running_I1[trie.item_lo]
+    count_M = own.item_hi - own.item_lo
     count_N[place_M[known_M]] += count_M[known_M]
-    fresh = np.flatnonzero(~known_M)
+    fresh, gone = np.flatnonzero(~known_M), np.flatnonzero(count_N == 0)
+    at = place_M[fresh]
     # A node that stays moves up by what is gone before it and down by what is put before it.
-    before_N1 = offsets_of(keep_N)
-    put_N = np.cumsum(np.bincount(place_M[fresh], minlength=trie.n_nodes + 1))[:-1]
-    to_N = before_N1[:-1] + put_N
-    to_M = np.where(known_M, to_N[np.minimum(place_M, trie.n_nodes - 1)], 0)
-    to_M[fresh] = before_N1[place_M[fresh]] + np.arange(len(fresh))
-    kept = np.flatnonzero(keep_N)
-    total = len(kept) + len(fresh)
-    token, parent, count = np.empty(total, np.int32), np.empty(total, np.int64), np.empty(total, np.int64)
-    token[to_N[kept]], token[to_M[fresh]] = trie.token[kept], own.token[fresh]
-    parent[to_N[kept]], parent[to_M[fresh]] = to_N[trie.parent[kept]], to_M[own.parent[fresh]]
-    count[to_N[kept]], count[to_M[fresh]] = count_N[kept], count_M[fresh]
+    before_N1 = np.arange(trie.n_nodes + 1, dtype=np.int32) - _number_before(gone, trie.n_nodes)
+    to_N = before_N1[:-1] + _number_before(at, trie.n_nodes)[1:]
+    here = before_N1[at] + np.arange(len(fresh))
+    to_M = to_N[np.minimum(place_M, trie.n_nodes - 1)]
+    to_M[fresh] = here
+    # Of each node after, the one before, or, of a fresh one, that which it is put before.
+    of_T = np.insert(
+        np.delete(np.arange(trie.n_nodes), gone), before_N1[at], np.minimum(at, trie.n_nodes - 1)
+    )
+    token, parent, count = trie.token[of_T], to_N[trie.parent[of_T]], count_N[of_T]
+    token[here], parent[here], count[here] = own.token[fresh], to_M[own.parent[fresh]], count_M[fresh]
+    parent[0] = -1
+    child_ptr = _number_before(parent[here], len(of_T))
+    child_ptr[:-1] += before_N1[trie.child_ptr[of_T]]
+    child_ptr[-1] = len(of_T)
     levels = np.zeros(max(len(trie.level_ptr), len(own.level_ptr)) - 1, dtype=np.int64)
     levels[: len(trie.level_ptr) - 1] += np.diff(before_N1[trie.level_ptr])
     levels[: len(own.level_ptr) - 1] += np.bincount(own.depth[fresh], minlength=len(own.level_ptr) - 1)
-    leaf_J = np.empty(len(source_J), dtype=np.int64)
+    leaf_J = np.empty(len(source_J), dtype=np.int32)
     leaf_J[~is_new], leaf_J[is_new] = to_N[trie.leaf[stays]], to_M[own.leaf]
-    return _assembled(token, parent, count, np.cumsum(levels), leaf_J)
+    level_ptr = np.unique(offsets_of(levels))  # without the empty ones behind the deepest
+    return _finished(child_ptr, token, parent, count, leaf_J, level_ptr)
+
+
+def _number_before(place: Ints, n: int) -> Int32:
+    """How many of some places lie before each of 0, 1, ..., n; int32 (n + 1,)."""
+    step = np.zeros(n + 2, dtype=np.int32)
+    np.add.at(step, place + 1, 1)
+    return np.cumsum(step[:-1], dtype=np.int32)
 
 
 def _places(trie: Trie, own: Trie) -> tuple[Bool, Int64]:
@@ -95,23 +106,21 @@ def _first_from(token_N: Ints, low: Ints, high: Ints, wanted: Ints) -> Ints:
     return low
 
 
-def _assembled(token_T: Ints, parent_T: Ints, count_T: Int64, levels: Int64, leaf_J: Ints) -> Trie:
-    """A trie from its edges in their order, the items below each node, the ends of levels and the leaf of each item."""
-    token_T[0], parent_T[0] = -1, -1
-    level_ptr = np.unique(np.append(0, levels))  # without the empty ones behind the deepest
-    child_ptr = np.ones(len(token_T) + 1, dtype=np.int64)
-    child_ptr[1:] += np.cumsum(np.bincount(parent_T[1:], minlength=len(token_T)))
-    inner = child_ptr[1:][leaf_J] > child_ptr[:-1][leaf_J]
+def _finished(
+    child_ptr: Int32, token: Int32, parent: Int32, count: Int32, leaf_J: Int32, level_ptr: Int64
+) -> Trie:
+    """A trie from its edges, the items below each node and the leaf of each item; see `Trie`."""
+    inner = child_ptr[leaf_J + 1] > child_ptr[leaf_J]
     if inner.any():
         raise UserError(
             f"wanted no title that begins another, got item {int(np.argmax(inner))}, which another one continues; end "
             "every title with one terminator token"
         )
-    lo_T, running_T = np.zeros(len(token_T), dtype=np.int64), offsets_of(count_T)
-    for low, high in pairwise(level_ptr[1:]):
-        above = parent_T[low:high]
-        lo_T[low:high] = lo_T[above] + running_T[low:high] - running_T[child_ptr[above]]
-    order = np.argsort(lo_T[leaf_J], kind="stable")
-    columns = (child_ptr, token_T, parent_T, lo_T, lo_T + count_T, order, leaf_J)
-    children, token, parent, lo, hi, place, leaf = (column.astype(np.int32) for column in columns)
-    return Trie(children, token, parent, lo, hi, place, leaf, level_ptr)
+    running = np.zeros(len(count) + 1, dtype=np.int32)
+    np.cumsum(count, dtype=np.int32, out=running[1:])  # from int32 to int32: other threads run meanwhile
+    lo = np.zeros(len(token), dtype=np.int32)
+    for up, low, high in zip(level_ptr, level_ptr[1:], level_ptr[2:], strict=False):
+        shift = lo[up:low] - running[child_ptr[up:low]]
+        lo[low:high] = running[low:high] + shift[parent[low:high] - up]
+    order = np.argsort(lo[leaf_J], kind="stable").astype(np.int32)
+    return Trie(child_ptr, token, parent, lo, lo + count, order, leaf_J, level_ptr)

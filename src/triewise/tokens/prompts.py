@@ -99,7 +99,7 @@ class Prompts:
         bos: Ids in front of every prompt; never empty for ``plain``, so an empty history has a prompt too.
         max_history: Only the last so many titles of a history are used.
         max_tokens: A longer prompt loses whole titles, oldest first.
-        hash: Hex SHA-256 of everything above and of the tokenizer.
+        n_items: How many of the titles are items; those behind them only histories hold.
         settings: The keyword arguments of :func:`build_prompts` that make this object again.
         dropped: Titles that were dropped because of ``max_tokens`` so far.
         special: Ids that text never becomes: the special tokens without the one for unknown text.
@@ -118,7 +118,7 @@ class Prompts:
     lead: str = field(repr=False)
     max_history: int
     max_tokens: int
-    hash: str
+    n_items: int
     settings: dict[str, Any] = field(repr=False)
     dropped: Dropped = field(default_factory=Dropped, repr=False)
     special: frozenset[int] = field(default=frozenset(), repr=False)
@@ -139,6 +139,25 @@ class Prompts:
     def grows(self) -> bool:
         """Whether titles of a history stand as they are written, so that each can be a target too."""
         return self.growing or self.template == "plain"
+
+    @cached_property
+    def hash(self) -> str:
+        """Hex SHA-256 of all that prompts depend on: template, titles of items, tokenizer, limits."""
+        template, identifier, n_items = self.template, self.identifier, self.n_items
+        name = template.removesuffix("-reworded")
+        frame: list[Any] = [
+            _AFTER.get(template),
+            _TITLE[template],
+            _IN_HISTORY.get(template),
+            self.title[:n_items],
+            name,
+        ]
+        frame += [self.lead, self.before, self.after, self.bos, self.max_history, self.max_tokens]
+        coded = None if identifier is None else replace(identifier, codes=identifier.codes[:n_items])
+        read = _read_beside(self.slots, coded)
+        grows = [key for key in ("growing",) if key in self.settings]
+        identity = [*frame, tokenizer_hash(self.tokenizer), *read, *grows]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @property
     def n_dropped(self) -> int:
@@ -176,7 +195,7 @@ class Prompts:
         Args:
             title: Of the items, and behind them of those that only histories hold.
             source: int64, which title here each of them is, -1 for a new one.
-            n_items: How many are items, for the hash.
+            n_items: How many are items.
 
         Raises:
             UserError: New titles beside codes, or a tokenizer that puts the terminator into a title.
@@ -192,13 +211,8 @@ class Prompts:
         made = _title_tokens(self.tokenizer, [title[i] for i in new], self.template, self.special)
         rows = source.copy()
         rows[new] = len(self.title_tokens) + np.arange(len(new))
-        other = replace(
-            self,
-            title=tuple(title),
-            title_tokens=self.title_tokens.then(made).take(rows),
-            identifier=identifier,
-        )
-        return replace(other, hash=_hash(other, n_items))
+        tokens = self.title_tokens.then(made).take(rows)
+        return replace(self, title=tuple(title), title_tokens=tokens, n_items=n_items, identifier=identifier)
 
     def read_titles(self, rows: list[list[int]]) -> list[str]:
         """The titles that generated ids spell: texts without special tokens and without the template's frame."""
@@ -330,7 +344,7 @@ def build_prompts(
     sides = _chat_sides(tokenizer) if chat else ((), ())
     bos, said = _started(tokenizer, template, chat, start)
     lengths = {"max_history": max_history, "max_tokens": max_tokens}
-    made = Prompts(
+    return Prompts(
         tokenizer=tokenizer,
         title=catalog.title,
         template=template,
@@ -341,32 +355,12 @@ def build_prompts(
         lead=lead,
         max_history=max_history,
         max_tokens=max_tokens,
-        hash="",
+        n_items=catalog.n_items,
         settings={"template": template, "noun": noun, "verb": verb, **lengths, "chat": chat, **said, **grows},
         special=_special(tokenizer),
         slots=slots,
         identifier=identifier,
     )
-    return replace(made, hash=_hash(made, catalog.n_items))
-
-
-def _hash(made: Prompts, n_items: int) -> str:
-    """Hex SHA-256 of what prompts depend on, which names the first ``n_items`` titles."""
-    template, identifier = made.template, made.identifier
-    name = template.removesuffix("-reworded")
-    frame: list[Any] = [
-        _AFTER.get(template),
-        _TITLE[template],
-        _IN_HISTORY.get(template),
-        made.title[:n_items],
-        name,
-    ]
-    frame += [made.lead, made.before, made.after, made.bos, made.max_history, made.max_tokens]
-    coded = None if identifier is None else replace(identifier, codes=identifier.codes[:n_items])
-    read = _read_beside(made.slots, coded)
-    grows = [key for key in ("growing",) if key in made.settings]
-    identity = [*frame, tokenizer_hash(made.tokenizer), *read, *grows]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def _grows(growing: bool, template: str, slots: SlotIds | None) -> dict[str, bool]:

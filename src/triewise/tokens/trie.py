@@ -297,8 +297,8 @@ class Trie:
         np.add.at(sum_N, self.leaf, value_I)
         return self._from_below(sum_N, np.add)
 
-    def subtree_count(self, counts_per_item: ArrayLike) -> Int64:
-        """Sum of integer counts (I,) of the items under each node, exact, int64 (N,).
+    def subtree_count(self, counts_per_item: ArrayLike, node: Int64 | None = None) -> Int64:
+        """Sum of integer counts (I,) of the items under each node, or under some, exact, int64 (N,).
 
         Raises:
             UserError: Not one value per item, or values that are not integers.
@@ -307,7 +307,8 @@ class Trie:
         if count_I.dtype.kind not in "iub":
             raise UserError(f"wanted integer counts, got {count_I.dtype}; round them or use subtree_sum")
         running = offsets_of(count_I[self.item_order])
-        return running[self.item_hi] - running[self.item_lo]
+        low, high = (self.item_lo, self.item_hi) if node is None else (self.item_lo[node], self.item_hi[node])
+        return running[high] - running[low]
 
     def _per_item(self, values: ArrayLike) -> NDArray[Any]:
         array = np.asarray(values)
