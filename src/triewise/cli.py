@@ -433,7 +433,8 @@ def report(
 @app.command()
 def verify(
     folder: Annotated[
-        Path, typer.Argument(help="A run, prepared data, a saved recommender, a teacher or the cache.")
+        Path,
+        typer.Argument(help="A run, prepared data, a saved recommender, a teacher, a batch or the cache."),
     ],
     as_json: Json = False,
 ) -> None:

@@ -76,7 +76,7 @@ def test_what_a_folder_is(recipe: Recipe, run: Path, tmp_path: Path, monkeypatch
     assert seen.parts["smollm2-135m-q4"] == ""
     assert "the cached ml-100k in" in seen.parts["ml-100k"]
     with pytest.raises(
-        UserError, match="wanted prepared data, a run, a recommender, a teacher or the cache, but"
+        UserError, match="wanted prepared data, a run, a recommender, a teacher, a batch or the cache, but"
     ):
         verify(tmp_path)
 

@@ -22,6 +22,7 @@ import torch
 
 from tests import batch_children, worlds
 from triewise import load
+from triewise.app import verify
 from triewise.cli import main
 from triewise.errors import UserError
 from triewise.files import file_names, read_json, sha256_file
@@ -89,11 +90,16 @@ def test_every_user_gets_what_recommend_gives(run: Path, users: Path, tmp_path: 
     with pytest.raises(UserError, match="holds a batch already; go on with --resume"):
         recommend_file(run, users, tmp_path / "out", 4, rows=10, workers=1)
     assert recommend_file(run, users, tmp_path / "out", 4, rows=10, workers=1, resume=True) == done
+    assert (verify(tmp_path / "out").kind, verify(tmp_path / "out").whole) == ("a batch", True)
     (tmp_path / "out" / "part-000001.parquet").write_bytes(b"damaged")
+    wrong = [name for name, text in verify(tmp_path / "out").parts.items() if text]
+    assert wrong == ["manifest.json", "part-000001.parquet"]
     with pytest.raises(UserError, match="is not the file that was written .* remove it and .*manifest.json"):
         recommend_file(run, users, tmp_path / "out", 4, rows=10, workers=1, resume=True)
     for name in ("part-000001.parquet", "manifest.json"):
         (tmp_path / "out" / name).unlink()
+    seen = verify(tmp_path / "out")
+    assert (list(seen.parts), seen.whole) == (["job.json", "part-000000.parquet", "part-000002.parquet"], True)
     again = recommend_file(run, users, tmp_path / "out", 4, rows=10, workers=1, resume=True)
     assert again["sha256"] == done["sha256"]
 

@@ -15,6 +15,7 @@ from triewise.files import check_files, read_json, read_record
 from triewise.ranking import METRICS, load_evaluation
 from triewise.recipe import run_recipe
 from triewise.recommenders import MANIFEST, check_saved
+from triewise.serving import JOB, parts_of_batch
 from triewise.training import BEST, TEACHER, Teacher, best_weights, read_log, read_state, resumable
 
 Check = tuple[str, Callable[[], Any]]
@@ -25,7 +26,7 @@ class Verified:
     """What a folder is.
 
     Attributes:
-        kind: Prepared data, a run and how far it is, a recommender, a teacher, or the cache.
+        kind: Prepared data, a run and how far it is, a recommender, a teacher, a batch, or the cache.
         parts: What is wrong with each part; empty where it is whole.
     """
 
@@ -53,12 +54,14 @@ def verify(folder: Path | str) -> Verified:
         return _verified("a teacher", [("rankings and item vectors", lambda: Teacher.load(folder))])
     if (folder / MANIFEST).is_file():
         return _verified("a recommender", [("recommender", lambda: check_saved(folder))])
+    if (folder / JOB).is_file():
+        return _verified("a batch", parts_of_batch(folder))
     cached = list(_parts_of_cache(folder))
     if cached:
         return _verified("the cache", cached)
     raise UserError(
-        f"wanted prepared data, a run, a recommender, a teacher or the cache, but {folder} is none of them; check the "
-        "path"
+        f"wanted prepared data, a run, a recommender, a teacher, a batch or the cache, but {folder} is none of "
+        "them; check the path"
     )
 
 

@@ -1,5 +1,5 @@
 from .answers import Answer as Answer, Answers as Answers, Recommended as Recommended, answer as answer
-from .batch import recommend_file as recommend_file
+from .batch import JOB as JOB, parts_of_batch as parts_of_batch, recommend_file as recommend_file
 from .limits import Limits as Limits
 from .server import (
     application as application,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ from triewise.locks import one_writer, strangers
 from triewise.progress import note, progress
 from triewise.recommenders import MANIFEST as RECOMMENDER
 from triewise.serving.batch_input import cut
-from triewise.serving.batch_parts import NAMED, TOGETHER, Task
+from triewise.serving.batch_parts import NAMED, TOGETHER, Task, part_facts
 from triewise.serving.batch_workers import default_workers, made_parts, n_devices
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 JOB, MANIFEST = "job.json", "manifest.json"  # what was begun, and what was done
 ROWS_OF_A_PART = 4096
+AGAIN = "remove it and manifest.json, and go on with --resume"
 
 
 class _Job(Shape):
@@ -97,6 +100,16 @@ def recommend_file(
         return _made(task, job, engine, workers or default_workers())
 
 
+def parts_of_batch(out: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Name and check of each part of a batch, done or begun; a check raises `UserError` where its part is damaged."""
+    done = (out / MANIFEST).is_file()
+    yield JOB, lambda: read_json(out / JOB, _Job)
+    if done:
+        yield MANIFEST, lambda: check_files(out, read_json(out / MANIFEST, _Done)["sha256"], AGAIN)
+    for file in sorted(out.glob("part-*.parquet")):
+        yield file.name, partial(part_facts, file, look=True)
+
+
 def _job(run: Path, source: Path, rows: int, allow: Path | None, **settings: Any) -> dict[str, Any]:
     """All that decides the bytes of the parts, as JSON values."""
     files = {"recommender": run / RECOMMENDER, "input": source, "allow": allow}
@@ -125,7 +138,7 @@ def _begun(out: Path, job: dict[str, Any], resume: bool) -> dict[str, Any] | Non
         )
     if file.name != MANIFEST:
         return None
-    check_files(out, before["sha256"], f"remove it and {file}, and go on with --resume")
+    check_files(out, before["sha256"], AGAIN)
     return before
 
 

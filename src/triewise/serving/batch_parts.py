@@ -103,18 +103,28 @@ class Task:
         file = self.file(part)
         if not file.is_file():
             return None
-        with reading(file):
-            found = PartFacts.model_validate_json(parquet_metadata(file)[KEY])
-            said = found.model_dump(mode="json")
-            if look:
-                frame = scan(file).collect()
-                if _digest(frame, said) != found.sha256:
-                    raise ValueError("its rows are others than were written")
+        found, frame = part_facts(file, look)
         if found.job != self.job:
             raise UserError(f"{file} is of another batch than this one; choose another --out, or remove it")
-        if look:  # what stands beside the rows, such as the least value of a column, is right again
-            self.write(part, frame, said)
+        if (
+            frame is not None
+        ):  # what stands beside the rows, such as the least value of a column, is right again
+            self.write(part, frame, found.model_dump(mode="json"))
         return found
+
+
+def part_facts(file: Path, look: bool) -> tuple[PartFacts, pl.DataFrame | None]:
+    """What the file of a part says of itself; and its rows, compared with what was written, where one is to look.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    with reading(file):
+        found = PartFacts.model_validate_json(parquet_metadata(file)[KEY])
+        frame = scan(file).collect() if look else None
+        if frame is not None and _digest(frame, found.model_dump(mode="json")) != found.sha256:
+            raise ValueError("its rows are others than were written")
+    return found, frame
 
 
 def make_part(task: Task, recommender: SavedRecommender, part: int) -> None:
