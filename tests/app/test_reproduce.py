@@ -15,18 +15,19 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.worlds import write_msl_folder
-from triewise.app import evaluate_run, open_run, row, tabulating
-from triewise.app.paper_tables import SCALES, deviation, read_table, table_names, verdict
-from triewise.app.reproduce import TableRow, _common, reproduce_table as reproduce
+from triewise import locks
+from triewise.app import evaluate_run, open_run, row
+from triewise.app.paper_tables import SCALES, Beside, deviation, read_table, table_names, verdict
+from triewise.app.reproduce import TableRow, _common, _is_of, reproduce_table as reproduce
 from triewise.app.runs import train_run
 from triewise.app.tabulating import Wish, _findings, judged
 from triewise.cli import app
 from triewise.data import load_dataset
-from triewise.errors import UserError
+from triewise.errors import Diverged, UserError
 from triewise.files import read_json
-from triewise.ranking import load_evaluation
-from triewise.recipe import load_recipe, recipe_folder
-from triewise.recommenders import load
+from triewise.locks import one_writer
+from triewise.ranking import gain_interval, load_evaluation
+from triewise.recipe import dump_recipe, load_recipe, recipe_folder
 from triewise.reports import item_score_entropy
 
 TINY = {"vocabulary": 300, "width": 16, "heads": 2, "feed_forward": 32}
@@ -180,15 +181,32 @@ def test_a_row_that_fails_is_a_line(
 
     def fail(recipe: Any, run: Path, **how: Any) -> Any:
         if run.parent.name == "pos" or run.name == "trial-0":
-            raise UserError("the loss is\nnot finite")
+            raise Diverged("the loss is\nnot finite | nan")
         return train_run(recipe, run, **how)
+
+def test_what_is_no_fault_of_a_value_fails_its_row(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that another process writes in, or a full disk: else a value wins because the others were left out."""
+    ask = world | {"seeds": 1, "rows": ["msl"], "trials": 2}
+    with one_writer(tmp_path / "msl" / "trial-0"), monkeypatch.context() as patch:
+        patch.setattr(locks, "_held", {})  # as of another process
+        (failed,) = reproduce("ledger", tmp_path, **ask).rows
+    assert "another triewise process" in failed.failed and not failed.chosen
+    (made,) = reproduce("ledger", tmp_path, **ask).rows
+    assert not made.failed
+    for damaged in ("", "{}", '{"NDCG@10": "much"}', '{"NDCG@10": null}'):
+        (tmp_path / "msl" / "trial-1" / "trial.json").write_text(damaged, encoding="utf-8")
+        (again,) = reproduce("ledger", tmp_path, **ask).rows
+        assert (again.failed, again.chosen) == ("", made.chosen), "a damaged judgement is made again"
+
 
     monkeypatch.setattr("triewise.app.reproduce.train_run", fail)
     made = reproduce("ledger", tmp_path, **ask)
-    assert made.rows[0].chosen == "learning_rate = 0.002"
-    assert made.rows[1] == TableRow("pos", "Pos", failed="the loss is not finite")
-    assert "| Pos | failed: the loss is not finite |" in made.text
-    assert made.as_json()["pos"] == {"failed": "the loss is not finite"}
+    assert made.rows[0].chosen == "learning_rate = 0.002 (1 of 2 values diverged)"
+    assert made.rows[1] == TableRow("pos", "Pos", failed="the loss is not finite | nan")
+    assert "| Pos | failed: the loss is not finite \\| nan |" in made.text, "no more cells than heads"
+    assert made.as_json()["pos"] == {"failed": "the loss is not finite | nan"}
     monkeypatch.setattr("triewise.app.reproduce.train_run", lambda *args, **how: 1 / 0)
     none = reproduce("ledger", tmp_path / "none", **ask)
     assert none.html is None and none.rows[0].failed == "division by zero"

@@ -8,6 +8,7 @@ it was. Tables of papers have the paper's number beside ours, see `paper_tables`
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from triewise.app.paper_tables import (
 )
 from triewise.app.runs import evaluate_run, train_run
 from triewise.app.tabulating import METRIC, SUPPORTS, ReproducedTable, TableRow, Wish, judged, write_table
-from triewise.errors import UserError
+from triewise.errors import Diverged, UserError
 from triewise.files import read_json, sha256_file, write_json, write_text
 from triewise.progress import note
 from triewise.ranking import Evaluation, load_evaluation
@@ -159,15 +160,16 @@ def _row(wish: Wish, plan: RowPlan) -> TableRow:
     folder, common = wish.out / plan.name, _fitting(wish.common, load_recipe(plan.recipe))
     changes = [*plan.changes, *common, *_needed(plan.needs, wish.out, wish.common)]
     tried: list[tuple[float, int, Recipe, Path]] = []
-    diverged: list[UserError] = []
+    diverged: list[Diverged] = []
     trained: dict[str, tuple[Path, Recipe]] = {}  # one for all values that only say how to rank
     for n, value in enumerate(plan.values[: wish.trials]):
         recipe = load_recipe(plan.recipe, [*changes, f"{plan.key}={value}", "seed=0"])
         run, learned = trained.setdefault(_learned(recipe), (folder / f"trial-{n}", recipe))
-        file = run / (TRIAL if learned is recipe else f"trial-{n}.json")
+        file = run / (TRIAL if learned is recipe else f"trial-{value:g}.json")
         try:
             tried.append((_on_validation(learned, recipe, run, file), -n, recipe, run))
-        except UserError as error:
+        except Diverged as error:  # anything else is no fault of the value: without it another one would win
+            note(f"{plan.title} with {plan.key} = {value:g} is left out: {error}")
             diverged.append(error)
     if not tried:
         raise diverged[0]
@@ -187,7 +189,9 @@ def _row(wish: Wish, plan: RowPlan) -> TableRow:
     return TableRow(
         plan.name,
         plan.title,
-        f"{plan.key.partition('.')[2]} = {plan.values[-best]:g}",
+        f"{plan.key.partition('.')[2]} = {plan.values[-best]:g}"
+        + (f" ({len(diverged)} of {len(diverged) + len(tried)} values diverged)" if diverged else ""),
+        len(plan.values[: wish.trials]),
         _together(plan.title, evaluations),
         {n: float(np.mean([m["beam"][n] for m in metrics])) for n in ("HR@10", "NDCG@10") if with_beams},
         float(np.mean([m[beams] if with_beams else np.nan for m in metrics])),
@@ -270,10 +274,11 @@ def _same_data(run: Path) -> bool:
 def _on_validation(learned: Recipe, recipe: Recipe, run: Path, file: Path) -> float:
     """What a trial reaches on validation rows."""
     _trained(learned, run)
-    if not file.is_file():
-        judged = _ranked(run, recipe, {"split": "valid"})
-        write_json(file, {METRIC: judged.metrics[METRIC]})
-    return float(read_json(file)[METRIC])
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # there is none, or a damaged one
+        return float(read_json(file)[METRIC])
+    reached = float(_ranked(run, recipe, {"split": "valid"}).metrics[METRIC])
+    write_json(file, {METRIC: reached})
+    return reached
 
 
 def _on_test(wish: Wish, run: Path, recipe: Recipe) -> Evaluation:

@@ -45,6 +45,7 @@ class TableRow:
         chosen: The key that was tuned, and its best value.
         evaluation: Its runs on test rows, ranked exactly; None where it failed.
         beam: Means over seeds of what ten beams find.
+        tried: How many of its values were.
         pruned: How often they drop the true title.
         seconds: Mean time of a training.
         failed: Why there is nothing.
@@ -60,6 +61,7 @@ class TableRow:
     chosen: str = ""
     evaluation: Evaluation | Repeats | None = None
     beam: dict[str, float] = field(default_factory=dict)
+    tried: int = 1
     pruned: float = float("nan")
     seconds: float = float("nan")
     failed: str = ""
@@ -153,7 +155,7 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
         how = "as the authors rank" if table.published and wish.scale == "paper" else "ranked exactly"
         report = Report(
             title=f"{table.title or table.name}: {len(rows)} {'rows' if table.published else 'losses'} on {data}",
-            subtitle=f"One value of each row chosen on validation rows, out of equally many; test rows {how}. "
+            subtitle=f"One value of each row chosen on validation rows, out of {_tried(done)}; test rows {how}. "
             "pruned@10: share of users whose true title ten beams drop.",
             rows=tuple(_shown(r) for r in ordered),
             comparisons=tuple(c for each in differences.values() for c in each.values()),
@@ -168,6 +170,12 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
 def _studied(table: PaperTable, rows: Sequence[TableRow]) -> list[StudiedRun]:
     """The first run of each row, and for what is said of seeds the others too."""
     most = None if "seeds" in table.statistics else 1
+def _tried(rows: Sequence[TableRow]) -> str:
+    """How many values rows had to choose from, in words."""
+    fewest, most = (end(r.tried for r in rows) for end in (min, max))
+    return f"{most} each" if fewest == most else f"{fewest} to {most}, so not out of equally many"
+
+
     runs = {
         run: f"{r.title}, seed {n}" if n else r.title for r in rows for n, run in enumerate(r.runs[:most])
     }

@@ -20,7 +20,7 @@ from typing import Any
 from triewise.app.folders import open_data
 from triewise.app.runs import RECIPE, recommender_of, train_run, validator
 from triewise.app.space import Range, Step, changes_of, read_space
-from triewise.errors import UserError
+from triewise.errors import Diverged, UserError
 from triewise.files import write_text
 from triewise.locks import one_writer
 from triewise.progress import note
@@ -243,7 +243,7 @@ class _Study:
             return self._trained(step, trial, changed)
         except UserError as error:
             # What stops every trial is no fault of this one.
-            if "no space left" in str(error) or not (self._best(step) or "learning rate" in str(error)):
+            if "no space left" in str(error) or not (self._best(step) or isinstance(error, Diverged)):
                 raise
             return self._failed(step, trial, error)
 
