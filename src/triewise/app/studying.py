@@ -147,7 +147,8 @@ def study(
         raise UserError(
             f"wanted folders that give {', '.join(names)}, got none; docs/statistics.md says what each needs"
         )
-    _write(out, found, folders, export, users if any(run.measured for run in studied) else 0)
+    measured_on = [run.measured["decoding"]["row"].n_unique() for run in studied if run.measured]
+    _write(out, found, folders, export, max(measured_on, default=0))
     return found
 
 

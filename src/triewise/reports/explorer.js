@@ -53,12 +53,13 @@
   // What the other search returned and this ranking does not have.
   function otherwise(of, method, missed) {
     if (!of.other) return null;
+    const several = method.other.endsWith("beams");
     const here = new Set(of.found.map((found) => found.t));
     const only = of.other.filter((number) => !here.has(number));
-    if (!only.length && !missed) return el("p.other", null, `✓ ${method.other} find the same titles`);
+    if (!only.length && !missed) return el("p.other", null, `✓ ${method.other} ${several ? "find" : "finds"} the same titles`);
     return el("div.other", null,
       el("p", null, el("em.off", null, "○"), ` ${missed} of these ${of.found.length} missed by ${method.other}`,
-        only.length ? ", which return instead" : ""),
+        only.length ? `, which ${several ? "return" : "returns"} instead` : ""),
       el("ol.chips", null, ...only.map((number) => el("li", null, title(number)))));
   }
 
