@@ -153,9 +153,7 @@ def test_what_a_row_needs_is_trained_once(world: dict[str, Any], tmp_path: Path)
     assert not made.differences  # nothing to compare with
 
 
-def test_code_of_a_model_runs_where_the_command_says_so(
-    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_of_a_model_runs_where_the_command_says_so(world: dict[str, Any], tmp_path: Path) -> None:
     asks = {"changes": [*world["changes"], "backbone.trust_remote_code=true"]}
     ask = world | {"seeds": 1, "rows": ["msl"], "trials": 1}
     with pytest.raises(UserError, match="the table ledger asks to run code .*--trust-remote-code"):
@@ -175,6 +173,17 @@ def test_a_row_that_fails_is_a_line(
             raise Diverged("the loss is\nnot finite | nan")
         return train_run(recipe, run, **how)
 
+    monkeypatch.setattr("triewise.app.reproduce.train_run", fail)
+    made = reproduce("ledger", tmp_path, **ask)
+    assert made.rows[0].chosen == "learning_rate = 0.002 (1 of 2 values diverged)"
+    assert made.rows[1] == TableRow("pos", "Pos", failed="the loss is not finite | nan")
+    assert "| Pos | failed: the loss is not finite \\| nan |" in made.text, "no more cells than heads"
+    assert made.as_json()["pos"] == {"failed": "the loss is not finite | nan"}
+    monkeypatch.setattr("triewise.app.reproduce.train_run", lambda *args, **how: 1 / 0)
+    none = reproduce("ledger", tmp_path / "none", **ask)
+    assert none.html is None and none.rows[0].failed == "division by zero"
+
+
 def test_what_is_no_fault_of_a_value_fails_its_row(
     world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,17 +199,6 @@ def test_what_is_no_fault_of_a_value_fails_its_row(
         (tmp_path / "msl" / "trial-1" / "trial.json").write_text(damaged, encoding="utf-8")
         (again,) = reproduce("ledger", tmp_path, **ask).rows
         assert (again.failed, again.chosen) == ("", made.chosen), "a damaged judgement is made again"
-
-
-    monkeypatch.setattr("triewise.app.reproduce.train_run", fail)
-    made = reproduce("ledger", tmp_path, **ask)
-    assert made.rows[0].chosen == "learning_rate = 0.002 (1 of 2 values diverged)"
-    assert made.rows[1] == TableRow("pos", "Pos", failed="the loss is not finite | nan")
-    assert "| Pos | failed: the loss is not finite \\| nan |" in made.text, "no more cells than heads"
-    assert made.as_json()["pos"] == {"failed": "the loss is not finite | nan"}
-    monkeypatch.setattr("triewise.app.reproduce.train_run", lambda *args, **how: 1 / 0)
-    none = reproduce("ledger", tmp_path / "none", **ask)
-    assert none.html is None and none.rows[0].failed == "division by zero"
 
 
 def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
@@ -245,6 +243,15 @@ def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
         (
             {"changes": ["seed = 5"]},
             "wanted seeds from 0 on, as many as --seeds says, got the change 'seed = 5'",
+        ),
+        (
+            {"changes": ["objective.support=trie"], "rows": ["msl", "lml"]},
+            "wanted changes of what all rows have in common, got 'objective.support=trie', where they have trie and "
+            "vocabulary; leave it out",
+        ),
+        (
+            {"table": "igd-table-7", "scale": "small", "changes": ["evaluation.alpha = 0.3"]},
+            "got 'evaluation.alpha = 0.3', where they have 0.0 and 0.4; leave it out",
         ),
         ({"trials": 9}, "wanted 1 to 3 trials and at least one seed, got 9 and 3"),
     ],
@@ -320,6 +327,9 @@ def test_numbers_of_something_else_are_not_judged() -> None:
     assert judged(wish, small, 0.0438, 0.04, 0.05) == "of llama-3-8b: not comparable"
     assert judged(replace(wish, n_items=20), recipe, 0.0438, 0.04, 0.05).startswith("of 2,414 items, here 20")
     assert judged(wish, small, None, 0.04, 0.05) == "the paper's number is not recorded"
+    large = small.changed("backbone.name=meta-llama/Meta-Llama-3-8B")
+    said = judged(replace(wish, scale="small"), large, 0.0438, 0.04, 0.05)
+    assert said == "of other settings: not comparable", "the same model by another recipe"
     sasrec, table = load_recipe("papers/msl-table-5/sasrec"), read_table("msl-table-5")
     assert judged(replace(wish, table=table), sasrec, 0.0183, 0.01, 0.02) == "within"
     assert (
@@ -327,9 +337,6 @@ def test_numbers_of_something_else_are_not_judged() -> None:
         == "of other settings: not comparable"
     )
 
-    large = small.changed("backbone.name=meta-llama/Meta-Llama-3-8B")
-    said = judged(replace(wish, scale="small"), large, 0.0438, 0.04, 0.05)
-    assert said == "of other settings: not comparable", "the same model by another recipe"
 
 def test_the_deviation_over_seeds_covers_the_true_one() -> None:
     """Of 200 tables of three normal seeds with a deviation of 10 %, the interval misses it about one time in twenty."""
@@ -373,6 +380,8 @@ def test_a_table_of_a_paper_has_its_number_beside_ours_in_both_supports(
     other = load_evaluation(folders[0]).metrics
     assert other["support"] == "vocabulary" and other["split"] == "test"
     page = (tmp_path / "report.html").read_text("utf-8")
+    assert "chosen on validation rows, out of 2 each; test rows ranked exactly" in page
+    assert _tried([TableRow("a", "A"), TableRow("b", "B", tried=3)]) == "1 to 3, so not out of equally many"
     assert "Table 6" in page and "not comparable" in page and "Masking alone" in page
     assert "| MSL + ATS | adaptive.eta = " in made.text
 
@@ -380,8 +389,6 @@ def test_a_table_of_a_paper_has_its_number_beside_ours_in_both_supports(
         raise AssertionError("trained or ranked again")
 
     with monkeypatch.context() as patch:
-    assert "chosen on validation rows, out of 2 each; test rows ranked exactly" in page
-    assert _tried([TableRow("a", "A"), TableRow("b", "B", tried=3)]) == "1 to 3, so not out of equally many"
         patch.setattr("triewise.app.reproduce.train_run", never)
         patch.setattr("triewise.app.reproduce.evaluate_run", never)
         assert reproduce("msl-table-6", tmp_path, **ask).text == made.text
@@ -392,13 +399,6 @@ def test_a_table_of_a_paper_has_its_number_beside_ours_in_both_supports(
         reproduce("msl-table-6", tmp_path, **ask, resume=False)
 
 
-def test_values_that_only_rank_share_one_training(world: dict[str, Any], tmp_path: Path) -> None:
-    changes = [change for change in world["changes"] if not change.startswith("data.folder")]
-    ask = world | {"changes": changes, "seeds": 1, "rows": ["no-training"], "scale": "small"}
-    made = reproduce("igd-table-3", tmp_path, **ask)
-    assert not made.rows[0].failed and made.rows[0].chosen.startswith("alpha = ")
-    assert [p.parent.name for p in (tmp_path / "no-training").glob("*/run.json")] == ["trial-0"]
-    assert len(list((tmp_path / "no-training" / "trial-0").glob("trial*.json"))) == 3
 def test_a_run_of_an_older_version_is_of_the_same_recipe(world: dict[str, Any], tmp_path: Path) -> None:
     """It wrote fewer keys; a key that says something else makes it another run."""
     recipe = load_recipe("ledger/msl")
@@ -411,6 +411,13 @@ def test_a_run_of_an_older_version_is_of_the_same_recipe(world: dict[str, Any], 
     assert not _is_of(tmp_path, recipe)
 
 
+def test_values_that_only_rank_share_one_training(world: dict[str, Any], tmp_path: Path) -> None:
+    changes = [change for change in world["changes"] if not change.startswith("data.folder")]
+    ask = world | {"changes": changes, "seeds": 1, "rows": ["no-training"], "scale": "small"}
+    made = reproduce("igd-table-3", tmp_path, **ask)
+    assert not made.rows[0].failed and made.rows[0].chosen.startswith("alpha = ")
+    assert [p.parent.name for p in (tmp_path / "no-training").glob("*/run.json")] == ["trial-0"]
+    assert len(list((tmp_path / "no-training" / "trial-0").glob("trial*.json"))) == 3
     chosen = float(made.rows[0].chosen.partition("= ")[2])
     assert load_evaluation(tmp_path / "no-training" / "trial-0").metrics["alpha"] == chosen
 

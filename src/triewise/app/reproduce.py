@@ -35,7 +35,7 @@ from triewise.errors import Diverged, UserError
 from triewise.files import read_json, sha256_file, write_json, write_text
 from triewise.progress import note
 from triewise.ranking import Evaluation, load_evaluation
-from triewise.recipe import OF_LANGUAGE_MODELS, Recipe, dump_recipe, load_recipe
+from triewise.recipe import OF_LANGUAGE_MODELS, Recipe, dump_recipe, load_recipe, run_recipe
 
 TRIAL = "trial.json"
 _SECTIONS = ("backbone.", "identifier.", "objective.", "hybrid.")
@@ -246,8 +246,7 @@ def _needed(needs: Mapping[str, str], out: Path, common: Sequence[str]) -> list[
 
 def _trained(recipe: Recipe, run: Path) -> None:
     """A run of exactly this recipe: the one that is there, gone on with where it was interrupted, or a new one."""
-    same = (run / "recipe.toml").is_file() and (run / "recipe.toml").read_text("utf-8") == dump_recipe(recipe)
-    there = same and (run / "run.json").is_file()
+    there = (run / "run.json").is_file() and _is_of(run, recipe)
     if there and read_json(run / "run.json")["status"] == "trained":
         if _same_data(run):
             return
@@ -272,6 +271,13 @@ def _same_data(run: Path) -> bool:
 
 
 def _on_validation(learned: Recipe, recipe: Recipe, run: Path, file: Path) -> float:
+def _is_of(run: Path, recipe: Recipe) -> bool:
+    """Whether a run was made by a recipe, also where an older version wrote it, with fewer keys."""
+    with contextlib.suppress(UserError, OSError):
+        return run_recipe(run) == recipe
+    return False
+
+
     """What a trial reaches on validation rows."""
     _trained(learned, run)
     with contextlib.suppress(KeyError, TypeError, ValueError):  # there is none, or a damaged one
