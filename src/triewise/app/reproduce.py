@@ -39,6 +39,7 @@ from triewise.recipe import OF_LANGUAGE_MODELS, Recipe, dump_recipe, load_recipe
 
 TRIAL = "trial.json"
 _SECTIONS = ("backbone.", "identifier.", "objective.", "hybrid.")
+_TOLD_BY = ("objective", "identifier", "hybrid", "evaluation")  # sections by which rows differ
 _UNUSED = (  # beginnings of changes that a sequential run has no use for
     *_SECTIONS,
     *(f"{section}.{key}" for section, keys in OF_LANGUAGE_MODELS.items() for key in keys),
@@ -150,6 +151,16 @@ def _check(
         raise UserError(
             f"wanted seeds from 0 on, as many as --seeds says, got the change {seed!r}; leave it out"
         )
+    recipes = [load_recipe(p.recipe, [*p.changes, *(f"{key}=." for key in p.needs)]) for p in asked]
+    writers = [recipe for recipe in recipes if recipe.sequential is None]
+    for change in changes:
+        key = change.partition("=")[0].strip()
+        told = {str(recipe.value_of(key)) for recipe in writers} if key.startswith(_TOLD_BY) else set()
+        if len(told) > 1:
+            raise UserError(
+                f"wanted changes of what all rows have in common, got {change!r}, where they have "
+                f"{' and '.join(sorted(told))}; leave it out"
+            )
     most = max(len(plan.values) for plan in table.rows.values())
     if not 1 <= (trials or most) <= most or seeds < 1:
         raise UserError(f"wanted 1 to {most} trials and at least one seed, got {trials} and {seeds}")
@@ -260,6 +271,13 @@ def _trained(recipe: Recipe, run: Path) -> None:
         raise KeyboardInterrupt
 
 
+def _is_of(run: Path, recipe: Recipe) -> bool:
+    """Whether a run was made by a recipe, also where an older version wrote it, with fewer keys."""
+    with contextlib.suppress(UserError, OSError):
+        return run_recipe(run) == recipe
+    return False
+
+
 def _same_data(run: Path) -> bool:
     """Whether a run's data are still what it was trained on."""
     try:
@@ -271,13 +289,6 @@ def _same_data(run: Path) -> bool:
 
 
 def _on_validation(learned: Recipe, recipe: Recipe, run: Path, file: Path) -> float:
-def _is_of(run: Path, recipe: Recipe) -> bool:
-    """Whether a run was made by a recipe, also where an older version wrote it, with fewer keys."""
-    with contextlib.suppress(UserError, OSError):
-        return run_recipe(run) == recipe
-    return False
-
-
     """What a trial reaches on validation rows."""
     _trained(learned, run)
     with contextlib.suppress(KeyError, TypeError, ValueError):  # there is none, or a damaged one
