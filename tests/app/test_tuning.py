@@ -21,6 +21,7 @@ import triewise.app.tuning as tuning
 from tests.worlds import write_msl_folder
 from triewise import locks
 from triewise.app import Tuned, train_run, tune
+from triewise.app.compare import _row_note
 from triewise.app.space import Range, read_space
 from triewise.cli import app
 from triewise.errors import UserError
@@ -306,6 +307,28 @@ def test_a_space_that_cannot_be_is_one_line(text: str, recipe: Recipe, tmp_path:
     with pytest.raises(UserError) as problem:
         read_space(written(tmp_path, text), recipe)
     assert WRONG[text] in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_codes_that_titles_share_are_not_tuned(recipe: Recipe, tmp_path: Path) -> None:
+    """A hit is one of the titles of a code: of two codes in all the first ten would hold every title."""
+    coded = recipe.changed("identifier.kind=codes")
+    levels, collisions = (
+        written(tmp_path / name, f"[space]\n{text}\n")
+        for name, text in (
+            ("a", '"identifier.levels" = [[2], [4, 4]]'),
+            ("b", '"identifier.collisions" = ["level", "group"]'),
+        )
+    )
+    assert read_space(levels, coded)
+    for space, of in ((levels, coded.changed("identifier.collisions=group")), (collisions, coded)):
+        with pytest.raises(UserError, match="identifier.* decides what a trial is learned from or measured by"):
+            read_space(space, of)
+    record = {"parameters": 1, "timing": {"seconds": 1.0}, "training": {"steps": 1}}
+    ranked = {"search": "exact", "support": "trie"}
+    assert "count as one" not in _row_note(coded, record, ranked)
+    assert "titles of equal codes count as one" in _row_note(
+        coded.changed("identifier.collisions=group"), record, ranked
+    )
 
 
 def test_the_recipe_as_it_is_comes_first_where_a_range_holds_it(recipe: Recipe, tmp_path: Path) -> None:
