@@ -119,12 +119,12 @@ class Wish:
 
 
 def _known(value: Any) -> Any:
-    """JSON values with None for NaN."""
+    """JSON values with None for NaN and infinite ones."""
     if isinstance(value, dict):
         return {name: _known(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_known(each) for each in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> ReproducedTable:
