@@ -5,6 +5,7 @@
   const wide = matchMedia("(min-width:48rem)");
   let kind = -1, shown = data.users, at = 0, chosen = null;
 
+  const apart = (text) => `\u2068${text}\u2069`; // written from right to left it would take along what is beside it
   const title = (number) => el("bdi", null, data.titles[number]);
   const count = (n) => n.toLocaleString("en");
   const decides = (step) => Array.isArray(step) && step.length > 2;
@@ -122,7 +123,7 @@
   function narrow(to) {
     kind = to;
     shown = of(kind);
-    picker.replaceChildren(...shown.map((user) => el("option", null, `User ${user.user}: ${data.titles[user.target]}`)));
+    picker.replaceChildren(...shown.map((user) => el("option", null, `User ${apart(user.user)}: ${apart(data.titles[user.target])}`)));
     for (const button of filters) button.setAttribute("aria-pressed", String(Number(button.dataset.kind) === kind));
     go(0);
   }
