@@ -372,7 +372,9 @@ def test_a_table_of_a_paper_has_its_number_beside_ours_in_both_supports(
     assert lml.evaluation is not None and ats.evaluation is not None
     assert gain.ours == pytest.approx(difference.difference / row(lml.evaluation).metrics["NDCG@10"])
     assert (gain.low, gain.high) == gain_interval(*(r.evaluation.per_user("NDCG@10") for r in (ats, lml)))
-    assert _known({"a": [math.inf, math.nan, 0.5]}) == {"a": [None, None, 0.5]}, "a gain over nothing has no JSON"
+    assert _known({"a": [math.inf, math.nan, 0.5]}) == {"a": [None, None, 0.5]}, (
+        "a gain over nothing has no JSON"
+    )
     assert gain.sets == 4 and gain.verdict == verdict(gain.paper, gain.low, gain.high)
     assert "mean of its 4 data sets" in made.text
     for name in ("trial-0", "seed-1"):

@@ -130,7 +130,10 @@ def test_a_run_that_cannot_be_written_is_measured_all_the_same(
     monkeypatch.setattr("triewise.app.studying.atomic_folder", refused)
     tables = measure(here / "generative", USERS, 0)
     assert set(tables) == {"decoding", "prefixes", "tokens", "logits", "parts"}
-    assert "generative cannot be written (Permission denied): what was measured is not kept" in capsys.readouterr().err
+    assert (
+        "generative cannot be written (Permission denied): what was measured is not kept"
+        in capsys.readouterr().err
+    )
     assert not (here / "generative" / "statistics").exists()
 
 

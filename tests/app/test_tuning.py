@@ -321,7 +321,9 @@ def test_codes_that_titles_share_are_not_tuned(recipe: Recipe, tmp_path: Path) -
     )
     assert read_space(levels, coded)
     for space, of in ((levels, coded.changed("identifier.collisions=group")), (collisions, coded)):
-        with pytest.raises(UserError, match="identifier.* decides what a trial is learned from or measured by"):
+        with pytest.raises(
+            UserError, match="identifier.* decides what a trial is learned from or measured by"
+        ):
             read_space(space, of)
     record = {"parameters": 1, "timing": {"seconds": 1.0}, "training": {"steps": 1}}
     ranked = {"search": "exact", "support": "trie"}

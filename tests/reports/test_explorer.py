@@ -160,7 +160,10 @@ def test_many_ways_and_writing_from_right_to_left(tmp_path: Path, browser: Any, 
         assert min(beside) > 0, "and does not cover its token"
         picked = page.locator("#explorer option").inner_text()
         assert picked == f"User \u2068משתמש 7\u2069: \u2068{name}\u2069"
-        assert page.locator("#explorer .way bdi").first.evaluate("(e) => getComputedStyle(e).textAlign") == "left"
+        assert (
+            page.locator("#explorer .way bdi").first.evaluate("(e) => getComputedStyle(e).textAlign")
+            == "left"
+        )
         check_look(page)
 
 
