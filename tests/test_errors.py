@@ -43,6 +43,8 @@ TABLE = Path(__file__).parents[1] / "docs" / "errors.md"
 NO_ERRORS = "Lines on stderr that are no errors"
 RAISED = (
     "UserError",
+    "Diverged",
+    "Busy",
     "ValueError",
     "KeyError",
     "_complain",

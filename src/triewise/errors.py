@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and the kind of it that a search for settings goes on after."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class UserError(ValueError):
     The line says what was wanted, what came, and what to do. The command line prints it without a traceback
     and exits with status 2; from Python it is an ordinary ``ValueError``.
     """
+
+
+class Diverged(UserError):
+    """A loss or weights that are not finite: what is tuned was too large, and another value may do."""
 
 
 @contextlib.contextmanager

@@ -18,6 +18,10 @@ _UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems tha
 _held: dict[Path, int] = {}  # lock files of this process and their descriptors
 
 
+class Busy(UserError):
+    """Another process writes there."""
+
+
 @contextlib.contextmanager
 def one_writer(folder: Path, beside: bool = False, wait: bool = False) -> Iterator[None]:
     """Let one process write in a folder at a time; what killed ones left there is removed first.
@@ -31,7 +35,8 @@ def one_writer(folder: Path, beside: bool = False, wait: bool = False) -> Iterat
         wait: Whether to wait for another process, for what takes a moment.
 
     Raises:
-        UserError: Another process writes there, or this one may not.
+        Busy: Another process writes there.
+        UserError: This one may not.
         OSError: This one may not, and would wait.
     """
     folder = Path(os.path.realpath(folder))
@@ -75,7 +80,7 @@ def _taken(file: Path, folder: Path, wait: bool) -> int:
             if error.errno not in _UNKNOWN:
                 who = os.read(descriptor, 20).decode("ascii", "replace") or "unknown"
                 os.close(descriptor)
-                raise UserError(
+                raise Busy(
                     f"another triewise process (pid {who}) writes in {folder}; wait for it, or choose another --out"
                 ) from None
         if file.exists() and os.path.samestat(os.fstat(descriptor), os.stat(file)):

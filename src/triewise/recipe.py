@@ -78,6 +78,13 @@ class Recipe(Section):
         """This recipe with ``a.b=value`` changes, validated; see `load_recipe`."""
         return parse_recipe(self.model_dump(mode="json", exclude_none=True), self.name, changes)
 
+    def value_of(self, key: str) -> Any:
+        """What it has for a key with dots, as a JSON value; None where it leaves that open."""
+        value: Any = self.model_dump(mode="json")
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
     @model_serializer(mode="wrap")
     def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)

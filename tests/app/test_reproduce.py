@@ -15,18 +15,19 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.worlds import write_msl_folder
-from triewise.app import evaluate_run, open_run, row, tabulating
-from triewise.app.paper_tables import SCALES, deviation, read_table, table_names, verdict
-from triewise.app.reproduce import TableRow, _common, reproduce_table as reproduce
+from triewise import locks
+from triewise.app import evaluate_run, open_run, row
+from triewise.app.paper_tables import SCALES, Beside, deviation, read_table, table_names, verdict
+from triewise.app.reproduce import TableRow, _common, _is_of, reproduce_table as reproduce
 from triewise.app.runs import train_run
-from triewise.app.tabulating import Wish, _findings, judged
+from triewise.app.tabulating import Wish, _findings, _known, _tried, judged
 from triewise.cli import app
 from triewise.data import load_dataset
-from triewise.errors import UserError
+from triewise.errors import Diverged, UserError
 from triewise.files import read_json
-from triewise.ranking import load_evaluation
-from triewise.recipe import load_recipe, recipe_folder
-from triewise.recommenders import load
+from triewise.locks import one_writer
+from triewise.ranking import gain_interval, load_evaluation
+from triewise.recipe import dump_recipe, load_recipe, recipe_folder
 from triewise.reports import item_score_entropy
 
 TINY = {"vocabulary": 300, "width": 16, "heads": 2, "feed_forward": 32}
@@ -152,24 +153,13 @@ def test_what_a_row_needs_is_trained_once(world: dict[str, Any], tmp_path: Path)
     assert not made.differences  # nothing to compare with
 
 
-def test_code_of_a_model_runs_where_the_command_says_so(
-    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_of_a_model_runs_where_the_command_says_so(world: dict[str, Any], tmp_path: Path) -> None:
     asks = {"changes": [*world["changes"], "backbone.trust_remote_code=true"]}
     ask = world | {"seeds": 1, "rows": ["msl"], "trials": 1}
     with pytest.raises(UserError, match="the table ledger asks to run code .*--trust-remote-code"):
         reproduce("ledger", tmp_path, **(ask | asks))
     made = reproduce("ledger", tmp_path, **ask, trust_remote_code=True)
     assert not made.rows[0].failed and open_run(tmp_path / "msl" / "trial-0")[0].backbone.trust_remote_code
-    ask |= {"changes": [each for each in asks["changes"] if not each.startswith("data.folder")]}
-    ask |= {"rows": ["alpha-0"], "scale": "small", "trust_remote_code": True}
-    with monkeypatch.context() as patch:  # whose lists are looked at once more
-        granted: list[bool] = []
-        patch.setattr(
-            tabulating, "load", lambda *a, **how: granted.append(how["trust_remote_code"]) or load(*a, **how)
-        )
-        assert reproduce("igd-table-7", tmp_path / "lists", **ask).rows[0].findings
-    assert granted == [True]
 
 
 def test_a_row_that_fails_is_a_line(
@@ -180,18 +170,35 @@ def test_a_row_that_fails_is_a_line(
 
     def fail(recipe: Any, run: Path, **how: Any) -> Any:
         if run.parent.name == "pos" or run.name == "trial-0":
-            raise UserError("the loss is\nnot finite")
+            raise Diverged("the loss is\nnot finite | nan")
         return train_run(recipe, run, **how)
 
     monkeypatch.setattr("triewise.app.reproduce.train_run", fail)
     made = reproduce("ledger", tmp_path, **ask)
-    assert made.rows[0].chosen == "learning_rate = 0.002"
-    assert made.rows[1] == TableRow("pos", "Pos", failed="the loss is not finite")
-    assert "| Pos | failed: the loss is not finite |" in made.text
-    assert made.as_json()["pos"] == {"failed": "the loss is not finite"}
+    assert made.rows[0].chosen == "learning_rate = 0.002 (1 of 2 values diverged)"
+    assert made.rows[1] == TableRow("pos", "Pos", failed="the loss is not finite | nan")
+    assert "| Pos | failed: the loss is not finite \\| nan |" in made.text, "no more cells than heads"
+    assert made.as_json()["pos"] == {"failed": "the loss is not finite | nan"}
     monkeypatch.setattr("triewise.app.reproduce.train_run", lambda *args, **how: 1 / 0)
     none = reproduce("ledger", tmp_path / "none", **ask)
     assert none.html is None and none.rows[0].failed == "division by zero"
+
+
+def test_what_is_no_fault_of_a_value_fails_its_row(
+    world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that another process writes in, or a full disk: else a value wins because the others were left out."""
+    ask = world | {"seeds": 1, "rows": ["msl"], "trials": 2}
+    with one_writer(tmp_path / "msl" / "trial-0"), monkeypatch.context() as patch:
+        patch.setattr(locks, "_held", {})  # as of another process
+        (failed,) = reproduce("ledger", tmp_path, **ask).rows
+    assert "another triewise process" in failed.failed and not failed.chosen
+    (made,) = reproduce("ledger", tmp_path, **ask).rows
+    assert not made.failed
+    for damaged in ("", "{}", '{"NDCG@10": "much"}', '{"NDCG@10": null}'):
+        (tmp_path / "msl" / "trial-1" / "trial.json").write_text(damaged, encoding="utf-8")
+        (again,) = reproduce("ledger", tmp_path, **ask).rows
+        assert (again.failed, again.chosen) == ("", made.chosen), "a damaged judgement is made again"
 
 
 def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
@@ -237,6 +244,15 @@ def test_the_command(world: dict[str, Any], tmp_path: Path) -> None:
             {"changes": ["seed = 5"]},
             "wanted seeds from 0 on, as many as --seeds says, got the change 'seed = 5'",
         ),
+        (
+            {"changes": ["objective.support=trie"], "rows": ["msl", "lml"]},
+            "wanted changes of what all rows have in common, got 'objective.support=trie', where they have trie and "
+            "vocabulary; leave it out",
+        ),
+        (
+            {"table": "igd-table-7", "scale": "small", "changes": ["evaluation.alpha = 0.3"]},
+            "got 'evaluation.alpha = 0.3', where they have 0.0 and 0.4; leave it out",
+        ),
         ({"trials": 9}, "wanted 1 to 3 trials and at least one seed, got 9 and 3"),
     ],
 )
@@ -276,14 +292,19 @@ def test_numbers_are_those_of_the_notes_and_gains_are_shares_of_the_row_against(
     known = read_table("msl-table-6", "small")
     assert known.number("msl-ats", "office") == 0.0438 and known.number("msl-ats", "office", "HR@10") is None
     assert known.number("msl-ats", "ml-100k") is None
-    assert known.gain("msl-ats", "office") == pytest.approx(0.0438 / 0.0220 - 1)
-    every = [0.0288 / 0.0182, 0.0172 / 0.0137, 0.0120 / 0.0073, 0.0438 / 0.0220]
-    assert known.gain("msl-ats", "ml-100k") == pytest.approx(sum(every) / 4 - 1), (
-        "data the paper has not: the mean"
+    assert known.gains("msl-ats", "office", 2414) == pytest.approx([0.0438 / 0.0220 - 1])
+    every = [0.0288 / 0.0182 - 1, 0.0172 / 0.0137 - 1, 0.0120 / 0.0073 - 1, 0.0438 / 0.0220 - 1]
+    for data, n_items in (("ml-100k", 1682), ("office", 3459)):  # the second: its name, but another cut
+        assert known.gains("msl-ats", data, n_items) == pytest.approx(every), (
+            "data the paper has not: all of its"
+        )
+    mean = Beside("over LML", 0.1, 0.0, 0.2, 0.5, "below", gain=True, sets=4)
+    assert (
+        mean.cells()[2] == "+50.0%, mean of its 4 data sets" and replace(mean, sets=1).cells()[2] == "+50.0%"
     )
     igd = read_table("igd-table-2")
     assert igd.number("d3-pos", "toy") == 0.0702 and igd.number("d3-pos", "toy", "HR@10") is None
-    assert igd.number("d3-cft", "toy") is None and igd.gain("d3-cft", "toy") is None
+    assert igd.number("d3-cft", "toy") is None and igd.gains("d3-cft", "toy", 11252) == []
 
 
 def test_a_verdict_says_where_an_interval_lies() -> None:
@@ -306,6 +327,9 @@ def test_numbers_of_something_else_are_not_judged() -> None:
     assert judged(wish, small, 0.0438, 0.04, 0.05) == "of llama-3-8b: not comparable"
     assert judged(replace(wish, n_items=20), recipe, 0.0438, 0.04, 0.05).startswith("of 2,414 items, here 20")
     assert judged(wish, small, None, 0.04, 0.05) == "the paper's number is not recorded"
+    large = small.changed("backbone.name=meta-llama/Meta-Llama-3-8B")
+    said = judged(replace(wish, scale="small"), large, 0.0438, 0.04, 0.05)
+    assert said == "of other settings: not comparable", "the same model by another recipe"
     sasrec, table = load_recipe("papers/msl-table-5/sasrec"), read_table("msl-table-5")
     assert judged(replace(wish, table=table), sasrec, 0.0183, 0.01, 0.02) == "within"
     assert (
@@ -345,18 +369,22 @@ def test_a_table_of_a_paper_has_its_number_beside_ours_in_both_supports(
     n = load_dataset(tmp_path / "prepared").catalog.n_items
     assert found["NDCG@10, trie"].verdict == f"of 2,414 items, here {n}: not comparable"
     difference, gain = made.differences["msl-ats"]["NDCG@10"], found["NDCG@10, trie, over LML"]
-    level = row(lml.evaluation).metrics["NDCG@10"]
-    assert gain.ours == pytest.approx(difference.difference / level)
-    assert gain.low == pytest.approx(difference.low / level) and gain.paper == pytest.approx(
-        0.0438 / 0.0220 - 1
+    assert lml.evaluation is not None and ats.evaluation is not None
+    assert gain.ours == pytest.approx(difference.difference / row(lml.evaluation).metrics["NDCG@10"])
+    assert (gain.low, gain.high) == gain_interval(*(r.evaluation.per_user("NDCG@10") for r in (ats, lml)))
+    assert _known({"a": [math.inf, math.nan, 0.5]}) == {"a": [None, None, 0.5]}, (
+        "a gain over nothing has no JSON"
     )
-    assert gain.verdict == verdict(gain.paper, gain.low, gain.high)
+    assert gain.sets == 4 and gain.verdict == verdict(gain.paper, gain.low, gain.high)
+    assert "mean of its 4 data sets" in made.text
     for name in ("trial-0", "seed-1"):
         folders = [p for p in (tmp_path / "lml").iterdir() if p.name.endswith("-vocabulary")]
         assert len(folders) == 2 and name
     other = load_evaluation(folders[0]).metrics
     assert other["support"] == "vocabulary" and other["split"] == "test"
     page = (tmp_path / "report.html").read_text("utf-8")
+    assert "chosen on validation rows, out of 2 each; test rows ranked exactly" in page
+    assert _tried([TableRow("a", "A"), TableRow("b", "B", tried=3)]) == "1 to 3, so not out of equally many"
     assert "Table 6" in page and "not comparable" in page and "Masking alone" in page
     assert "| MSL + ATS | adaptive.eta = " in made.text
 
@@ -372,6 +400,18 @@ def test_a_table_of_a_paper_has_its_number_beside_ours_in_both_supports(
         UserError, match="holds runs of a table; choose another --out, or leave --no-resume out"
     ):
         reproduce("msl-table-6", tmp_path, **ask, resume=False)
+
+
+def test_a_run_of_an_older_version_is_of_the_same_recipe(world: dict[str, Any], tmp_path: Path) -> None:
+    """It wrote fewer keys; a key that says something else makes it another run."""
+    recipe = load_recipe("ledger/msl")
+    assert not _is_of(tmp_path, recipe)
+    text = dump_recipe(recipe)
+    assert "soft_share = 0.5\n" in text
+    (tmp_path / "recipe.toml").write_text(text.replace("soft_share = 0.5\n", ""), encoding="utf-8")
+    assert _is_of(tmp_path, recipe) and not _is_of(tmp_path, recipe.changed("objective.soft_share=0.4"))
+    (tmp_path / "recipe.toml").write_text("steps = [", encoding="utf-8")
+    assert not _is_of(tmp_path, recipe)
 
 
 def test_values_that_only_rank_share_one_training(world: dict[str, Any], tmp_path: Path) -> None:
@@ -434,7 +474,7 @@ def test_repetition_and_entropy_of_lists_stand_beside_the_papers(
 ) -> None:
     changes = [change for change in world["changes"] if not change.startswith("data.folder")]
     ask = world | {
-        "changes": changes,
+        "changes": [*changes, "evaluation.k=12"],  # longer lists than the paper's ten
         "seeds": 1,
         "rows": ["alpha-0", "alpha-0-4"],
         "trials": 1,
@@ -446,7 +486,7 @@ def test_repetition_and_entropy_of_lists_stand_beside_the_papers(
     assert [one.what for one in found] == ["repetition of first words", "entropy of scores, bits"]
     assert all(one.low <= one.ours + 1e-9 and one.ours <= one.high + 1e-9 for one in found)
     assert 0 < found[0].ours <= 1
-    assert found[1].ours == pytest.approx(item_score_entropy(made.rows[1].evaluation.scores).mean())  # type: ignore[union-attr]
+    assert found[1].ours == pytest.approx(item_score_entropy(made.rows[1].evaluation.scores[:, :10]).mean())  # type: ignore[union-attr]
 
 
 def test_time_and_deviation_of_seeds_stand_beside_the_papers(world: dict[str, Any], tmp_path: Path) -> None:

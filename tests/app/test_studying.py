@@ -119,6 +119,24 @@ def test_what_was_measured_is_kept_until_the_run_is_another_one(here: Path, monk
         measure(run, 1, 0)
 
 
+def test_a_run_that_cannot_be_written_is_measured_all_the_same(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one of somebody else's, which may be read alone."""
+
+    def refused(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("triewise.app.studying.atomic_folder", refused)
+    tables = measure(here / "generative", USERS, 0)
+    assert set(tables) == {"decoding", "prefixes", "tokens", "logits", "parts"}
+    assert (
+        "generative cannot be written (Permission denied): what was measured is not kept"
+        in capsys.readouterr().err
+    )
+    assert not (here / "generative" / "statistics").exists()
+
+
 def test_an_adapter_has_the_gradients_of_its_own_weights(here: Path) -> None:
     found = measure(here / "adapter", USERS, 0)["parts"]
     assert (found["gradient_norm"] > 0).all()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -19,7 +20,8 @@ from typer.testing import CliRunner
 import triewise.app.tuning as tuning
 from tests.worlds import write_msl_folder
 from triewise import locks
-from triewise.app import Tuned, tune
+from triewise.app import Tuned, train_run, tune
+from triewise.app.compare import _row_note
 from triewise.app.space import Range, read_space
 from triewise.cli import app
 from triewise.errors import UserError
@@ -307,6 +309,30 @@ def test_a_space_that_cannot_be_is_one_line(text: str, recipe: Recipe, tmp_path:
     assert WRONG[text] in str(problem.value) and "\n" not in str(problem.value)
 
 
+def test_codes_that_titles_share_are_not_tuned(recipe: Recipe, tmp_path: Path) -> None:
+    """A hit is one of the titles of a code: of two codes in all the first ten would hold every title."""
+    coded = recipe.changed("identifier.kind=codes")
+    levels, collisions = (
+        written(tmp_path / name, f"[space]\n{text}\n")
+        for name, text in (
+            ("a", '"identifier.levels" = [[2], [4, 4]]'),
+            ("b", '"identifier.collisions" = ["level", "group"]'),
+        )
+    )
+    assert read_space(levels, coded)
+    for space, of in ((levels, coded.changed("identifier.collisions=group")), (collisions, coded)):
+        with pytest.raises(
+            UserError, match="identifier.* decides what a trial is learned from or measured by"
+        ):
+            read_space(space, of)
+    record = {"parameters": 1, "timing": {"seconds": 1.0}, "training": {"steps": 1}}
+    ranked = {"search": "exact", "support": "trie"}
+    assert "count as one" not in _row_note(coded, record, ranked)
+    assert "titles of equal codes count as one" in _row_note(
+        coded.changed("identifier.collisions=group"), record, ranked
+    )
+
+
 def test_the_recipe_as_it_is_comes_first_where_a_range_holds_it(recipe: Recipe, tmp_path: Path) -> None:
     """The batch of 8 is the second of four values; half steps between whole ends are numbers of any kind."""
     assert Range(4, 16, step=4).holds(8) and not Range(4, 16, step=4).holds(9)
@@ -333,6 +359,60 @@ def test_a_trial_that_ended_before_its_lock_was_free_is_not_made_again(
     with contextlib.ExitStack() as held:
         claimed = study._claim(step, held)
     assert claimed is not None and claimed[0].number == 1
+
+
+def test_a_step_is_closed_when_a_later_one_was_begun(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More trials of it could have another best than that with which the later one was measured."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    space = written(tmp_path, PLAN.replace("trials = 3\n", ""))
+    study = tuning._Study(tuning._optuna(), recipe, read_space(space, recipe), 5, tmp_path / "study", False)
+    study.begin(space, False)
+    learn, decode = study.plan
+    of = study.studies["learn"]
+    of.tell(of.ask({"training.learning_rate": FloatDistribution(1e-3, 3e-2, log=True)}), 0.5)
+    with contextlib.ExitStack() as held:
+        assert study._claim(learn, held) is not None
+    assert "stays as it is" not in capsys.readouterr().err
+    study.studies["decode"].tell(
+        study.studies["decode"].ask({"evaluation.alpha": CategoricalDistribution(["0.0", "1.0"])}), 0.5
+    )
+    of.tell(1, 0.4)
+    with contextlib.ExitStack() as held:
+        assert study._claim(learn, held) is None and study._claim(decode, held) is not None
+    assert "learn stays as it is: decode was begun with the best of its 2 trials" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_no_other_process(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was waited for without end."""
+    monkeypatch.setattr(tuning.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "trials").write_text("a file")
+    with pytest.raises(UserError, match="cannot write .*base: Not a directory; choose another folder"):
+        tune(recipe, written(tmp_path, '[space]\n"evaluation.alpha" = [0.0, 0.5]\n'), 1, tmp_path / "study")
+
+
+def test_an_assistant_that_saw_the_validation_rows_chooses_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    both = ["training.rows=train+valid", "training.evaluate_every=0", "training.steps=2"]
+    train_run(recipe.changed(*both), tmp_path / "helper")
+    text = '[space]\n"evaluation.assistant_weight" = [0.3, 0.7]\n'
+    helped = recipe.changed(f"evaluation.assistant={tmp_path / 'helper'}", "training.steps=2")
+    with pytest.raises(UserError, match="was trained on the validation rows, which are looked at here"):
+        tune(helped, written(tmp_path, text), 2, tmp_path / "study")
+
+
+def test_a_study_of_an_older_version_goes_on(whole, recipe: Recipe, tmp_path: Path) -> None:
+    """It wrote fewer keys into recipe.toml."""
+    shutil.copytree(whole[0], tmp_path / "study")
+    old = tmp_path / "study" / "recipe.toml"
+    text = old.read_text(encoding="utf-8")
+    old.write_text(text.replace("soft_share = 0.5\n", ""), encoding="utf-8")
+    assert tune(recipe, written(tmp_path, PLAN), 5, tmp_path / "study", resume=True).steps == whole[1].steps
+    assert old.read_text(encoding="utf-8") == text
 
 
 @pytest.mark.filterwarnings("ignore:this model is decoded on the plain")

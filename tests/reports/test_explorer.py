@@ -142,6 +142,31 @@ def test_a_reader_looks_users_up(written: Path, browser: Any, width: int, scheme
         check_look(page)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_many_ways_and_writing_from_right_to_left(tmp_path: Path, browser: Any, width: int) -> None:
+    name = "שלום עולם (1999)"
+    found = title(name, ("שלום", 0.4, 123_456), (" עולם", 0.2, 98_765), (" (1999)", 1.0, 1))
+    user = Explored("משתמש 7", ("found",), (name,), name, (Ranked(0, (found,)),))
+    shown = Explorer((user,), (Method("MSL"),), {"found": "it is"}, "1 of 9 users.")
+    write_report(path := tmp_path / "report.html", replace(full(), explorer=shown))
+    with opened(browser, path.as_uri(), width) as page:
+        nodes = page.locator("#explorer b.node")
+        assert nodes.all_inner_texts() == ["123,456", "98,765"]
+        heights, size = nodes.evaluate_all("all => [all.map((e) => e.offsetHeight), innerHeight]")
+        assert size == 900 and max(heights) < 30, "a number is one line"
+        beside = nodes.evaluate_all(
+            "all => all.map((e) => e.nextSibling.getBoundingClientRect().left - e.getBoundingClientRect().right)"
+        )
+        assert min(beside) > 0, "and does not cover its token"
+        picked = page.locator("#explorer option").inner_text()
+        assert picked == f"User \u2068משתמש 7\u2069: \u2068{name}\u2069"
+        assert (
+            page.locator("#explorer .way bdi").first.evaluate("(e) => getComputedStyle(e).textAlign")
+            == "left"
+        )
+        check_look(page)
+
+
 def test_it_prints(written: Path, browser: Any) -> None:
     with opened(browser, written.as_uri()) as page:
         page.emulate_media(media="print", color_scheme="dark")

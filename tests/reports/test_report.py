@@ -14,6 +14,7 @@ import pytest
 
 from triewise.reports import Comparison, Example, Report, Row, write_report
 from triewise.reports.explanation import Recommendation, Token
+from triewise.reports.report import digits
 
 VOID = {"meta", "br", "wbr", "img", "hr", "link", "input"}
 NASTY = '<script>alert(1)</script> & "quotes" \'n <b>bold</b>'
@@ -314,6 +315,17 @@ def test_the_table_marks_the_best_and_shows_what_is_missing(tmp_path: Path) -> N
     assert [cell.startswith("<b>") for cell in cells] == [True, False, True, True, False, True, False, False]
     assert cells[4] == cells[6] == cells[7] == "–"
     assert "MRR@10" not in text, "the field's four are enough"
+
+
+def test_small_metrics_keep_the_digits_that_tell_them_apart(tmp_path: Path) -> None:
+    """Of large catalogues NDCG@10 is .0123 here and .0118 there: with three digits both would be 0.012."""
+    ours, theirs = {"HR@10": 0.0312, "NDCG@10": 0.0123}, {"HR@10": 0.0302, "NDCG@10": 0.0118}
+    low = (Row("a", ours, {}), Row("b", theirs, {}))
+    apart = (Comparison("a", "b", "NDCG@10", 0.0005, 0.0001, 0.0009),)
+    found = page(tmp_path, Report("t", "s", rows=low, comparisons=apart)).words
+    for shown in ("0.0123", "0.0118", "+0.0005", "+0.0001", "3.12"):
+        assert shown in found
+    assert (digits(low), digits(rows())) == (4, 3)
 
 
 # --- users --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from triewise.reports import (
     prefixes,
 )
 from triewise.reports.run_statistics import MADE, variant
-from triewise.reports.statistics import spoken, statistics_section
+from triewise.reports.statistics import spoken, statistics_section, times
 from triewise.reports.tidy import (
     gain_bins,
     gradient_weights,
@@ -198,7 +198,10 @@ def test_temperatures() -> None:
     )
     found = made("temperature", *runs)
     assert found.table["temperature"].to_list() == [1.0, 2.0, 1.7]
-    assert "2 is best" in found.sentence and "2 is above temperature 1: NDCG@10 +" in found.sentence
+    assert (
+        "2 is best" in found.sentence
+        and "2 (chosen on these very users) is above temperature 1: NDCG@10 +" in found.sentence
+    )
     assert "ends at 1.70" in found.sentence
     assert made("temperature", runs[0], runs[2]) is None, "one fixed temperature is no curve"
 
@@ -213,7 +216,11 @@ def test_betas() -> None:
     found = made("beta", *runs, gini)
     assert found.table["beta"].to_list() == [1.0, 0.2, 0.5]
     assert found.sentence.startswith(
-        "IGD with beta 0.2 is above lml, which weighs all tokens alike: NDCG@10 +"
+        "IGD with beta 0.2 (chosen on these very users) is above lml, which weighs all tokens alike: NDCG@10 +"
+    )
+    elsewhere = made("beta", run("msl", BAD, support="trie"), runs[1])
+    assert elsewhere.sentence == (
+        "IGD with beta 0.2 reaches NDCG@10 0.858; no run of vocabulary support weighs all tokens alike."
     )
     assert made("beta", runs[0]) is None and made("beta", *runs[1:]) is None
 
@@ -239,6 +246,16 @@ def test_times_seeds_and_the_ablation() -> None:
     assert found.table.select("variant", "run").rows() == [("LML", "lml"), ("MSL", "msl")]
     assert "MSL is above LML: NDCG@10 +0.591" in found.sentence
     assert made("ablation", msl) is None
+    assert lml.evaluation is not None
+    other = replace(lml, evaluation=replace(lml.evaluation, metrics={"NDCG@10": 0.3, "exclude": "seen"}))
+    assert "above" not in made("ablation", other, msl).sentence, "other items were left out"
+    assert [times(ratio) for ratio in (0.123, 2.04, 99.4, 99.6, 12345.6)] == [
+        "0.12",
+        "2",
+        "99",
+        "100",
+        "12,346",
+    ]
 
 
 def test_variants_of_the_loss() -> None:

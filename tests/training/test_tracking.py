@@ -161,6 +161,27 @@ def test_mlflow_is_told_and_a_resumed_run_is_the_same(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_training_outlives_its_trackers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that goes away is said once; what the run itself raises is not swallowed."""
+    told = Told("wandb")
+
+    def gone(*args: Any, **how: Any) -> None:
+        told.calls.append(("gone", args, how))
+        raise ConnectionError("no route\nto the host")
+
+    told.log = told.finish = gone  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", told)
+    result = trained(kind, tmp_path, report_to=("wandb",))
+    assert (result.steps_done, result.stopped) == (6, "steps")
+    assert told.names() == ["init", "gone", "gone"], "one row, and the end"
+    assert capsys.readouterr().err.count("warning: wandb fails and is told no more: no route\n") == 1
+    with pytest.raises(ZeroDivisionError), tracked(["wandb"], tmp_path / "b", "a", {}):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_nobody_is_told_unless_asked_whatever_the_environment_says(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

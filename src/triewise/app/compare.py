@@ -339,6 +339,8 @@ def _row_note(recipe: Recipe, record: dict[str, Any], metrics: dict[str, Any]) -
         note += f", {metrics['search']}"
     if metrics["support"] == "vocabulary":
         note += ", vocabulary support"
+    if recipe.identifier.kind != "title" and recipe.identifier.collisions == "group":
+        note += ", titles of equal codes count as one"
     return note
 
 

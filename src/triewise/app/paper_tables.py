@@ -99,15 +99,18 @@ class PaperTable:
         value = known[self.metrics.index(metric)] if known else float("nan")
         return None if np.isnan(value) else float(value)
 
-    def gain(self, row: str, data: str, metric: str = "NDCG@10") -> float | None:
+    def gains(self, row: str, data: str, n_items: int, metric: str = "NDCG@10") -> list[float]:
         """How far a row is above the row ``against`` in the paper, as a share of it.
 
-        On data that the paper does not have: the mean over those it has.
+        One number; on data that the paper does not have, by their name or their number of items, one for each that it
+        has.
         """
-        of = [data] if data in self.numbers else list(self.numbers)
-        pairs = [(self.number(row, d, metric), self.number(self.against, d, metric)) for d in of]
-        shares = [a / b - 1 for a, b in pairs if a is not None and b is not None]
-        return float(np.mean(shares)) if shares else None
+        ours = data in self.numbers and self.items.get(data, n_items) == n_items
+        pairs = [
+            (self.number(row, d, metric), self.number(self.against, d, metric))
+            for d in ([data] if ours else self.numbers)
+        ]
+        return [a / b - 1 for a, b in pairs if a is not None and b is not None]
 
 
 def table_names() -> tuple[str, ...]:
@@ -187,6 +190,7 @@ class Beside:
         paper: The paper's number; None where it is not recorded.
         verdict: `verdict`, or why there is none.
         gain: Whether it is a share by which a row is above another one.
+        sets: Of how many data sets of the paper its number is the mean.
     """
 
     what: str
@@ -196,6 +200,7 @@ class Beside:
     paper: float | None
     verdict: str
     gain: bool = False
+    sets: int = 1
 
     def cells(self) -> tuple[str, str, str, str]:
         """What, ours with its interval, the paper's number, the verdict."""
@@ -203,7 +208,13 @@ class Beside:
         ours = "" if np.isnan(self.ours) else shown.format(self.ours)
         if ours and not np.isnan(self.low):
             ours += f" [{shown.format(self.low)}, {shown.format(self.high)}]"
-        return self.what, ours, "" if self.paper is None else shown.format(self.paper), self.verdict
+        paper = "" if self.paper is None else shown.format(self.paper)
+        return (
+            self.what,
+            ours,
+            f"{paper}, mean of its {self.sets} data sets" if self.sets > 1 else paper,
+            self.verdict,
+        )
 
 
 def deviation(values: Sequence[float]) -> tuple[float, float, float]:

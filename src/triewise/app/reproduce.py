@@ -8,6 +8,7 @@ it was. Tables of papers have the paper's number beside ours, see `paper_tables`
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,14 +31,15 @@ from triewise.app.paper_tables import (
 )
 from triewise.app.runs import evaluate_run, train_run
 from triewise.app.tabulating import METRIC, SUPPORTS, ReproducedTable, TableRow, Wish, judged, write_table
-from triewise.errors import UserError
+from triewise.errors import Diverged, UserError
 from triewise.files import read_json, sha256_file, write_json, write_text
 from triewise.progress import note
 from triewise.ranking import Evaluation, load_evaluation
-from triewise.recipe import OF_LANGUAGE_MODELS, Recipe, dump_recipe, load_recipe
+from triewise.recipe import OF_LANGUAGE_MODELS, Recipe, dump_recipe, load_recipe, run_recipe
 
 TRIAL = "trial.json"
 _SECTIONS = ("backbone.", "identifier.", "objective.", "hybrid.")
+_TOLD_BY = ("objective", "identifier", "hybrid", "evaluation")  # sections by which rows differ
 _UNUSED = (  # beginnings of changes that a sequential run has no use for
     *_SECTIONS,
     *(f"{section}.{key}" for section, keys in OF_LANGUAGE_MODELS.items() for key in keys),
@@ -149,6 +151,16 @@ def _check(
         raise UserError(
             f"wanted seeds from 0 on, as many as --seeds says, got the change {seed!r}; leave it out"
         )
+    recipes = [load_recipe(p.recipe, [*p.changes, *(f"{key}=." for key in p.needs)]) for p in asked]
+    writers = [recipe for recipe in recipes if recipe.sequential is None]
+    for change in changes:
+        key = change.partition("=")[0].strip()
+        told = {str(recipe.value_of(key)) for recipe in writers} if key.startswith(_TOLD_BY) else set()
+        if len(told) > 1:
+            raise UserError(
+                f"wanted changes of what all rows have in common, got {change!r}, where they have "
+                f"{' and '.join(sorted(told))}; leave it out"
+            )
     most = max(len(plan.values) for plan in table.rows.values())
     if not 1 <= (trials or most) <= most or seeds < 1:
         raise UserError(f"wanted 1 to {most} trials and at least one seed, got {trials} and {seeds}")
@@ -159,15 +171,16 @@ def _row(wish: Wish, plan: RowPlan) -> TableRow:
     folder, common = wish.out / plan.name, _fitting(wish.common, load_recipe(plan.recipe))
     changes = [*plan.changes, *common, *_needed(plan.needs, wish.out, wish.common)]
     tried: list[tuple[float, int, Recipe, Path]] = []
-    diverged: list[UserError] = []
+    diverged: list[Diverged] = []
     trained: dict[str, tuple[Path, Recipe]] = {}  # one for all values that only say how to rank
     for n, value in enumerate(plan.values[: wish.trials]):
         recipe = load_recipe(plan.recipe, [*changes, f"{plan.key}={value}", "seed=0"])
         run, learned = trained.setdefault(_learned(recipe), (folder / f"trial-{n}", recipe))
-        file = run / (TRIAL if learned is recipe else f"trial-{n}.json")
+        file = run / (TRIAL if learned is recipe else f"trial-{value:g}.json")
         try:
             tried.append((_on_validation(learned, recipe, run, file), -n, recipe, run))
-        except UserError as error:
+        except Diverged as error:  # anything else is no fault of the value: without it another one would win
+            note(f"{plan.title} with {plan.key} = {value:g} is left out: {error}")
             diverged.append(error)
     if not tried:
         raise diverged[0]
@@ -187,7 +200,9 @@ def _row(wish: Wish, plan: RowPlan) -> TableRow:
     return TableRow(
         plan.name,
         plan.title,
-        f"{plan.key.partition('.')[2]} = {plan.values[-best]:g}",
+        f"{plan.key.partition('.')[2]} = {plan.values[-best]:g}"
+        + (f" ({len(diverged)} of {len(diverged) + len(tried)} values diverged)" if diverged else ""),
+        len(plan.values[: wish.trials]),
         _together(plan.title, evaluations),
         {n: float(np.mean([m["beam"][n] for m in metrics])) for n in ("HR@10", "NDCG@10") if with_beams},
         float(np.mean([m[beams] if with_beams else np.nan for m in metrics])),
@@ -242,8 +257,7 @@ def _needed(needs: Mapping[str, str], out: Path, common: Sequence[str]) -> list[
 
 def _trained(recipe: Recipe, run: Path) -> None:
     """A run of exactly this recipe: the one that is there, gone on with where it was interrupted, or a new one."""
-    same = (run / "recipe.toml").is_file() and (run / "recipe.toml").read_text("utf-8") == dump_recipe(recipe)
-    there = same and (run / "run.json").is_file()
+    there = (run / "run.json").is_file() and _is_of(run, recipe)
     if there and read_json(run / "run.json")["status"] == "trained":
         if _same_data(run):
             return
@@ -255,6 +269,13 @@ def _trained(recipe: Recipe, run: Path) -> None:
     result = train_run(recipe, run, resume=there, overwrite=not there, trust_remote_code=trust)
     if result.stopped == "interrupted":
         raise KeyboardInterrupt
+
+
+def _is_of(run: Path, recipe: Recipe) -> bool:
+    """Whether a run was made by a recipe, also where an older version wrote it, with fewer keys."""
+    with contextlib.suppress(UserError, OSError):
+        return run_recipe(run) == recipe
+    return False
 
 
 def _same_data(run: Path) -> bool:
@@ -270,10 +291,11 @@ def _same_data(run: Path) -> bool:
 def _on_validation(learned: Recipe, recipe: Recipe, run: Path, file: Path) -> float:
     """What a trial reaches on validation rows."""
     _trained(learned, run)
-    if not file.is_file():
-        judged = _ranked(run, recipe, {"split": "valid"})
-        write_json(file, {METRIC: judged.metrics[METRIC]})
-    return float(read_json(file)[METRIC])
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # there is none, or a damaged one
+        return float(read_json(file)[METRIC])
+    reached = float(_ranked(run, recipe, {"split": "valid"}).metrics[METRIC])
+    write_json(file, {METRIC: reached})
+    return reached
 
 
 def _on_test(wish: Wish, run: Path, recipe: Recipe) -> Evaluation:

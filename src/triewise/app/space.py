@@ -17,6 +17,7 @@ _THE_SAME = (
     *("name", "title", "seed", "data", "training.rows", "training.sample", "training.valid_users"),
     *("training.metric", "training.report_to", "training.time_limit_s", "evaluation.split"),
     *("evaluation.k", "evaluation.users", "evaluation.exclude", "evaluation.allow", "evaluation.choose"),
+    "identifier.collisions",
 )
 _OF_A_RANGE = {"low", "high", "log", "step"}
 MOST_AT_ONCE = 1000  # combinations that are counted
@@ -144,9 +145,11 @@ def read_space(file: Path, recipe: Recipe) -> list[Step]:
     names = [step.name for step in steps]
     if len(set(names)) < len(names):
         raise UserError(f"wanted steps of different names in {file}, got {', '.join(names)}; rename one")
+    # Where titles of equal codes are ranked as one, the coarsest codes would hit most.
+    the_same = (*_THE_SAME, "identifier") if recipe.identifier.collisions == "group" else _THE_SAME
     for step in steps:
         for key, axis in step.axes.items():
-            if any(f"{key}.".startswith(f"{same}.") for same in _THE_SAME):
+            if any(f"{key}.".startswith(f"{same}.") for same in the_same):
                 raise UserError(
                     f"{file}: {key} decides what a trial is learned from or measured by, and has to be the same for "
                     "all; leave it out of the space"

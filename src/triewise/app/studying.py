@@ -27,6 +27,7 @@ from triewise.files import (
     write_json,
     write_text,
 )
+from triewise.progress import note
 from triewise.ranking import METRICS, evaluate, load_evaluation, metrics_from_rank
 from triewise.recommenders import GenerativeRecommender, load
 from triewise.reports import (
@@ -147,7 +148,8 @@ def study(
         raise UserError(
             f"wanted folders that give {', '.join(names)}, got none; docs/statistics.md says what each needs"
         )
-    _write(out, found, folders, export, users if any(run.measured for run in studied) else 0)
+    measured_on = [run.measured["decoding"]["row"].n_unique() for run in studied if run.measured]
+    _write(out, found, folders, export, max(measured_on, default=0))
     return found
 
 
@@ -299,10 +301,13 @@ def measure(run: Path, users: int, seed: int, *, trust: bool = False) -> Tables:
         recommender = load(run, assistant=False, merge_adapter=False, trust_remote_code=trust)
         assert isinstance(recommender, GenerativeRecommender)
     tables["parts"] = _parts(recommender, split)
-    with atomic_folder(run / FOLDER) as place:
-        for kind, table in tables.items():
-            table.write_parquet(place / f"{kind}.parquet")
-        write_json(place / RECORD, asked)
+    try:
+        with atomic_folder(run / FOLDER) as place:
+            for kind, table in tables.items():
+                table.write_parquet(place / f"{kind}.parquet")
+            write_json(place / RECORD, asked)
+    except OSError as error:
+        note(f"{run} cannot be written ({error.strerror}): what was measured is not kept there")
     return tables
 
 

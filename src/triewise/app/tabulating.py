@@ -14,8 +14,8 @@ from triewise.app.folders import data_of, open_run
 from triewise.app.paper_tables import SHOWN_METRICS, Beside, PaperTable, Scale, deviation, verdict
 from triewise.app.studying import studied_runs
 from triewise.files import write_text
-from triewise.ranking import interval
-from triewise.recommenders import GenerativeRecommender, load
+from triewise.ranking import gain_interval, interval
+from triewise.recommenders import TRIE
 from triewise.reports import (
     Comparison,
     Report,
@@ -26,12 +26,14 @@ from triewise.reports import (
     make_statistics,
     write_report,
 )
+from triewise.tokens import Trie
 
 if TYPE_CHECKING:
     from triewise.ranking import Evaluation
     from triewise.recipe import Recipe
 
 METRIC = "NDCG@10"  # of validation, by which a row's value is chosen
+LISTED = 10  # titles of a list that the papers look at
 SUPPORTS = {"trie": "vocabulary", "vocabulary": "trie"}
 
 
@@ -43,6 +45,7 @@ class TableRow:
         name: Of its recipe.
         title: What it is called.
         chosen: The key that was tuned, and its best value.
+        tried: How many of its values were.
         evaluation: Its runs on test rows, ranked exactly; None where it failed.
         beam: Means over seeds of what ten beams find.
         pruned: How often they drop the true title.
@@ -58,6 +61,7 @@ class TableRow:
     name: str
     title: str
     chosen: str = ""
+    tried: int = 1
     evaluation: Evaluation | Repeats | None = None
     beam: dict[str, float] = field(default_factory=dict)
     pruned: float = float("nan")
@@ -115,12 +119,12 @@ class Wish:
 
 
 def _known(value: Any) -> Any:
-    """JSON values with None for NaN."""
+    """JSON values with None for NaN and infinite ones."""
     if isinstance(value, dict):
         return {name: _known(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_known(each) for each in value]
-    return None if isinstance(value, float) and np.isnan(value) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> ReproducedTable:
@@ -138,7 +142,8 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
         rows = tuple(replace(r, findings=r.findings or tuple(_findings(wish, r, base))) for r in rows)
     heads, lines = _beside(rows) if table.published else _own(rows, differences, table.against)
     shown = [heads, ["---"] * len(heads), *lines]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in shown) + "\n"
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in shown)
+    text = "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
     if table.published:
         text = f"{table.title}. {table.source}.\n\nThe paper: {table.claim}\n\n{text}"
     write_text(wish.out / f"{table.name}.md", text)
@@ -153,7 +158,7 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
         how = "as the authors rank" if table.published and wish.scale == "paper" else "ranked exactly"
         report = Report(
             title=f"{table.title or table.name}: {len(rows)} {'rows' if table.published else 'losses'} on {data}",
-            subtitle=f"One value of each row chosen on validation rows, out of equally many; test rows {how}. "
+            subtitle=f"One value of each row chosen on validation rows, out of {_tried(done)}; test rows {how}. "
             "pruned@10: share of users whose true title ten beams drop.",
             rows=tuple(_shown(r) for r in ordered),
             comparisons=tuple(c for each in differences.values() for c in each.values()),
@@ -163,6 +168,12 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
         )
         write_report(html, report)
     return ReproducedTable(rows, differences, text, html)
+
+
+def _tried(rows: Sequence[TableRow]) -> str:
+    """How many values rows had to choose from, in words."""
+    fewest, most = (end(r.tried for r in rows) for end in (min, max))
+    return f"{most} each" if fewest == most else f"{fewest} to {most}, so not out of equally many"
 
 
 def _studied(table: PaperTable, rows: Sequence[TableRow]) -> list[StudiedRun]:
@@ -186,11 +197,13 @@ def _findings(wish: Wish, r: TableRow, base: TableRow | None) -> Iterator[Beside
         said = judged(wish, r.recipe, paper, *ours[1:]) if len(runs) > 1 else "wanted at least two seeds"
         yield Beside(f"deviation of {METRIC} over {len(runs)} seeds, %", *ours, paper, said)
     elif table.measure == "seconds" and base is not None and base is not r:
-        times = [a / b for a, b in zip(r.times, base.times, strict=False)]
+        times = [
+            a / max(b, 0.1) for a, b in zip(r.times, base.times, strict=False)
+        ]  # told in tenths of a second
         paper = table.number(r.name, "all", "seconds")
         low, high = (min(times), max(times)) if len(times) > 1 else (float("nan"),) * 2
         what = f"time of training, times that of {base.title} (range over seeds)"
-        yield Beside(what, float(np.mean(times)), low, high, paper, verdict(paper, low, high))
+        yield Beside(what, float(np.mean(times)), low, high, paper, judged(wish, r.recipe, paper, low, high))
     elif table.measure == "repetition":
         yield from _listed(wish, r)
     for metric in [m for m in SHOWN_METRICS if m == METRIC or m in table.metrics]:
@@ -205,23 +218,21 @@ def judged(wish: Wish, recipe: Recipe, paper: float | None, low: float, high: fl
         return verdict(None, low, high)
     if items != wish.n_items:
         return f"of {items:,} items, here {wish.n_items:,}: not comparable"
-    if sequential and wish.scale != "paper":
-        return "of other settings: not comparable"
     if not sequential and table.backbone not in recipe.backbone.name.lower():
         return f"of {table.backbone}: not comparable"
+    if wish.scale != "paper":
+        return "of other settings: not comparable"
     return verdict(paper, low, high)
 
 
 def _listed(wish: Wish, r: TableRow) -> Iterator[Beside]:
     """How alike the titles are that a user gets, and how even their scores."""
     assert r.evaluation is not None and r.recipe is not None
-    trust = r.recipe.backbone.trust_remote_code  # asked for and granted, or there were no run
-    writer = load(r.runs[0], assistant=False, trust_remote_code=trust)
-    assert isinstance(writer, GenerativeRecommender)
+    trie = Trie.load(r.runs[0] / TRIE)
     runs = r.evaluation.runs if isinstance(r.evaluation, Repeats) else (r.evaluation,)
     of_users = {
-        "repetition": [first_word_repetition(writer.trie, run.items) for run in runs],
-        "entropy": [item_score_entropy(run.scores) for run in runs],
+        "repetition": [first_word_repetition(trie, run.items[:, :LISTED]) for run in runs],
+        "entropy": [item_score_entropy(run.scores[:, :LISTED]) for run in runs],
     }
     names = {"repetition": "repetition of first words", "entropy": "entropy of scores, bits"}
     for measure, each in of_users.items():
@@ -236,7 +247,9 @@ def _accuracy(wish: Wish, r: TableRow, base: TableRow | None, metric: str) -> It
     """A metric of a row, and how far it is above the row all are compared with, for each support."""
     assert r.evaluation is not None and r.recipe is not None
     table, sequential = wish.table, r.recipe.sequential is not None
-    paper, gained = table.number(r.name, wish.data, metric), table.gain(r.name, wish.data, metric)
+    paper = table.number(r.name, wish.data, metric)
+    gains = table.gains(r.name, wish.data, wish.n_items, metric)
+    gained = float(np.mean(gains)) if gains else None
     own = r.recipe.evaluation.support
     for support, found in ((own, r.evaluation), (SUPPORTS[own], r.other)):
         if found is None:
@@ -248,12 +261,11 @@ def _accuracy(wish: Wish, r: TableRow, base: TableRow | None, metric: str) -> It
         against = None if base is None or base is r else _of_support(base, support)
         if against is None or base is None:
             continue
-        (c,) = comparisons([found, against], [metric])
-        level = float(against.per_user(metric).mean()) or float("nan")
-        share, low, high = (value / level for value in (c.difference, c.low, c.high))
-        yield Beside(
-            f"{named}, over {base.title}", share, low, high, gained, verdict(gained, low, high), gain=True
-        )
+        a, b = (one.per_user(metric) for one in (found, against))
+        low, high = gain_interval(a, b)
+        share = float(a.mean() / b.mean() - 1) if b.any() else float("nan")
+        said = verdict(gained, low, high) if b.any() else "nothing to divide by"
+        yield Beside(f"{named}, over {base.title}", share, low, high, gained, said, True, max(len(gains), 1))
 
 
 def _of_support(r: TableRow, support: str) -> Evaluation | Repeats | None:

@@ -20,11 +20,11 @@ from typing import Any
 from triewise.app.folders import open_data
 from triewise.app.runs import RECIPE, recommender_of, train_run, validator
 from triewise.app.space import Range, Step, changes_of, read_space
-from triewise.errors import UserError
+from triewise.errors import Diverged, UserError
 from triewise.files import write_text
-from triewise.locks import one_writer
+from triewise.locks import Busy, one_writer
 from triewise.progress import note
-from triewise.recipe import Recipe, dump_recipe
+from triewise.recipe import Recipe, dump_recipe, run_recipe
 from triewise.reports import StepOfTrials, TrialShown, trials_page
 
 STUDY, SPACE, BEST_RECIPE, PAGE, BASE = "study.db", "space.toml", "best.toml", "trials.html", "base"
@@ -125,8 +125,12 @@ class _Study:
         if (self.out / STUDY).is_file():
             if not resume:
                 raise UserError(f"{self.out} already holds a study; choose another --out, or add --resume")
+            theirs = {
+                RECIPE: dump_recipe(run_recipe(self.out)),  # an older version wrote fewer keys
+                SPACE: (self.out / SPACE).read_text(encoding="utf-8"),
+            }
             for name, text in given.items():
-                if (self.out / name).read_text(encoding="utf-8") != text:
+                if theirs[name] != text:
                     raise UserError(
                         f"the study in {self.out} has another {name} than this call; give the same, or choose another "
                         "--out"
@@ -146,7 +150,7 @@ class _Study:
 
     def _enqueue(self, step: Step, study: Any) -> None:
         """What is tried first: all combinations where they are few enough, else the recipe as it is."""
-        own = step.as_optuna(_values(self.start, step))
+        own = step.as_optuna({key: self.start.value_of(key) for key in step.axes})
         rows = step.all_of_them(self.wanted(step)) or []
         for row in ([own] if own else []) + [row for row in rows if row != own]:
             study.enqueue_trial(row)
@@ -193,6 +197,10 @@ class _Study:
         """Of a trial, whose number is from 0 with Optuna and from 1 for people."""
         return self.out / "trials" / f"{step.name}-{number + 1}"
 
+    def _made(self, step: Step) -> list[Any]:
+        """The trials of a step that were begun."""
+        return [t for t in self.studies[step.name].get_trials(deepcopy=False) if t.state.name != "WAITING"]
+
     def _running(self, study: Any) -> list[Any]:
         running: list[Any] = [t for t in study.get_trials(deepcopy=False) if t.state.name == "RUNNING"]
         return running
@@ -201,16 +209,22 @@ class _Study:
         """A trial and its values: one whose process was killed, else a new one; None: none is left."""
         study = self.studies[step.name]
         for dead in self._running(study):
-            with contextlib.suppress(UserError):  # another process makes it
-                held.enter_context(one_writer(self.folder(step, dead.number)))
-                if all(t.number != dead.number for t in self._running(study)):
-                    continue  # it has ended since
-                trial = self.optuna.trial.Trial(study, dead._trial_id)
-                return trial, {key: axis.draw(trial, key) for key, axis in step.axes.items()}
+            if not _locked(self.folder(step, dead.number), held):
+                continue  # another process makes it
+            if all(t.number != dead.number for t in self._running(study)):
+                continue  # it has ended since
+            trial = self.optuna.trial.Trial(study, dead._trial_id)
+            return trial, {key: axis.draw(trial, key) for key, axis in step.axes.items()}
         sampler = self.optuna.samplers.TPESampler
-        made = [t for t in study.get_trials(deepcopy=False) if t.state.name != "WAITING"]
+        made = self._made(step)
         if len(made) >= self.wanted(step):
             return None
+        for later in self.plan[self.plan.index(step) + 1 :]:
+            if self._made(later):  # another best of this step would not be what they were measured with
+                note(
+                    f"{step.name} stays as it is: {later.name} was begun with the best of its {len(made)} trials"
+                )
+                return None
         # Of its own seed, so that a resumed study draws what an uninterrupted one draws.
         study.sampler = sampler(seed=self.start.seed + len(made))
         trial = study.ask()
@@ -243,7 +257,7 @@ class _Study:
             return self._trained(step, trial, changed)
         except UserError as error:
             # What stops every trial is no fault of this one.
-            if "no space left" in str(error) or not (self._best(step) or "learning rate" in str(error)):
+            if "no space left" in str(error) or not (self._best(step) or isinstance(error, Diverged)):
                 raise
             return self._failed(step, trial, error)
 
@@ -293,15 +307,17 @@ class _Study:
         """A training of the recipe as it is, where the first step is about decoding; False: interrupted."""
         folder = self.out / "trials" / BASE
         while True:
-            with contextlib.suppress(_Busy), _alone(folder):
-                result = self._run(self.recipe, folder)
-                self.run = folder
-                return bool(result.stopped != "interrupted")
+            with contextlib.ExitStack() as held:
+                if _locked(folder, held):
+                    result = self._run(self.recipe, folder)
+                    self.run = folder
+                    return bool(result.stopped != "interrupted")
             time.sleep(POLL)
 
     def _ranked(self, run: Path, recipe: Recipe) -> float:
         """The metric of a run's model, ranked as a recipe says, on the rows that trainings are validated on."""
-        dataset, recommender, _ = recommender_of(run, recipe.evaluation, self.trust)
+        settings = recipe.evaluation.model_copy(update={"split": "valid"})
+        dataset, recommender, _ = recommender_of(run, settings, self.trust)
         return float(validator(recipe, dataset, recommender)(None)[self.metric])
 
     def _best(self, step: Step, trials: Any = None) -> Any:
@@ -313,8 +329,7 @@ class _Study:
     def facts(self) -> Iterator[dict[str, Any]]:
         """Of each step its trials by state, and the best one."""
         for step in self.plan:
-            ended, best = self.studies[step.name].get_trials(deepcopy=False), self._best(step)
-            states = [t.state.name.lower() for t in ended if t.state.name != "WAITING"]
+            best, states = self._best(step), [t.state.name.lower() for t in self._made(step)]
             number = {state: states.count(state) for state in ("complete", "pruned", "fail", "running")}
             chosen = best and {"trial": best.number, "value": best.value, "values": _told(step, best.params)}
             yield {"name": step.name, "metric": self.metric, "trials": len(states), **number, "best": chosen}
@@ -342,8 +357,7 @@ class _Study:
         write_text(self.out / PAGE, page)
 
     def _shown(self, step: Step) -> StepOfTrials:
-        study, best = self.studies[step.name], self._best(step)
-        trials = [t for t in study.get_trials(deepcopy=False) if t.state.name != "WAITING"]
+        study, best, trials = self.studies[step.name], self._best(step), self._made(step)
         importance: dict[str, float] = {}
         values = {t.value for t in trials if t.state.name == "COMPLETE"}
         if len(step.axes) > 1 and len(values) > 1:
@@ -363,30 +377,12 @@ class _Study:
         return StepOfTrials(step.name, tuple(step.axes), log, rows, importance, best and best.number + 1)
 
 
-class _Busy(Exception):
-    """Another process is at it."""
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """The lock of a folder; `_Busy` where another process has it."""
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(one_writer(folder))
-        except UserError:
-            raise _Busy from None
-        yield
-
-
-def _values(recipe: Recipe, step: Step) -> dict[str, Any]:
-    """What a recipe has for the keys of a step; without those that it leaves open."""
-    found = {}
-    for key in step.axes:
-        value: Any = recipe.model_dump(mode="json")
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        found[key] = value
-    return found
+def _locked(folder: Path, held: contextlib.ExitStack) -> bool:
+    """Whether the lock of a folder could be had, which is held then; False: another process has it."""
+    with contextlib.suppress(Busy):
+        held.enter_context(one_writer(folder))
+        return True
+    return False
 
 
 def _told(step: Step, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from .evaluation import (
     Evaluation as Evaluation,
     evaluate as evaluate,
     excluded_items as excluded_items,
+    gain_interval as gain_interval,
     interval as interval,
     load_evaluation as load_evaluation,
     paired_interval as paired_interval,

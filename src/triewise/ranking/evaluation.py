@@ -284,6 +284,17 @@ def paired_interval(a: Float64, b: Float64, *, seed: int = 0, n: int = RESAMPLES
     return interval(_difference(a, b), seed=seed, n=n)
 
 
+def gain_interval(a: Float64, b: Float64, *, seed: int = 0, n: int = RESAMPLES) -> tuple[float, float]:
+    """95 % bootstrap interval of ``mean(a) / mean(b) - 1`` over the same users; infinite where b may be 0."""
+    _difference(a, b)
+    distinct, counts = np.unique(np.stack([a, b], 1), axis=0, return_counts=True)
+    sums = np.random.default_rng(seed).multinomial(len(a), counts / len(a), size=n) @ distinct
+    with np.errstate(divide="ignore"):  # the less of b there is, the more is gained
+        gains = np.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1] - 1, np.inf)
+    low, high = np.quantile(gains, (0.025, 0.975), method="closest_observation")
+    return float(low), float(high)
+
+
 def paired_p(a: Float64, b: Float64, *, seed: int = 0, n: int = 10_000) -> float:
     """Two-sided p of the paired randomisation test: how often as large a difference comes from swapping a and b.
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from triewise.errors import UserError
+from triewise.errors import Diverged, UserError
 
 
 def hit_rate(items: ArrayLike, target: ArrayLike, k: int) -> NDArray[np.float64]:
@@ -144,7 +144,7 @@ def rank_of_target(scores: ArrayLike, target: ArrayLike) -> NDArray[np.int32]:
         )
     if np.isnan(score_BI).any():
         row = int(np.isnan(score_BI).any(axis=1).argmax())
-        raise UserError(
+        raise Diverged(
             f"wanted scores that are numbers, got NaN in row {row}; the model diverged, train it again"
         )
     own_B1 = np.take_along_axis(score_BI, target_B[:, None].astype(np.int64), axis=1)

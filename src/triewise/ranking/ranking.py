@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from triewise.arrays import blank_lists, nth_largest, ranges
-from triewise.errors import UserError
+from triewise.errors import Diverged, UserError
 
 if TYPE_CHECKING:
     from triewise.data import Catalog
@@ -209,9 +209,9 @@ def check_k(k: int | None) -> None:
 
 
 def check_numbers(scores: NDArray[np.floating]) -> None:
-    """UserError when a score is NaN."""
+    """Diverged when a score is NaN."""
     if np.isnan(scores).any():
-        raise UserError(
+        raise Diverged(
             "scores are not numbers (NaN): the model diverged; train it again with a lower learning rate"
         )
 

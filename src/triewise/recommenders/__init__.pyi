@@ -7,6 +7,7 @@ from .saved import (
     CARD as CARD,
     IDENTIFIER as IDENTIFIER,
     MANIFEST as MANIFEST,
+    TRIE as TRIE,
     SavedRecommender as SavedRecommender,
     card_facts as card_facts,
     check_saved as check_saved,

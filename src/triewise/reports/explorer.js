@@ -5,6 +5,7 @@
   const wide = matchMedia("(min-width:48rem)");
   let kind = -1, shown = data.users, at = 0, chosen = null;
 
+  const apart = (text) => `\u2068${text}\u2069`; // written from right to left it would take along what is beside it
   const title = (number) => el("bdi", null, data.titles[number]);
   const count = (n) => n.toLocaleString("en");
   const decides = (step) => Array.isArray(step) && step.length > 2;
@@ -53,12 +54,13 @@
   // What the other search returned and this ranking does not have.
   function otherwise(of, method, missed) {
     if (!of.other) return null;
+    const several = method.other.endsWith("beams");
     const here = new Set(of.found.map((found) => found.t));
     const only = of.other.filter((number) => !here.has(number));
-    if (!only.length && !missed) return el("p.other", null, `✓ ${method.other} find the same titles`);
+    if (!only.length && !missed) return el("p.other", null, `✓ ${method.other} ${several ? "find" : "finds"} the same titles`);
     return el("div.other", null,
       el("p", null, el("em.off", null, "○"), ` ${missed} of these ${of.found.length} missed by ${method.other}`,
-        only.length ? ", which return instead" : ""),
+        only.length ? `, which ${several ? "return" : "returns"} instead` : ""),
       el("ol.chips", null, ...only.map((number) => el("li", null, title(number)))));
   }
 
@@ -121,7 +123,7 @@
   function narrow(to) {
     kind = to;
     shown = of(kind);
-    picker.replaceChildren(...shown.map((user) => el("option", null, `User ${user.user}: ${data.titles[user.target]}`)));
+    picker.replaceChildren(...shown.map((user) => el("option", null, `User ${apart(user.user)}: ${apart(data.titles[user.target])}`)));
     for (const button of filters) button.setAttribute("aria-pressed", String(Number(button.dataset.kind) === kind));
     go(0);
   }

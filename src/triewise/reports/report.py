@@ -157,6 +157,11 @@ def shown_metrics(rows: Sequence[Row]) -> list[str]:
     return [name for name in METRICS if name in known] or list(known)
 
 
+def digits(rows: Sequence[Row]) -> int:
+    """Behind the point of metrics: three, and four where none reaches a tenth, as with large catalogues."""
+    return 3 if max((value for row in rows for value in row.metrics.values()), default=1.0) >= 0.1 else 4
+
+
 def _summary(report: Report) -> str:
     metrics = shown_metrics(report.rows)
     if not metrics:
@@ -167,16 +172,17 @@ def _summary(report: Report) -> str:
     n = len(report.rows)
     about = f"compares {WORDS.get(n, n)} ways to" if n > 1 else f"shows how well {report.rows[0].name} can"
     what = f"This page {about} recommend the title a user takes next{titles}."
-    pairs = _differences([c for c in report.comparisons if c.metric == main], main)
+    pairs = _differences([c for c in report.comparisons if c.metric == main], main, digits(report.rows))
     chance = "Intervals cover the choice of users, not the randomness of training."
     spread = chance if rows[0].intervals else ""
     text = f"{escape(what)} <b>{escape(_best(rows, main))}</b> {escape(pairs)} {escape(spread)}"
     return f'<p class="summary">{text.strip()}</p>'
 
 
-def _said(metric: str, value: float, sign: str = "") -> str:
+def _said(metric: str, value: float, places: int, sign: str = "") -> str:
     """A value of a metric as sentences have it: shares of users in percent, differences with a ``+``."""
-    text = f"{100 * value:{sign}.1f}" if metric.startswith("HR@") else f"{value:{sign}.3f}"
+    percent = metric.startswith("HR@")
+    text = f"{100 * value:{sign}.{places - 2}f}" if percent else f"{value:{sign}.{places}f}"
     return text.replace("-", "−") if sign else text
 
 
@@ -184,12 +190,13 @@ def _best(ranked: Sequence[Row], metric: str) -> str:
     """Who is ahead, in words; a tie is named as such."""
     k = int(metric[3:]) if metric.startswith("HR@") else 0
     unit = "\xa0%" if k else ""
-    values = [f"{_said(metric, row.metrics[metric])}{unit}" for row in ranked]
+    places = digits(ranked)
+    values = [f"{_said(metric, row.metrics[metric], places)}{unit}" for row in ranked]
     leaders = [row.name for row in ranked if row.metrics[metric] == ranked[0].metrics[metric]]
     what = f"the true next title is among the first {WORDS.get(k, k)} for {values[0]} of the users"
     sentence = what if k else f"{metric} is {values[0]}"
     if metric in ranked[0].intervals:
-        low, high = (_said(metric, end) for end in ranked[0].intervals[metric])
+        low, high = (_said(metric, end, places) for end in ranked[0].intervals[metric])
         sentence += f" (95\xa0% interval {low} to {high}{unit})"
     against = [f"{value} for {row.name}" for value, row in zip(values, ranked, strict=True)][len(leaders) :]
     sentence += f", against {' and '.join(against[:3])}." if against else "."
@@ -198,14 +205,14 @@ def _best(ranked: Sequence[Row], metric: str) -> str:
     return f"{' and '.join(leaders)} {'are level' if len(leaders) > 1 else 'scores highest'}: {sentence}"
 
 
-def _differences(comparisons: Sequence[Comparison], metric: str) -> str:
+def _differences(comparisons: Sequence[Comparison], metric: str, places: int) -> str:
     """Paired differences of one metric in words, and what their intervals say."""
     points = " points" if metric.startswith("HR@") else ""
     sentences = []
     for name in dict.fromkeys(c.a for c in comparisons):
         clauses = [
-            f"{_said(metric, abs(c.difference))}{points} {'below' if c.difference < 0 else 'above'} that of {c.b}"
-            f" (95\xa0% interval {_said(metric, c.low, '+')} to {_said(metric, c.high, '+')})"
+            f"{_said(metric, abs(c.difference), places)}{points} {'below' if c.difference < 0 else 'above'} that of "
+            f"{c.b} (95\xa0% interval {_said(metric, c.low, places, '+')} to {_said(metric, c.high, places, '+')})"
             for c in comparisons
             if c.a == name
         ]
@@ -226,16 +233,24 @@ def _metrics(report: Report, colour: Mapping[str, str]) -> str:
     names = shown_metrics(report.rows)
     if not names:
         return ""
+    places = digits(report.rows)
     best = {name: max(row.metrics.get(name, -math.inf) for row in report.rows) for name in names}
     rows = []
     for row in report.rows:
-        spread = {n: f" ± {deviation:.3f}" for n, deviation in row.deviations.items()}
+        spread = {n: f" ± {deviation:.{places}f}" for n, deviation in row.deviations.items()}
         cells = dict.fromkeys(names, "–")
         for n, value in row.metrics.items():
-            cells[n] = _cell(value, row.intervals.get(n), ".3f", spread.get(n, ""), value == best.get(n))
+            cells[n] = _cell(
+                value, row.intervals.get(n), f".{places}f", spread.get(n, ""), value == best.get(n)
+            )
         rows.append((_row_head(row, colour), [cells[n] for n in names]))
     table = f'{_table("method", names, rows)}<p class="note">{NOTES["metrics"]}</p>'
-    return table + _paired(report.comparisons) + _dots(report, names, colour) + _more(report.rows, colour)
+    return (
+        table
+        + _paired(report.comparisons, places)
+        + _dots(report, names, colour)
+        + _more(report.rows, colour)
+    )
 
 
 def more_columns(
@@ -249,8 +264,8 @@ def more_columns(
     names = list(dict.fromkeys(name for row in rows for name in row.more if name != but))
     sizes = {bucket: n for row in rows for bucket, (n, _) in row.by_popularity.items()}
     known = [row.more | {b: value for b, (_, value) in row.by_popularity.items()} for row in rows]
-    wanted = [*names, *sizes]
-    return names, sizes, [[f"{each[n]:.3f}" if n in each else None for n in wanted] for each in known]
+    wanted, places = [*names, *sizes], digits(rows)
+    return names, sizes, [[f"{each[n]:.{places}f}" if n in each else None for n in wanted] for each in known]
 
 
 def _more(rows: Sequence[Row], colour: Mapping[str, str]) -> str:
@@ -264,10 +279,10 @@ def _more(rows: Sequence[Row], colour: Mapping[str, str]) -> str:
     return f'{_table("method", [*names, *heads], lines)}<p class="note">{NOTES["more"]}</p>'
 
 
-def _paired(comparisons: Sequence[Comparison]) -> str:
+def _paired(comparisons: Sequence[Comparison], places: int) -> str:
     metrics = list(dict.fromkeys(c.metric for c in comparisons))
     cells = {
-        (c.a, c.b, c.metric): _cell(c.difference, (c.low, c.high), "+.3f", word=c.verdict)
+        (c.a, c.b, c.metric): _cell(c.difference, (c.low, c.high), f"+.{places}f", word=c.verdict)
         for c in comparisons
     }
     pairs = dict.fromkeys((c.a, c.b) for c in comparisons)

@@ -17,6 +17,7 @@ from triewise.reports.statistics import (
     number,
     points,
     spread,
+    times,
     verdict,
 )
 from triewise.reports.token_statistics import (
@@ -36,10 +37,12 @@ from triewise.reports.token_statistics import (
 )
 
 if TYPE_CHECKING:
+    from triewise.ranking import Evaluation
     from triewise.recipe import Recipe
 
 METRIC = "NDCG@10"
 UNIFORM = "uniform"
+CHOSEN_HERE = " (chosen on these very users)"
 IGD = {"igd": "IGD", "igd-linear": "IGD's linear weights"}
 # How a run was ranked: those that differ here are no repeats of each other.
 RANKED = ("split", "exclude", "search", "support", "alpha", "length_penalty", "assistant")
@@ -69,7 +72,8 @@ def temperature(runs: Runs, data: Data) -> Statistic | None:
     ]
     one = fixed.filter(pl.col("temperature") == 1)
     if one.height and best["temperature"] != 1:
-        said.append(_against(runs, best["run"], one["run"][0], "temperature 1", f"{best['temperature']:g}"))
+        called = f"{best['temperature']:g}{CHOSEN_HERE}"
+        said.append(_against(runs, best["run"], one["run"][0], "temperature 1", called))
     if ats.height:
         said.append(
             f"the adaptive temperature ends at {ats['temperature'][0]:.2f} with {number(ats['value'][0])}"
@@ -98,12 +102,14 @@ def beta(runs: Runs, data: Data) -> Statistic | None:
         name = f"{weight}, {support}"
         lines[name] = points(pl.concat([part, plain.head(1)]), "beta", "value", "low", "high")
         best = part.row(int(part["value"].arg_max() or 0), named=True)
+        called = f"{IGD[str(weight)]} with beta {best['beta']:g}{CHOSEN_HERE if part.height > 1 else ''}"
         if plain.height:
             what = f"{plain['run'][0]}, which weighs all tokens alike"
+            said.append(_against(runs, best["run"], plain["run"][0], what, called))
+        else:
             said.append(
-                _against(
-                    runs, best["run"], plain["run"][0], what, f"{IGD[str(weight)]} with beta {best['beta']:g}"
-                )
+                f"{called} reaches {METRIC} {number(best['value'])}; no run of {support} support weighs all tokens "
+                "alike"
             )
     return statistic("beta", [table], said, [series_panel(METRIC, "beta", lines, colours(list(lines)))])
 
@@ -129,7 +135,7 @@ def accuracy_time(runs: Runs, data: Data) -> Statistic | None:
     else:
         said += (
             f"; {fastest['run']} trains in {fastest['seconds']:,.0f} s, "
-            f"{best['seconds'] / fastest['seconds']:.2g} times as fast, and has {number(fastest['value'])}"
+            f"{times(best['seconds'] / fastest['seconds'])} times as fast, and has {number(fastest['value'])}"
         )
     order = [run.name for run in runs]
     return statistic(
@@ -170,7 +176,7 @@ def ablation(runs: Runs, data: Data) -> Statistic | None:
         value, low, high, n = _result(run)
         a, b = run.evaluation.per_user(METRIC), plain.evaluation.per_user(METRIC)
         row: list[Any] = [of, run.name, value, low, high, None, None, None, n]
-        if run is not plain and np.array_equal(run.evaluation.target, plain.evaluation.target):
+        if run is not plain and _comparable(run.evaluation, plain.evaluation):
             difference, (down, up) = float((a - b).mean()), paired_interval(a, b)
             row[5:8] = [difference, down, up]
             word = verdict(down, up, "above", "below", "not clearly apart from")
@@ -266,8 +272,14 @@ def _judged(runs: Runs) -> list[StudiedRun]:
 
 def _alike(judged: Sequence[StudiedRun]) -> list[StudiedRun]:
     """Those of some evaluated runs that ranked the same rows as the first."""
-    of = [run.evaluation.target for run in judged if run.evaluation is not None]
-    return [run for run, target in zip(judged, of, strict=True) if np.array_equal(target, of[0])]
+    of = [run.evaluation for run in judged if run.evaluation is not None]
+    return [run for run, evaluation in zip(judged, of, strict=True) if _comparable(evaluation, of[0])]
+
+
+def _comparable(a: Evaluation, b: Evaluation) -> bool:
+    """Whether two rankings are of the same rows, with the same items left out."""
+    judged = all(a.metrics.get(key) == b.metrics.get(key) for key in ("split", "exclude", "allow"))
+    return judged and np.array_equal(a.target, b.target)
 
 
 def _repeated(runs: Runs, ranked: Sequence[str] = ()) -> list[list[StudiedRun]]:
@@ -303,8 +315,8 @@ def _against(runs: Runs, name: str, other: str, what: str, called: str = "") -> 
     of = {run.name: run.evaluation for run in _judged(runs)}
     a, b = of[name], of[other]
     assert a is not None and b is not None
-    if not np.array_equal(a.target, b.target):
-        return f"{called or name} and {what} were evaluated on different rows"
+    if not _comparable(a, b):
+        return f"{called or name} and {what} were evaluated on different rows, or with other items left out"
     x, y = a.per_user(METRIC), b.per_user(METRIC)
     low, high = paired_interval(x, y)
     word = verdict(low, high, "above", "below", "not clearly apart from")

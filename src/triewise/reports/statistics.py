@@ -112,8 +112,13 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def number(value: float, sign: str = "") -> str:
-    """Three digits behind the point, with a minus that is as wide as a plus."""
-    return f"{value:{sign}.3f}".replace("-", "−")
+    """Three digits behind the point, four below a tenth, with a minus that is as wide as a plus."""
+    return f"{value:{sign}.{4 if 0 < abs(value) < 0.1 else 3}f}".replace("-", "−")
+
+
+def times(ratio: float) -> str:
+    """A ratio with two digits, without an exponent."""
+    return f"{ratio:.2g}" if ratio < 99.5 else f"{ratio:,.0f}"
 
 
 def spread(low: float, high: float, sign: str = "") -> str:

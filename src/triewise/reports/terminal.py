@@ -19,7 +19,7 @@ from rich.text import Text
 from triewise.plain import clean as clean
 from triewise.reports.description import fact_lines, percent
 from triewise.reports.explanation import Example, Recommendation, pieces
-from triewise.reports.report import RECENT, Comparison, Row, more_columns, shown_metrics
+from triewise.reports.report import RECENT, Comparison, Row, digits, more_columns, shown_metrics
 
 NARROWEST = 20  # columns that a wrapped text gets at least
 WIDEST_NAME = 40  # of a fact; its value stands beside it
@@ -29,13 +29,13 @@ def print_rows(
     rows: Sequence[Row], comparisons: Sequence[Comparison], console: Console | None = None
 ) -> None:
     """Print a table of methods, each metric with its 95 % interval, and a line per comparison."""
-    console, names = console or Console(), shown_metrics(rows)
+    console, names, places = console or Console(), shown_metrics(rows), digits(rows)
     table = _table(names)
     for row in rows:
         first = Text(clean(row.name), style="bold")
         if row.note:
             first.append(f"\n{clean(row.note)}", style="not bold dim")
-        table.add_row(first, *(_cell(row, name) for name in names))
+        table.add_row(first, *(_cell(row, name, places) for name in names))
     console.print(table)
     _print_more(rows, console)
     if any(row.deviations for row in rows):
@@ -44,8 +44,8 @@ def print_rows(
         _hang(console, "", Text("small print and parentheses: 95 % interval over users", style="dim"))
     for c in comparisons:
         line = Text(f"{clean(c.a)} - {clean(c.b)}: {clean(c.metric)} ")
-        line.append(f"{c.difference:+.3f}", style="bold")
-        _hang(console, "", line.append(f" ({c.low:+.3f} to {c.high:+.3f}), {c.verdict}"))
+        line.append(f"{c.difference:+.{places}f}", style="bold")
+        _hang(console, "", line.append(f" ({c.low:+.{places}f} to {c.high:+.{places}f}), {c.verdict}"))
 
 
 def print_examples(examples: Sequence[Example], console: Console | None = None) -> None:
@@ -123,15 +123,15 @@ def _table(columns: Sequence[str]) -> Table:
     return table
 
 
-def _cell(row: Row, name: str) -> Text:
+def _cell(row: Row, name: str, places: int) -> Text:
     if name not in row.metrics:
         return Text("-")
-    cell = Text(f"{row.metrics[name]:.3f}")
+    cell = Text(f"{row.metrics[name]:.{places}f}")
     if name in row.deviations:
-        cell.append(f"±{row.deviations[name]:.3f}")
+        cell.append(f"±{row.deviations[name]:.{places}f}")
     if name in row.intervals:
         low, high = row.intervals[name]
-        cell.append(f"\n{low:.3f}-{high:.3f}", style="dim")
+        cell.append(f"\n{low:.{places}f}-{high:.{places}f}", style="dim")
     return cell
 
 

@@ -17,6 +17,7 @@ from triewise.reports.statistics import (
     number,
     points,
     spread,
+    times,
     verdict,
 )
 from triewise.reports.tidy import (
@@ -229,8 +230,8 @@ def both_parts(runs: Runs, data: Data) -> Statistic | None:
         what = "both alike" if 0.5 <= ratio <= 2 else "mostly the first" if ratio > 2 else "mostly the second"
         said.append(
             f"after {end['step'][0]:,} steps of {run.name} invalid tokens cost {number(a)} and the choice among valid "
-            f"ones {number(b)} nats a token; the gradient of the first is {ratio:.2g} times that of the second, so a "
-            f"step of the language-modelling loss serves {what}"
+            f"ones {number(b)} nats a token; the gradient of the first is {times(ratio)} times that of the second, so "
+            f"a step of the language-modelling loss serves {what}"
         )
         for part in ("invalid", "choice"):
             for column in ("loss", "gradient_norm"):
@@ -287,7 +288,7 @@ def logits(runs: Runs, data: Data) -> Statistic | None:
         tail, expected = (points(table.filter(pl.col("z") > 3), c).sum() for c in ("density", "gaussian"))
         said.append(
             f"the distribution function of {n:,} valid tokens' logits under {run.name} is at most {number(distance)} "
-            f"away from a Gaussian's, and logits above 3 deviations are {tail / expected:.2g} times as frequent"
+            f"away from a Gaussian's, and logits above 3 deviations are {times(tail / expected)} times as frequent"
         )
     panel = series_panel(
         "Density of logits", "deviations from the decision's mean", lines, _colour(runs) | {"Gaussian": "c5"}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from triewise.errors import UserError, reading
+from triewise.errors import Diverged, UserError, reading
 from triewise.files import TEMPORARY, Hashed, Shape, atomic_folder, file_hashes, remove, write_json, writes
 from triewise.models import load_trained, save_trained
 from triewise.progress import progress
@@ -270,10 +270,10 @@ class TrainingState:
         """Add one line to ``log.jsonl`` and to the history, and tell `watch` of it.
 
         Raises:
-            UserError: Its loss is not finite.
+            Diverged: Its loss is not finite.
         """
         if not math.isfinite(row.get("loss") or 0.0):
-            raise UserError(f"the loss is {row['loss']} around step {row['step']}; lower the learning rate")
+            raise Diverged(f"the loss is {row['loss']} around step {row['step']}; lower the learning rate")
         row = processes.on_first(lambda: row)
         self.history.append(row)
         if not processes.is_first():
@@ -339,14 +339,14 @@ class TrainingState:
         """Refuse to keep weights that are not finite; where they are spread over processes, all have to call it.
 
         Raises:
-            UserError: Some are not, in this process or in another one.
+            Diverged: Some are not, in this process or in another one.
         """
         if self.shards is not None:
             finite = self.shards.finite()
         else:
             finite = all(bool(p.isfinite().all()) for p in self.model.parameters() if p.requires_grad)
         if not finite:
-            raise UserError(f"weights are not finite after step {self.step}; lower the learning rate")
+            raise Diverged(f"weights are not finite after step {self.step}; lower the learning rate")
 
     def save(self, state: dict[str, Any], files: dict[str, Any], shards: Path | None = None) -> None:
         """Write ``checkpoint-N`` whole or not at all, then remove the oldest; for the first process.
@@ -357,12 +357,12 @@ class TrainingState:
             shards: A folder that holds the weights already, and becomes a part of the checkpoint.
 
         Raises:
-            UserError: Loss or weights are not finite.
+            Diverged: Loss or weights are not finite.
         """
         try:
             json.dumps(state, allow_nan=False)
         except ValueError:
-            raise UserError(
+            raise Diverged(
                 f"the loss is nan or infinite around step {self.step}; lower the learning rate"
             ) from None
         if shards is None:  # `save_shards` has looked at them

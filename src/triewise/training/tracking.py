@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from triewise.errors import UserError
+from triewise.errors import UserError, first_line
 from triewise.files import read_json, write_json
+from triewise.progress import note
 
 PROJECT = "triewise"
 IDS = "tracking.json"  # in a run folder: what trackers call the run, for when it goes on
@@ -39,6 +41,8 @@ def tracked(
         watch: Told each row too; what it says is passed on.
         step: Steps that were done before; later ones are told again.
 
+    A tracker that fails later is told no more: a training outlives it.
+
     Raises:
         UserError: The package of a tracker is not installed.
     """
@@ -48,7 +52,8 @@ def tracked(
     known: dict[str, str] = read_json(out / IDS) if (out / IDS).is_file() else {}
     with contextlib.ExitStack() as held:
         flat, name = dict(_flat(facts)), title or out.name
-        tells = [held.enter_context(TRACKERS[n](_package(n), out, name, flat, known, step)) for n in names]
+        trackers = [(n, TRACKERS[n](_package(n), out, name, flat, known, step)) for n in names]
+        tells = [held.enter_context(_outlived(n, tracker)) for n, tracker in trackers]
         if known:
             write_json(out / IDS, known)
 
@@ -59,6 +64,37 @@ def tracked(
             return None if watch is None else watch(row)
 
         yield tell
+
+
+@contextlib.contextmanager
+def _outlived(name: str, tracker: contextlib.AbstractContextManager[Tell]) -> Iterator[Tell]:
+    """A tracker whose failures after its start, such as a server that went away, are said once and stop nothing."""
+    tell, alive = tracker.__enter__(), True
+
+    @contextlib.contextmanager
+    def surviving() -> Iterator[None]:
+        nonlocal alive
+        try:
+            yield
+        except Exception as error:
+            if alive:
+                note(f"warning: {name} fails and is told no more: {first_line(error)}")
+            alive = False
+
+    def told(step: int, numbers: dict[str, float]) -> None:
+        with surviving():
+            if alive:
+                tell(step, numbers)
+
+    ended: tuple[Any, Any, Any] = (None, None, None)
+    try:
+        yield told
+    except BaseException:
+        ended = sys.exc_info()
+        raise
+    finally:
+        with surviving():
+            tracker.__exit__(*ended)
 
 
 def _package(name: str) -> Any:
