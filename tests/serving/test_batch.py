@@ -99,7 +99,10 @@ def test_every_user_gets_what_recommend_gives(run: Path, users: Path, tmp_path: 
     for name in ("part-000001.parquet", "manifest.json"):
         (tmp_path / "out" / name).unlink()
     seen = verify(tmp_path / "out")
-    assert (list(seen.parts), seen.whole) == (["job.json", "part-000000.parquet", "part-000002.parquet"], True)
+    assert (list(seen.parts), seen.whole) == (
+        ["job.json", "part-000000.parquet", "part-000002.parquet"],
+        True,
+    )
     again = recommend_file(run, users, tmp_path / "out", 4, rows=10, workers=1, resume=True)
     assert again["sha256"] == done["sha256"]
 
