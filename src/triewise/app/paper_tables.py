@@ -37,6 +37,7 @@ class RowPlan:
         values: Its values, the recipe's own first.
         needs: A key whose value is the folder of a run of another recipe, trained first.
         missing: Why it cannot be run, where it cannot.
+        against: The row over which its gain is stated; empty: that of the table.
     """
 
     name: str
@@ -47,6 +48,7 @@ class RowPlan:
     values: tuple[Any, ...] = ()
     needs: Mapping[str, str] = field(default_factory=dict)
     missing: str = ""
+    against: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ class PaperTable:
         """Whether it is of a paper."""
         return bool(self.source)
 
+    def base(self, row: str) -> str:
+        """Name of the row over which a row's gain is stated."""
+        return self.rows[row].against or self.against
+
     def number(self, row: str, data: str, metric: str = "NDCG@10") -> float | None:
         """What the paper prints for a row on a data set; None where that is not recorded."""
         if metric not in self.metrics:
@@ -100,14 +106,14 @@ class PaperTable:
         return None if np.isnan(value) else float(value)
 
     def gains(self, row: str, data: str, n_items: int, metric: str = "NDCG@10") -> list[float]:
-        """How far a row is above the row ``against`` in the paper, as a share of it.
+        """How far a row is above the one it is stated over in the paper, as a share of it.
 
         One number; on data that the paper does not have, by their name or their number of items, one for each that it
         has.
         """
         ours = data in self.numbers and self.items.get(data, n_items) == n_items
         pairs = [
-            (self.number(row, d, metric), self.number(self.against, d, metric))
+            (self.number(row, d, metric), self.number(self.base(row), d, metric))
             for d in ([data] if ours else self.numbers)
         ]
         return [a / b - 1 for a, b in pairs if a is not None and b is not None]
@@ -134,7 +140,9 @@ def _row(table: str, name: str, known: Mapping[str, Any], scale: Scale) -> RowPl
     if any(other in known for other in SCALES) and scale not in known:
         each["missing"] = f"not at the scale {scale!r}"
     if each.get("missing"):
-        return RowPlan(name, each.get("title", name), missing=each["missing"])
+        return RowPlan(
+            name, each.get("title", name), missing=each["missing"], against=each.get("against", "")
+        )
     recipe = each.get("recipe") or (f"papers/msl-table-5/{name}" if scale in known else f"{table}/{name}")
     made: Recipe = load_recipe(recipe)
     factors = each.get("factors", (1, 0.5, 2) if scale == "small" else (1,))
@@ -147,6 +155,7 @@ def _row(table: str, name: str, known: Mapping[str, Any], scale: Scale) -> RowPl
         each.get("key", RowPlan.key),
         tuple(values),
         each.get("needs", {}),
+        against=each.get("against", ""),
     )
 
 

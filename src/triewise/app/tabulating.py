@@ -132,14 +132,18 @@ def write_table(wish: Wish, rows: tuple[TableRow, ...], data: str) -> Reproduced
     table, first = wish.table, next((r.runs[0] for r in rows if r.evaluation is not None), None)
     if first is not None:
         wish = replace(wish, n_items=data_of(first, open_run(first)[1]).catalog.n_items)
-    base = next((r for r in rows if r.name == table.against and r.evaluation is not None), None)
+    ranked = {r.name: r for r in rows if r.evaluation is not None}
+    base = ranked.get(table.against)
     differences = {
         r.name: {c.metric: c for c in comparisons([r.evaluation, base.evaluation])}
         for r in rows
         if base is not None and base.evaluation is not None and r.evaluation is not None and r is not base
     }
     if table.published:
-        rows = tuple(replace(r, findings=r.findings or tuple(_findings(wish, r, base))) for r in rows)
+        bases = {name: ranked.get(table.base(name)) for name in ranked}
+        rows = tuple(
+            replace(r, findings=r.findings or tuple(_findings(wish, r, bases.get(r.name)))) for r in rows
+        )
     heads, lines = _beside(rows) if table.published else _own(rows, differences, table.against)
     shown = [heads, ["---"] * len(heads), *lines]
     cells = ([cell.replace("|", "\\|") for cell in line] for line in shown)
