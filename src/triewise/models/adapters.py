@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from triewise.errors import UserError, first_line
+from triewise.errors import UserError, first_line, reading
 from triewise.files import read_json, write_json
 from triewise.models.anatomy import causal_lm, probing, sample_ids, text_body
 from triewise.models.merging import PEFT_FAILURES, adapted_layers, fold, is_adapted, is_packed, twin
@@ -166,14 +166,21 @@ def load_lora(model: Any, folder: Path, *, ours: bool = True) -> Any:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if ours else (ADAPTER_CONFIG,):
         if not (folder / name).is_file():
             raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
-    try:
-        with warnings.catch_warnings(), _names_of_today(model) if ours else nullcontext():
-            warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(model, str(folder)).eval()
-    except PEFT_FAILURES as error:
-        raise UserError(
-            f"the adapter in {folder} does not fit its base model ({first_line(error)}); give the one it was trained on"
-        ) from None
+    with reading(folder), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            with _names_of_today(model) if ours else nullcontext():
+                adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+            # PEFT only warns of weights that it did not find: they would be those of a new adapter.
+            lost = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+            if lost:
+                raise LookupError(lost[0][:200])
+        except PEFT_FAILURES as error:
+            raise UserError(
+                f"the adapter in {folder} does not fit its base model ({first_line(error)}); give the one it was "
+                "trained on"
+            ) from None
+    return adapted
 
 
 def unfreeze_lora(model: Any) -> None:

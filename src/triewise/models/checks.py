@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from triewise.errors import UserError, first_line
 from triewise.models.anatomy import causal_lm, head_weight, probing, sample_ids, text_body
+from triewise.progress import note
 
 DECLARED = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError)
 _SOUND: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that `check_model` has seen
+_TOWERS = r"vision|visual|image|audio|speech"
+# Of old checkpoints: what is computed today. Scales of a cache in fp8 are not needed for one in full precision.
+_TABLES = r"(inv_freq|masked_bias|attn\.bias|attention\.bias|(cos|sin)_cached|position_ids|[kvq]_scale)$"
 _LENGTH = 12  # tokens of the probe; the second half is changed
 
 
@@ -59,15 +63,16 @@ def check_config(name: str, config: Any) -> None:
             )
 
 
-def check_weights(name: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights of the model, or holds an encoder beside it.
+def check_weights(name: str, model: Any, found: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights of the model, has more of the same layers, or holds an encoder beside it.
 
     Args:
         name: What the user asked for.
+        model: The causal LM that was made of it.
         found: The report of ``from_pretrained(..., output_loading_info=True)``.
 
     Raises:
-        UserError: Weights were initialised at random, or belong to another model.
+        UserError: Weights were initialised at random or left out, or belong to another model.
     """
     for key, what in (("missing_keys", "without"), ("mismatched_keys", "with another shape of")):
         lost = sorted(k if isinstance(k, str) else k[0] for k in found.get(key) or ())
@@ -76,17 +81,37 @@ def check_weights(name: str, found: Mapping[str, Any]) -> None:
                 f"wanted all weights of a causal language model, got {name!r} {what} {_some(lost)}; they would be "
                 "random: choose a checkpoint that was saved with its language-model head"
             )
-    towers = re.compile(r"vision|visual|image|audio|speech")
-    encoder = [
-        k
-        for k in found.get("unexpected_keys") or ()
-        if re.search(r"(^|\.)encoder\.", k) and not towers.search(k)
+    unused = [
+        k for k in sorted(found.get("unexpected_keys") or ()) if not re.search(f"{_TOWERS}|{_TABLES}", k)
     ]
+    encoder = [k for k in unused if re.search(r"(^|\.)encoder\.", k)]
     if encoder:
         raise UserError(
-            f"wanted a causal language model, got {name!r} with weights of an encoder ({_some(sorted(encoder))}); "
-            "choose a decoder such as Qwen2 or Llama"
+            f"wanted a causal language model, got {name!r} with weights of an encoder ({_some(encoder)}); choose a "
+            "decoder such as Qwen2 or Llama"
         )
+    inside = [k for k in unused if _is_inside(model, k)]
+    if inside:
+        raise UserError(
+            f"wanted weights that {type(model).__name__} has, got {name!r} with {_some(inside)} beside them; choose a "
+            "checkpoint that fits its config.json"
+        )
+    if unused:
+        note(f"warning: {name} holds weights that its config.json leaves out: {_some(unused)}")
+
+
+def _is_inside(model: nn.Module, key: str) -> bool:
+    """Whether a weight that a model does not have would be part of one of its layers, or of its head."""
+    for name in (key, f"{getattr(model, 'base_model_prefix', '')}.{key}"):
+        module, path = model, name.split(".")
+        while path and hasattr(module, path[0]) and isinstance(getattr(module, path[0]), nn.Module):
+            module = getattr(module, path.pop(0))
+        above = name.removesuffix("." + ".".join(path))
+        if above != name and (
+            re.search(r"\.\d+(\.|$)", above) or next(module.parameters(recurse=False), None) is not None
+        ):
+            return True
+    return False
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -111,6 +136,15 @@ def largest_id(tokenizer: Any) -> int:
         return max(tokenizer.get_vocab().values(), default=0)
     except (NotImplementedError, AttributeError):
         return len(tokenizer) - 1
+
+
+def reads_nothing(tokenizer: Any) -> bool:
+    """Whether a tokenizer has special tokens alone."""
+    try:
+        known = set(tokenizer.get_vocab())
+    except (NotImplementedError, AttributeError):
+        return False
+    return known <= {str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())}
 
 
 def grow(model: Any, tokenizer: Any) -> None:
@@ -232,7 +266,7 @@ def _embedded(text: nn.Module, words: Any) -> Iterator[int]:
             isinstance(module, nn.Embedding)
             and module is not words
             and re.search(r"(^|[._])(pos|wpe)", name)
-            and "rel" not in name
+            and not re.search(f"rel|{_TOWERS}", name)
         ):
             # OPT, BART and BioGPT leave the first rows out; RoBERTa counts from behind the padding's row.
             unused = getattr(module, "offset", None)
