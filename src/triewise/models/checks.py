@@ -228,11 +228,21 @@ def _check_causal(model: Any) -> None:
             f"{type(model).__name__}, which fails ({type(error).__name__}: {first_line(error)}); set another "
             "backbone.dtype, or choose another model"
         ) from error
-    moved = float((runs[1][1] - runs[0][1]).abs().max())
-    noise = max(float((runs[n][row] - runs[0][row]).abs().max()) for n, row in ((1, 0), (2, 1)))
     kind = head_weight(model).dtype
+    usual = (
+        runs[0].abs() < torch.finfo(kind).max / 4
+    )  # tokens that a model never writes have the least number
+    if not usual.any() or any(bool(run.isnan().any()) for run in runs):
+        raise UserError(
+            f"wanted a causal language model, got {type(model).__name__} whose logits are not numbers (NaN) in {kind}; "
+            "set another backbone.dtype, or restore its weights"
+        )
+    moves = {
+        (n, row): (runs[n][row] - runs[0][row])[usual[row]].abs().max() for n in (1, 2) for row in (0, 1)
+    }
+    moved, noise = float(moves[1, 1]), max(float(moves[1, 0]), float(moves[2, 1]))
     floor = 1e-4 if kind in (torch.float32, torch.float64) else 2 * torch.finfo(kind).eps
-    size = float(runs[0].abs().max())
+    size = float(runs[0][usual].abs().max())
     if moved > max(10 * noise, floor * size):
         raise UserError(
             f"wanted a causal language model, got {type(model).__name__}, which sees the future: logits move by "
