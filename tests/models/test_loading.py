@@ -117,6 +117,8 @@ def test_a_folder_with_a_mistake_is_refused_in_one_line(name: str, whole: Path, 
     [
         ("/nowhere/model", "no such folder; correct the path"),
         ("./some/models/nowhere", "no such folder; correct the path"),
+        ("./nowhere", "no such folder; correct the path"),
+        ("", "check the name and the network"),
         ("someone/nothing", "check the name and the network"),
     ],
 )
@@ -125,7 +127,19 @@ def test_a_name_that_is_misspelt(name: str, line: str) -> None:
         load_backbone(name, device="cpu")
 
 
-def test_a_file_is_no_folder(whole: Path) -> None:
+def test_code_of_a_model_that_needs_a_package_says_so(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    named = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config(folder, auto_map=named)
+    (folder / "modeling_own.py").write_text("import a_package_that_is_not_there\n")
+    with quiet(), pytest.raises(UserError, match="a_package_that_is_not_there.*; install what it needs"):
+        load_backbone(str(folder), device="cpu", trust_remote_code=True)
+
+
+def test_a_file_is_no_folder(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="got: weights in GGUF"):
+        load_backbone(str(tmp_path / "some.gguf"), device="cpu")
     with pytest.raises(UserError, match="got: a file; give the folder that holds"):
         load_backbone(str(whole / WEIGHTS), device="cpu")
 

@@ -19,7 +19,7 @@ from triewise.models.anatomy import causal_lm, head_weight, probing, sample_ids,
 from triewise.progress import note
 
 DECLARED = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError)
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError)
 _SOUND: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that `check_model` has seen
 _TOWERS = r"vision|visual|image|audio|speech"
 # Of old checkpoints: what is computed today. Scales of a cache in fp8 are not needed for one in full precision.

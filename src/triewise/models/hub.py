@@ -61,7 +61,7 @@ def from_hub(load: Callable[..., Any], name: str, revision: str | None, **option
                     f"{name!r} comes with code of its own; add --trust-remote-code (trust_remote_code=True) where you "
                     "trust it"
                 ) from None
-            found = _reason(Path(name), error)
+            found = _reason(name, error)
             if found is None:
                 raise
             raise UserError(
@@ -69,22 +69,24 @@ def from_hub(load: Callable[..., Any], name: str, revision: str | None, **option
             ) from error
 
 
-def _reason(place: Path, error: Exception) -> tuple[str, str] | None:
-    """Why a model cannot be had from a place, and what to do; None where its files are damaged."""
-    said = first_line(error)
-    if place.is_file():
+def _reason(name: str, error: Exception) -> tuple[str, str] | None:
+    """Why a model cannot be had, and what to do; None where its files are damaged."""
+    place, said = Path(name), first_line(error)
+    if place.is_file() and place.suffix != ".gguf":
         return "a file", "give the folder that holds config.json, weights in safetensors and the tokenizer"
-    if place.is_dir():
-        names = {file.name for file in place.iterdir()}
-        pointer = next((n for n in sorted(names) if _is_pointer(place / n)), None)
-        if pointer is not None:
-            return f"{pointer}, a pointer of git LFS", "run git lfs pull there"
-        if "config.json" not in names and str(place) != ".":
-            return "a folder without config.json", "give the one that holds it, weights and tokenizer"
-        if any(n.endswith(".gguf") for n in names) and isinstance(error, OSError):
-            return "weights in GGUF", "take the checkpoint in safetensors that they were made from"
-    elif place.is_absolute() or str(place).startswith(("~", "..")) or len(place.parts) > 2:
+    files = sorted(place.iterdir()) if name and place.is_dir() else [place] if place.is_file() else []
+    pointer = next((file.name for file in files if _is_pointer(file)), None)
+    if pointer is not None:
+        return f"{pointer}, a pointer of git LFS", "run git lfs pull there"
+    kinds = {file.suffix for file in files}
+    if ".gguf" in kinds and not kinds & {".safetensors", ".bin"}:
+        return "weights in GGUF", "take the checkpoint in safetensors that they were made from"
+    if name and place.is_dir() and not any(file.name == "config.json" for file in files):
+        return "a folder without config.json", "give the one that holds it, weights and tokenizer"
+    if not files and (place.is_absolute() or name.startswith(("~", ".")) or len(place.parts) > 2):
         return "no such folder", "correct the path"
+    if isinstance(error, ImportError):
+        return said, "install what it needs, or choose another model"
     if isinstance(error, _UNFIT) or type(error).__name__.startswith("StrictDataclass"):
         import transformers
 
@@ -92,9 +94,9 @@ def _reason(place: Path, error: Exception) -> tuple[str, str] | None:
             f"{type(error).__name__}: {said}",
             f"its files are wrong, or made for another release of transformers than {transformers.__version__}",
         )
-    if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
+    if not isinstance(error, (OSError, ValueError, RuntimeError)):
         return None
-    if place.is_dir():
+    if files:
         return said, "restore the files of this folder or make them again"
     return said, "check the name and the network, or put the files in a local folder and give its path"
 
