@@ -37,15 +37,12 @@ def check_config(name: str, config: Any) -> None:
     Raises:
         UserError: One of these.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"wanted a causal language model, got {name!r}, an encoder-decoder ({config.model_type}); choose a "
             "decoder such as Qwen2 or Llama"
         )
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if causal_class(config) is None:
         raise UserError(
             f"wanted a causal language model, got {name!r}, which transformers does not know as one "
             f"({config.model_type}); choose a decoder such as Qwen2 or Llama"
@@ -61,6 +58,23 @@ def check_config(name: str, config: Any) -> None:
                 f"wanted weights in full precision or packed by bitsandbytes, got {name!r} packed by {method}; choose "
                 "its unpacked checkpoint, and backbone.quantisation = '8bit' or '4bit' to pack it here"
             )
+
+
+def causal_class(config: Any) -> Any:
+    """The class of transformers that loads a causal LM with this config, or None.
+
+    What is loaded from a model of images and text is saved with the text's config alone (Mllama, Emu3), by which
+    AutoModelForCausalLM does not find it again; the config names its class.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own_code or type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    named = set(config.architectures or ()) & set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    made = [getattr(transformers, name, None) for name in sorted(named)]
+    return next((one for one in made if getattr(one, "config_class", None) is type(config)), None)
 
 
 def check_weights(name: str, model: Any, found: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, sha256_file, write_json
 from triewise.models.adapters import freeze, quantisation_config, save_lora, unfreeze_lora
-from triewise.models.checks import check_config, check_vocabulary, check_weights, reads_nothing
+from triewise.models.checks import causal_class, check_config, check_vocabulary, check_weights, reads_nothing
 from triewise.models.depth import first_layers, of_first_layers
 from triewise.models.hub import from_hub, silence
 from triewise.models.item_slots import save_slots, without_slots
@@ -141,7 +141,7 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
     Raises:
         UserError: It cannot be had, is no causal LM, lacks weights, or its tokenizer is another model's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = from_hub(AutoConfig.from_pretrained, name, revision, trust_remote_code=how.trust)
     check_config(name, config)
@@ -159,7 +159,7 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
     if how.layers is not None:  # it would list the layers that are left out
         told.setLevel(logging.ERROR)
     try:
-        model, found = from_hub(AutoModelForCausalLM.from_pretrained, name, revision, **options)
+        model, found = from_hub(causal_class(config).from_pretrained, name, revision, **options)
     finally:
         told.setLevel(level)
     if how.layers is not None:  # those of later layers are left out on purpose
