@@ -149,23 +149,6 @@ FAMILIES = {
         {**_FALCON, "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False},
     ),
     "falcon_new": Family("FalconConfig", {**_FALCON, "num_kv_heads": 2, "new_decoder_architecture": True}),
-    "mllama": Family(
-        "MllamaConfig",
-        {
-            "text_config": {**_GROUPED, "num_hidden_layers": 3, "cross_attention_layers": [1], **_IDS},
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 1,
-                "num_global_layers": 1,
-                "attention_heads": 4,
-                "image_size": 28,
-                "patch_size": 14,
-                "intermediate_layers_indices": [0],
-                "vision_output_dim": 64,
-            },
-        },
-    ),
     "nanochat": Family("NanoChatConfig", _GROUPED),
     "smollm3": Family("SmolLM3Config", {**_GROUPED, "no_rope_layers": [1, 0]}),
     "glm": Family("GlmConfig", {**_HEAD_8, "partial_rotary_factor": 0.5}, tokenizer="prefixed"),
@@ -519,19 +502,6 @@ FAMILIES = {
             "topk_group": 1,
         },
         "recurrent",
-    ),
-    "xlstm": Family(
-        "xLSTMConfig",
-        {
-            "hidden_size": 32,
-            "embedding_dim": 32,
-            "num_hidden_layers": 2,
-            "num_blocks": 2,
-            "num_heads": 2,
-            "chunk_size": 16,
-        },
-        "recurrent",
-        "neox",
     ),
     "zamba": Family(
         "ZambaConfig",

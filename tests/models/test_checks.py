@@ -68,6 +68,31 @@ def test_a_model_that_sees_the_future_is_refused_and_its_decoder_is_not(
     assert load_backbone(name, device="cpu", dtype=dtype).name == name
 
 
+def test_a_model_that_reads_short_texts_alone_in_a_dtype_is_one_line(tmp_path: Path) -> None:
+    """xLSTM multiplies float32 and bfloat16 where a text is longer than a chunk. It counts its layers twice."""
+    sizes = {"hidden_size": 32, "embedding_dim": 32, "num_hidden_layers": 2, "num_blocks": 2, "num_heads": 2}
+    name = folder(built("xLSTM", **sizes, chunk_size=16), tmp_path / "m")
+    with pytest.raises(UserError, match="reads text alone in torch.bfloat16, .* fails .RuntimeError"):
+        load_backbone(name, device="cpu", dtype="bfloat16")
+    assert len(load_backbone(name, device="cpu", layers=1).model.backbone.blocks) == 1
+
+
+def test_the_text_of_a_model_of_images_is_loaded_again(tmp_path: Path) -> None:
+    """AutoModelForCausalLM does not know the config that its own model is saved with."""
+    text = {
+        **COMMON,
+        **SHAPE,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "cross_attention_layers": [1],
+    }
+    name = folder(built("Mllama", text_config=text), tmp_path / "m")
+    loaded = load_backbone(name, device="cpu")
+    assert type(loaded.model).__name__ == "MllamaForCausalLM"
+    loaded.save(tmp_path / "again")
+    assert load_backbone(str(tmp_path / "again"), device="cpu").model.config.model_type == "mllama_text_model"
+
+
 @pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min])
 def test_tokens_that_are_never_written_do_not_hide_the_future(least: float) -> None:
     """Their logits are the least number there is (Chameleon's image tokens), beside which others would be rounding."""

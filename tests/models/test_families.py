@@ -33,7 +33,6 @@ from triewise.data import Dataset
 FAST: dict[tuple[str, str], Sequence[str]] = {
     ("llama", "float32"): COLUMNS,
     ("llama", "bfloat16"): ("load", "path", "exact"),
-    ("mllama", "float32"): ("reload",),
     ("deepseek_v4", "float32"): ("lora",),
     ("gpt2", "float32"): ("path", "packing"),
     ("mixtral", "float32"): ("path", "packing", "lora"),

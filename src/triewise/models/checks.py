@@ -24,6 +24,7 @@ _SOUND: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that `check_mod
 _TOWERS = r"vision|visual|image|audio|speech"
 # Of old checkpoints: what is computed today. Scales of a cache in fp8 are not needed for one in full precision.
 _TABLES = r"(inv_freq|masked_bias|attn\.bias|attention\.bias|(cos|sin)_cached|position_ids|[kvq]_scale)$"
+_CHUNKED = 67  # tokens; no multiple of a chunk's length
 _LENGTH = 12  # tokens of the probe; the second half is changed
 
 
@@ -232,6 +233,10 @@ def _check_causal(model: Any) -> None:
     changed = torch.cat([same[:half], other[half:]])
     try:
         with probing(model):
+            # Some cut longer texts into chunks, in other code. First, because RoPE may remember a long text.
+            model(
+                input_ids=sample_ids(model, min(_CHUNKED, max_positions(model) or _CHUNKED)), use_cache=False
+            )
             runs: list[Tensor] = [
                 model(input_ids=torch.stack(rows), use_cache=False).logits[:, :half].float()
                 for rows in ([same, same], [same, changed], [changed, same])
