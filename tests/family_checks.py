@@ -582,6 +582,7 @@ SPEAKS_OF = {
     "bart": "encoder-decoder|encoder|newly|missing|head",
     "t5": "encoder-decoder",
     "qwen2_vl": "causal|language model of text|text-only",
+    "reformer": "trains on texts of any length",
     "llama_without_head": "head|missing|newly",
     "gpt2_short": "position",
     "llama_small_embedding": "vocabulary|embedding",

@@ -84,7 +84,7 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="wanted titles to train the tokenizer"):
         load_backbone("tiny", tiny=TINY)
     with pytest.raises(
-        UserError, match="wanted the language model .*nothing.* or put the files in a local folder"
+        UserError, match="wanted the language model .*nothing.*: no such folder; correct the path"
     ):
         load_backbone(str(tmp_path / "nothing"), device="cpu")
     with pytest.raises(

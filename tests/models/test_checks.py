@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,62 @@ def test_a_model_that_sees_the_future_is_refused_and_its_decoder_is_not(
         TrieEngine(built(kind, **SHAPE), Trie.from_sequences([[5, 2], [6, 2]]))
     folder(built(kind, **SHAPE, is_decoder=True), tmp_path / "m")
     assert load_backbone(name, device="cpu", dtype=dtype).name == name
+
+
+def test_a_model_that_reads_short_texts_alone_in_a_dtype_is_one_line(tmp_path: Path) -> None:
+    """xLSTM multiplies float32 and bfloat16 where a text is longer than a chunk. It counts its layers twice."""
+    sizes = {"hidden_size": 32, "embedding_dim": 32, "num_hidden_layers": 2, "num_blocks": 2, "num_heads": 2}
+    name = folder(built("xLSTM", **sizes, chunk_size=16), tmp_path / "m")
+    with pytest.raises(UserError, match="reads text alone in torch.bfloat16, .* fails .RuntimeError"):
+        load_backbone(name, device="cpu", dtype="bfloat16")
+    assert len(load_backbone(name, device="cpu", layers=1).model.backbone.blocks) == 1
+
+
+def test_the_text_of_a_model_of_images_is_loaded_again(tmp_path: Path) -> None:
+    """AutoModelForCausalLM does not know the config that its own model is saved with."""
+    text = {
+        **COMMON,
+        **SHAPE,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "cross_attention_layers": [1],
+    }
+    name = folder(built("Mllama", text_config=text), tmp_path / "m")
+    loaded = load_backbone(name, device="cpu")
+    assert type(loaded.model).__name__ == "MllamaForCausalLM"
+    loaded.save(tmp_path / "again")
+    assert load_backbone(str(tmp_path / "again"), device="cpu").model.config.model_type == "mllama_text_model"
+
+
+@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float32).min])
+def test_tokens_that_are_never_written_do_not_hide_the_future(least: float) -> None:
+    """Their logits are the least number there is (Chameleon's image tokens), beside which others would be rounding."""
+    for decoder in (False, True):
+        model = built("Bert", **SHAPE, is_decoder=decoder)
+        model.cls.register_forward_hook(lambda _, given, made: made.index_fill(-1, torch.tensor([7]), least))
+        with nullcontext() if decoder else pytest.raises(UserError, match="sees the future"):
+            check_model(model)
+
+
+def test_logits_that_are_not_numbers_are_one_line() -> None:
+    model = built("Llama", **SHAPE)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(
+        UserError, match=r"whose logits are not numbers \(NaN\) in torch.float32; set another"
+    ):
+        check_model(model)
+
+
+def test_tables_of_a_vision_tower_are_no_positions_of_a_text() -> None:
+    """GIT's body holds both."""
+    model = built(
+        "Git",
+        **SHAPE,
+        max_position_embeddings=128,
+        vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32},
+    )
+    assert max_positions(model) == 128
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,6 +33,7 @@ from triewise.data import Dataset
 FAST: dict[tuple[str, str], Sequence[str]] = {
     ("llama", "float32"): COLUMNS,
     ("llama", "bfloat16"): ("load", "path", "exact"),
+    ("deepseek_v4", "float32"): ("lora",),
     ("gpt2", "float32"): ("path", "packing"),
     ("mixtral", "float32"): ("path", "packing", "lora"),
     ("mistral_window", "float32"): ("path", "beams", "exact", "packing"),

@@ -242,6 +242,23 @@ def test_chat_wraps_the_users_turn_and_leaves_titles_inert(tokenizer) -> None:
     assert tokenizer.decode(ids).endswith("answer:")
 
 
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ raise_exception('a system turn first') }}", r"fails \(TemplateError: a system turn first\)"),
+        ("{% for m in messages %}{{ m.content[0].text }}{% endfor %}answer:", "shows it 0 times"),
+        ("{% for m in messages %}{{ m.content }}, that is {{ m.content }}{% endfor %}", "shows it 2 times"),
+    ],
+)
+def test_a_chat_template_has_to_show_the_users_turn(tokenizer, template: str, problem: str) -> None:
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = template
+    with pytest.raises(
+        UserError, match=f"a chat template that shows a user's turn once, got one that {problem}"
+    ):
+        build_prompts(chatty, catalog(), "msl", chat=True)
+
+
 def test_user_errors(tokenizer) -> None:
     with pytest.raises(UserError, match="prompt template among plain, msl, d3, d3-reworded, got 'alpaca'"):
         build_prompts(tokenizer, catalog(), "alpaca")

@@ -150,7 +150,8 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
             f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
             "backbone.name and set backbone.lora.rank > 0"
         )
-    freeze_unused(backbone.model)
+    # A length that is no multiple of what a model may cut texts into.
+    freeze_unused(backbone.model, min(67, max_positions(backbone.model) or 67))
     freeze_first(backbone.model, recipe.training.freeze)
     if backbone.adapted:
         note(describe_lora(backbone.model))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from triewise.errors import UserError, first_line
+from triewise.errors import UserError, first_line, reading
 from triewise.files import read_json, write_json
 from triewise.models.anatomy import causal_lm, probing, sample_ids, text_body
 from triewise.models.merging import PEFT_FAILURES, adapted_layers, fold, is_adapted, is_packed, twin
@@ -94,7 +94,8 @@ def add_lora(model: Any, settings: LoraSettings, seed: int, tokens: Sequence[int
         raise UserError(
             "wanted a base model without adapter to train a new one, got an adapter; give its base, or merge it first"
         )
-    linear, stacked = _used_layers(model)
+    with _training(model):
+        linear, stacked = _used_layers(model)
     if settings.experts and not (stacked and not settings.dropout):
         reason = f"lora.dropout = 0, got {settings.dropout}" if stacked else "a model with fused experts"
         raise UserError(f"backbone.lora.experts = true needs {reason}; set it to false")
@@ -166,14 +167,21 @@ def load_lora(model: Any, folder: Path, *, ours: bool = True) -> Any:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if ours else (ADAPTER_CONFIG,):
         if not (folder / name).is_file():
             raise UserError(f"wanted {name} in {folder}, which is missing; restore it or train again")
-    try:
-        with warnings.catch_warnings(), _names_of_today(model) if ours else nullcontext():
-            warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(model, str(folder)).eval()
-    except PEFT_FAILURES as error:
-        raise UserError(
-            f"the adapter in {folder} does not fit its base model ({first_line(error)}); give the one it was trained on"
-        ) from None
+    with reading(folder), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            with _names_of_today(model) if ours else nullcontext():
+                adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+            # PEFT only warns of weights that it did not find: they would be those of a new adapter.
+            lost = [str(w.message) for w in said if "missing adapter keys" in str(w.message)]
+            if lost:
+                raise LookupError(lost[0][:200])
+        except PEFT_FAILURES as error:
+            raise UserError(
+                f"the adapter in {folder} does not fit its base model ({first_line(error)}); give the one it was "
+                "trained on"
+            ) from None
+    return adapted
 
 
 def unfreeze_lora(model: Any) -> None:
@@ -206,8 +214,13 @@ def _used_layers(model: Any) -> tuple[list[str], list[str]]:
     modules = {n: m for n, m in model.named_modules() if m is not head and (_linear(m) or _stacked(n, m))}
     given: dict[bool, dict[nn.Module, bool]] = {True: {}, False: {}}
 
-    def notice(module: nn.Module, _: Any, output: Any) -> None:
-        given[model.training][module] = isinstance(output, Tensor)
+    def notice(module: nn.Module, args: Any, output: Any) -> None:
+        whole = isinstance(output, Tensor)
+        if (
+            whole and args and isinstance(module, nn.Linear)
+        ):  # some multiply each group of numbers by rows of its own
+            whole = output.shape == (*args[0].shape[:-1], module.out_features)
+        given[model.training][module] = whole
 
     hooks = [m.register_forward_hook(notice) for m in modules.values()]
     try:
@@ -322,16 +335,41 @@ def describe_lora(model: Any) -> str:
     return f"LoRA adapts {100 * share:.3g} % of the matrix weights of the text body{more}"
 
 
+@contextmanager
+def _training(model: Any) -> Iterator[None]:
+    """Forwards of a model in training mode: some take texts of certain lengths alone there (Reformer).
+
+    Raises:
+        UserError: One fails.
+    """
+    try:
+        yield
+    except (*PEFT_FAILURES, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"wanted a model that trains on texts of any length, got {type(causal_lm(model)).__name__}, which fails "
+            f"({type(error).__name__}: {first_line(error)}); choose another one"
+        ) from error
+
+
 @torch.enable_grad()
-def freeze_unused(model: Any) -> None:
+def freeze_unused(model: Any, n: int = _PROBE) -> None:
     """Freeze what a text does not reach: vision towers, cross-attention, weights that others stand in for.
 
     Such weights get no gradient, so nothing else changes; several processes wait for the gradient of every weight
     that can be trained, and files of trained weights need not hold them. Found from the graph of one small forward,
     as torch's DDP does; of experts that are modules of their own, one that is used speaks for all.
+
+    Args:
+        model: A causal LM, or PEFT's adapter around one.
+        n: Tokens of the text.
+
+    Raises:
+        UserError: It does not train on such a text.
     """
-    with probing(model, training=True):
-        end = model(input_ids=sample_ids(model, _PROBE), use_cache=False).logits.grad_fn
+    with _training(model), probing(model, training=True):
+        end = model(input_ids=sample_ids(model, n), use_cache=False).logits.grad_fn
     todo, seen, reached = [end], {end, None}, set()
     while todo:
         node = todo.pop()

@@ -152,8 +152,14 @@ def _checkpoint_or_adapter(name: str, revision: str | None, base: str | Path | N
 def _foreign_adapter(name: str, folder: Path, base: str | Path | None, how: How) -> Backbone:
     """An adapter that PEFT wrote, on the base that it names, or on another one that is given."""
     config = read_json(folder / ADAPTER_CONFIG)
+    place = base or config.get("base_model_name_or_path")
+    if not place or (Path(place).is_absolute() and not Path(place).exists()):
+        raise UserError(
+            f"wanted the base model of the adapter in {folder}, which names {place or 'none'} in {ADAPTER_CONFIG}; "
+            "correct base_model_name_or_path there, or give a folder as base"
+        )
     inner = load_backbone(
-        str(base or config["base_model_name_or_path"]),
+        str(place),
         revision=None if base else config.get("revision"),
         device=str(how.device),
         dtype=str(how.dtype).removeprefix("torch."),

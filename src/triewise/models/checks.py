@@ -16,10 +16,15 @@ from torch import Tensor, nn
 
 from triewise.errors import UserError, first_line
 from triewise.models.anatomy import causal_lm, head_weight, probing, sample_ids, text_body
+from triewise.progress import note
 
 DECLARED = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError)
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError)
 _SOUND: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that `check_model` has seen
+_TOWERS = r"vision|visual|image|audio|speech"
+# Of old checkpoints: what is computed today. Scales of a cache in fp8 are not needed for one in full precision.
+_TABLES = r"(inv_freq|masked_bias|attn\.bias|attention\.bias|(cos|sin)_cached|position_ids|[kvq]_scale)$"
+_CHUNKED = 67  # tokens; no multiple of a chunk's length
 _LENGTH = 12  # tokens of the probe; the second half is changed
 
 
@@ -33,15 +38,12 @@ def check_config(name: str, config: Any) -> None:
     Raises:
         UserError: One of these.
     """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
             f"wanted a causal language model, got {name!r}, an encoder-decoder ({config.model_type}); choose a "
             "decoder such as Qwen2 or Llama"
         )
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if causal_class(config) is None:
         raise UserError(
             f"wanted a causal language model, got {name!r}, which transformers does not know as one "
             f"({config.model_type}); choose a decoder such as Qwen2 or Llama"
@@ -59,15 +61,33 @@ def check_config(name: str, config: Any) -> None:
             )
 
 
-def check_weights(name: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights of the model, or holds an encoder beside it.
+def causal_class(config: Any) -> Any:
+    """The class of transformers that loads a causal LM with this config, or None.
+
+    What is loaded from a model of images and text is saved with the text's config alone (Mllama, Emu3), by which
+    AutoModelForCausalLM does not find it again; the config names its class.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own_code or type(config) in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    named = set(config.architectures or ()) & set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    made = [getattr(transformers, name, None) for name in sorted(named)]
+    return next((one for one in made if getattr(one, "config_class", None) is type(config)), None)
+
+
+def check_weights(name: str, model: Any, found: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights of the model, has more of the same layers, or holds an encoder beside it.
 
     Args:
         name: What the user asked for.
+        model: The causal LM that was made of it.
         found: The report of ``from_pretrained(..., output_loading_info=True)``.
 
     Raises:
-        UserError: Weights were initialised at random, or belong to another model.
+        UserError: Weights were initialised at random or left out, or belong to another model.
     """
     for key, what in (("missing_keys", "without"), ("mismatched_keys", "with another shape of")):
         lost = sorted(k if isinstance(k, str) else k[0] for k in found.get(key) or ())
@@ -76,17 +96,37 @@ def check_weights(name: str, found: Mapping[str, Any]) -> None:
                 f"wanted all weights of a causal language model, got {name!r} {what} {_some(lost)}; they would be "
                 "random: choose a checkpoint that was saved with its language-model head"
             )
-    towers = re.compile(r"vision|visual|image|audio|speech")
-    encoder = [
-        k
-        for k in found.get("unexpected_keys") or ()
-        if re.search(r"(^|\.)encoder\.", k) and not towers.search(k)
+    unused = [
+        k for k in sorted(found.get("unexpected_keys") or ()) if not re.search(f"{_TOWERS}|{_TABLES}", k)
     ]
+    encoder = [k for k in unused if re.search(r"(^|\.)encoder\.", k)]
     if encoder:
         raise UserError(
-            f"wanted a causal language model, got {name!r} with weights of an encoder ({_some(sorted(encoder))}); "
-            "choose a decoder such as Qwen2 or Llama"
+            f"wanted a causal language model, got {name!r} with weights of an encoder ({_some(encoder)}); choose a "
+            "decoder such as Qwen2 or Llama"
         )
+    inside = [k for k in unused if _is_inside(model, k)]
+    if inside:
+        raise UserError(
+            f"wanted weights that {type(model).__name__} has, got {name!r} with {_some(inside)} beside them; choose a "
+            "checkpoint that fits its config.json"
+        )
+    if unused:
+        note(f"warning: {name} holds weights that its config.json leaves out: {_some(unused)}")
+
+
+def _is_inside(model: nn.Module, key: str) -> bool:
+    """Whether a weight that a model does not have would be part of one of its layers, or of its head."""
+    for name in (key, f"{getattr(model, 'base_model_prefix', '')}.{key}"):
+        module, path = model, name.split(".")
+        while path and hasattr(module, path[0]) and isinstance(getattr(module, path[0]), nn.Module):
+            module = getattr(module, path.pop(0))
+        above = name.removesuffix("." + ".".join(path))
+        if above != name and (
+            re.search(r"\.\d+(\.|$)", above) or next(module.parameters(recurse=False), None) is not None
+        ):
+            return True
+    return False
 
 
 def check_vocabulary(model: Any, tokenizer: Any) -> None:
@@ -111,6 +151,15 @@ def largest_id(tokenizer: Any) -> int:
         return max(tokenizer.get_vocab().values(), default=0)
     except (NotImplementedError, AttributeError):
         return len(tokenizer) - 1
+
+
+def reads_nothing(tokenizer: Any) -> bool:
+    """Whether a tokenizer has special tokens alone."""
+    try:
+        known = set(tokenizer.get_vocab())
+    except (NotImplementedError, AttributeError):
+        return False
+    return known <= {str(token) for token in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())}
 
 
 def grow(model: Any, tokenizer: Any) -> None:
@@ -184,6 +233,10 @@ def _check_causal(model: Any) -> None:
     changed = torch.cat([same[:half], other[half:]])
     try:
         with probing(model):
+            # Some cut longer texts into chunks, in other code. First, because RoPE may remember a long text.
+            model(
+                input_ids=sample_ids(model, min(_CHUNKED, max_positions(model) or _CHUNKED)), use_cache=False
+            )
             runs: list[Tensor] = [
                 model(input_ids=torch.stack(rows), use_cache=False).logits[:, :half].float()
                 for rows in ([same, same], [same, changed], [changed, same])
@@ -194,11 +247,21 @@ def _check_causal(model: Any) -> None:
             f"{type(model).__name__}, which fails ({type(error).__name__}: {first_line(error)}); set another "
             "backbone.dtype, or choose another model"
         ) from error
-    moved = float((runs[1][1] - runs[0][1]).abs().max())
-    noise = max(float((runs[n][row] - runs[0][row]).abs().max()) for n, row in ((1, 0), (2, 1)))
     kind = head_weight(model).dtype
+    usual = (
+        runs[0].abs() < torch.finfo(kind).max / 4
+    )  # tokens that a model never writes have the least number
+    if not usual.any() or any(bool(run.isnan().any()) for run in runs):
+        raise UserError(
+            f"wanted a causal language model, got {type(model).__name__} whose logits are not numbers (NaN) in {kind}; "
+            "set another backbone.dtype, or restore its weights"
+        )
+    moves = {
+        (n, row): (runs[n][row] - runs[0][row])[usual[row]].abs().max() for n in (1, 2) for row in (0, 1)
+    }
+    moved, noise = float(moves[1, 1]), max(float(moves[1, 0]), float(moves[2, 1]))
     floor = 1e-4 if kind in (torch.float32, torch.float64) else 2 * torch.finfo(kind).eps
-    size = float(runs[0].abs().max())
+    size = float(runs[0][usual].abs().max())
     if moved > max(10 * noise, floor * size):
         raise UserError(
             f"wanted a causal language model, got {type(model).__name__}, which sees the future: logits move by "
@@ -232,7 +295,7 @@ def _embedded(text: nn.Module, words: Any) -> Iterator[int]:
             isinstance(module, nn.Embedding)
             and module is not words
             and re.search(r"(^|[._])(pos|wpe)", name)
-            and "rel" not in name
+            and not re.search(f"rel|{_TOWERS}", name)
         ):
             # OPT, BART and BioGPT leave the first rows out; RoBERTa counts from behind the padding's row.
             unused = getattr(module, "offset", None)

@@ -49,6 +49,8 @@ def first_layers(name: str, config: Any, n: int) -> Any:
         )
     names = {key for key, value in vars(text).items() if isinstance(value, list) and len(value) == depth}
     text.num_hidden_layers = n
+    if getattr(text, "num_blocks", None) == depth:  # xLSTM counts by this one
+        text.num_blocks = n
     for key in names:
         setattr(text, key, getattr(text, key)[:n])
     if hasattr(text, "scale_depth"):  # MiniCPM divides it by the root of the number of layers

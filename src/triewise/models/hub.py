@@ -18,6 +18,8 @@ from triewise.cache import connect, offline
 from triewise.errors import UserError, first_line, reading
 
 HUB_SECONDS = "10"
+# What transformers stumbles over in a config that it does not understand, or code of a model for another release.
+_UNFIT = (LookupError, AttributeError, TypeError, AssertionError, NameError, SyntaxError)
 
 
 def silence() -> None:
@@ -53,16 +55,58 @@ def from_hub(load: Callable[..., Any], name: str, revision: str | None, **option
                 if Path(name).is_dir() or not hub_answers():
                     raise
             return load(name, revision=revision, **options)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except Exception as error:
             if "trust_remote_code" in str(error):
                 raise UserError(
                     f"{name!r} comes with code of its own; add --trust-remote-code (trust_remote_code=True) where you "
                     "trust it"
                 ) from None
+            found = _reason(name, error)
+            if found is None:
+                raise
             raise UserError(
-                f"wanted the language model {name!r} (a hub id or a local folder), got: {first_line(error)}; check the "
-                "name and the network, or put the files in a local folder and give its path"
+                f"wanted the language model {name!r} (a hub id or a local folder), got: {found[0]}; {found[1]}"
             ) from error
+
+
+def _reason(name: str, error: Exception) -> tuple[str, str] | None:
+    """Why a model cannot be had, and what to do; None where its files are damaged."""
+    place, said = Path(name), first_line(error)
+    if place.is_file() and place.suffix != ".gguf":
+        return "a file", "give the folder that holds config.json, weights in safetensors and the tokenizer"
+    files = sorted(place.iterdir()) if name and place.is_dir() else [place] if place.is_file() else []
+    pointer = next((file.name for file in files if _is_pointer(file)), None)
+    if pointer is not None:
+        return f"{pointer}, a pointer of git LFS", "run git lfs pull there"
+    kinds = {file.suffix for file in files}
+    if ".gguf" in kinds and not kinds & {".safetensors", ".bin"}:
+        return "weights in GGUF", "take the checkpoint in safetensors that they were made from"
+    if name and place.is_dir() and not any(file.name == "config.json" for file in files):
+        return "a folder without config.json", "give the one that holds it, weights and tokenizer"
+    if not files and (place.is_absolute() or name.startswith(("~", ".")) or len(place.parts) > 2):
+        return "no such folder", "correct the path"
+    if isinstance(error, ImportError):
+        return said, "install what it needs, or choose another model"
+    if isinstance(error, _UNFIT) or type(error).__name__.startswith("StrictDataclass"):
+        import transformers
+
+        return (
+            f"{type(error).__name__}: {said}",
+            f"its files are wrong, or made for another release of transformers than {transformers.__version__}",
+        )
+    if not isinstance(error, (OSError, ValueError, RuntimeError)):
+        return None
+    if files:
+        return said, "restore the files of this folder or make them again"
+    return said, "check the name and the network, or put the files in a local folder and give its path"
+
+
+def _is_pointer(file: Path) -> bool:
+    """Whether a file stands for one that git LFS has not fetched."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(24) == b"version https://git-lfs."
 
 
 def hub_answers() -> bool:

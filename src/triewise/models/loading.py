@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from triewise.errors import UserError
 from triewise.files import atomic_folder, read_json, sha256_file, write_json
 from triewise.models.adapters import freeze, quantisation_config, save_lora, unfreeze_lora
-from triewise.models.checks import check_config, check_vocabulary, check_weights
+from triewise.models.checks import causal_class, check_config, check_vocabulary, check_weights, reads_nothing
 from triewise.models.depth import first_layers, of_first_layers
 from triewise.models.hub import from_hub, silence
 from triewise.models.item_slots import save_slots, without_slots
@@ -113,10 +114,25 @@ class How:
 
 
 def tokenizer_of(name: str, revision: str | None = None, trust: bool = False) -> Any:
-    """The tokenizer of a hub id or folder."""
+    """The tokenizer of a hub id or folder.
+
+    Raises:
+        UserError: It cannot be had, or has no files: of many families transformers then makes one that reads nothing.
+    """
     from transformers import AutoTokenizer
 
-    return from_hub(AutoTokenizer.from_pretrained, name, revision, trust_remote_code=trust)
+    try:
+        found = from_hub(AutoTokenizer.from_pretrained, name, revision, trust_remote_code=trust)
+    except UserError as error:
+        if "backend tokenizer" not in str(error):
+            raise
+        found = None
+    if found is None or reads_nothing(found):
+        raise UserError(
+            f"wanted a tokenizer beside the language model {name!r}, got no files of one (tokenizer.json, or "
+            "tokenizer.model or a vocabulary); copy them there from where the model is from"
+        )
+    return found
 
 
 def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Backbone:
@@ -125,7 +141,7 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
     Raises:
         UserError: It cannot be had, is no causal LM, lacks weights, or its tokenizer is another model's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = from_hub(AutoConfig.from_pretrained, name, revision, trust_remote_code=how.trust)
     check_config(name, config)
@@ -143,12 +159,12 @@ def from_pretrained(name: str, revision: str | None, how: How, shown: str) -> Ba
     if how.layers is not None:  # it would list the layers that are left out
         told.setLevel(logging.ERROR)
     try:
-        model, found = from_hub(AutoModelForCausalLM.from_pretrained, name, revision, **options)
+        model, found = from_hub(causal_class(config).from_pretrained, name, revision, **options)
     finally:
         told.setLevel(level)
     if how.layers is not None:  # those of later layers are left out on purpose
         found["unexpected_keys"] = of_first_layers(found.get("unexpected_keys") or (), how.layers)
-    check_weights(name, found)
+    check_weights(name, model, found)
     check_vocabulary(model, tokenizer)
     if is_quantised(model):
         freeze(model)

@@ -499,7 +499,16 @@ def _in_front(tokenizer: Any) -> tuple[int, ...]:
 def _chat_sides(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids before and after the user's text; only these may contain special tokens."""
     turn = [{"role": "user", "content": _PLACE}]
-    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    try:
+        rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        problem = f"shows it {rendered.count(_PLACE)} times"
+    except Exception as error:  # a template is a program of the model's author
+        rendered, problem = "", f"fails ({type(error).__name__}: {first_line(error)})"
+    if rendered.count(_PLACE) != 1:
+        raise UserError(
+            f"wanted a chat template that shows a user's turn once, got one that {problem}; set backbone.chat = false, "
+            "or correct the tokenizer's chat_template"
+        )
     before, _, after = rendered.partition(_PLACE)
     return tuple(tuple(tokenizer(side, add_special_tokens=False)["input_ids"]) for side in (before, after))  # type: ignore[return-value]
 
