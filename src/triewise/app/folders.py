@@ -30,7 +30,7 @@ from triewise.files import Shape, read_json, read_record
 from triewise.models import load_tokenizer
 from triewise.progress import note
 from triewise.recipe import Recipe, run_recipe
-from triewise.recommenders import IDENTIFIER, SequentialRecommender
+from triewise.recommenders import IDENTIFIER, TRIE, SequentialRecommender
 from triewise.reports import compared, describe
 from triewise.tokens import Identifier, Prompts, Trie, build_prompts, read_identifier
 
@@ -185,6 +185,11 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
         )
     read_record(run)
     return run_recipe(run), read_json(run / "run.json", EndedRun)
+
+
+def trie_of(run: Path) -> Trie:
+    """The trie of a run, without its model."""
+    return Trie.load(run / TRIE)
 
 
 def way(run: Path, folder: Path) -> str | None:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from triewise.app.compare import Repeats, comparisons, row
-from triewise.app.folders import data_of, open_run
+from triewise.app.folders import data_of, open_run, trie_of
 from triewise.app.paper_tables import SHOWN_METRICS, Beside, PaperTable, Scale, deviation, verdict
 from triewise.app.studying import studied_runs
 from triewise.files import write_text
 from triewise.ranking import gain_interval, interval
-from triewise.recommenders import TRIE
 from triewise.reports import (
     Comparison,
     Report,
@@ -26,7 +25,6 @@ from triewise.reports import (
     make_statistics,
     write_report,
 )
-from triewise.tokens import Trie
 
 if TYPE_CHECKING:
     from triewise.ranking import Evaluation
@@ -232,7 +230,7 @@ def judged(wish: Wish, recipe: Recipe, paper: float | None, low: float, high: fl
 def _listed(wish: Wish, r: TableRow) -> Iterator[Beside]:
     """How alike the titles are that a user gets, and how even their scores."""
     assert r.evaluation is not None and r.recipe is not None
-    trie = Trie.load(r.runs[0] / TRIE)
+    trie = trie_of(r.runs[0])
     runs = r.evaluation.runs if isinstance(r.evaluation, Repeats) else (r.evaluation,)
     of_users = {
         "repetition": [first_word_repetition(trie, run.items[:, :LISTED]) for run in runs],
