@@ -7,7 +7,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,15 @@ def open_run(run: Path) -> tuple[Recipe, dict[str, Any]]:
         )
     read_record(run)
     return run_recipe(run), read_json(run / "run.json", EndedRun)
+
+
+@contextlib.contextmanager
+def where_writable(folder: Path, what: str) -> Iterator[None]:
+    """A block that writes in a folder what can be done without; a line where that cannot be."""
+    try:
+        yield
+    except OSError as error:
+        note(f"{folder} cannot be written ({error.strerror}): {what} is not kept there")
 
 
 def trie_of(run: Path) -> Trie:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from triewise.app.folders import consented, data_of, open_run, titles_of, trained_data
+from triewise.app.folders import consented, data_of, open_run, titles_of, trained_data, where_writable
 from triewise.errors import UserError, reading
 from triewise.files import (
     Shape,
@@ -27,7 +27,6 @@ from triewise.files import (
     write_json,
     write_text,
 )
-from triewise.progress import note
 from triewise.ranking import METRICS, evaluate, load_evaluation, metrics_from_rank
 from triewise.recommenders import GenerativeRecommender, load
 from triewise.reports import (
@@ -301,13 +300,10 @@ def measure(run: Path, users: int, seed: int, *, trust: bool = False) -> Tables:
         recommender = load(run, assistant=False, merge_adapter=False, trust_remote_code=trust)
         assert isinstance(recommender, GenerativeRecommender)
     tables["parts"] = _parts(recommender, split)
-    try:
-        with atomic_folder(run / FOLDER) as place:
-            for kind, table in tables.items():
-                table.write_parquet(place / f"{kind}.parquet")
-            write_json(place / RECORD, asked)
-    except OSError as error:
-        note(f"{run} cannot be written ({error.strerror}): what was measured is not kept there")
+    with where_writable(run, "what was measured"), atomic_folder(run / FOLDER) as place:
+        for kind, table in tables.items():
+            table.write_parquet(place / f"{kind}.parquet")
+        write_json(place / RECORD, asked)
     return tables
 
 
