@@ -677,8 +677,10 @@ def test_wrong_calls(tmp_path: Path) -> None:
         train(small_model(), examples, objective, wrong, tmp_path, validate=some_metric)
     broken = small_model()
     broken.model.norm.weight.data.fill_(math.nan)
-    with pytest.raises(UserError, match="the loss is nan around step 6; lower the learning rate"):
+    with pytest.raises(UserError, match=r"whose logits are not numbers \(NaN\)"):
         train(broken, examples, objective, config(), tmp_path)
+    with pytest.raises(UserError, match="the loss is nan around step 6; lower the learning rate"):
+        train(small_model(), examples, objective, config(learning_rate=1e30), tmp_path)
 
 
 def test_weights_of_another_model(tmp_path: Path) -> None:
