@@ -31,6 +31,7 @@ from triewise.models import (
     freeze_unused,
     load_backbone,
     max_positions,
+    odd_length,
     resolve_device,
     slots_of,
     training_dtype,
@@ -150,8 +151,7 @@ def assemble(recipe: Recipe, dataset: Dataset) -> Assembly:
             f"wanted a model with something to train, got {settings.name!r}, which is frozen; give its base as "
             "backbone.name and set backbone.lora.rank > 0"
         )
-    # A length that is no multiple of what a model may cut texts into.
-    freeze_unused(backbone.model, min(67, max_positions(backbone.model) or 67))
+    freeze_unused(backbone.model, odd_length(backbone.model))
     freeze_first(backbone.model, recipe.training.freeze)
     if backbone.adapted:
         note(describe_lora(backbone.model))

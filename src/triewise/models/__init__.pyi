@@ -21,7 +21,7 @@ from .backbones import (
     load_tokenizer as load_tokenizer,
     with_adapter as with_adapter,
 )
-from .checks import check_model as check_model, max_positions as max_positions
+from .checks import check_model as check_model, max_positions as max_positions, odd_length as odd_length
 from .depth import Reached as Reached, freeze_first as freeze_first, layers_of as layers_of
 from .encoders import PAD as PAD, SequentialModel as SequentialModel
 from .head import (

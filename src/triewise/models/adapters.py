@@ -216,9 +216,8 @@ def _used_layers(model: Any) -> tuple[list[str], list[str]]:
 
     def notice(module: nn.Module, args: Any, output: Any) -> None:
         whole = isinstance(output, Tensor)
-        if (
-            whole and args and isinstance(module, nn.Linear)
-        ):  # some multiply each group of numbers by rows of its own
+        if whole and args and isinstance(module, nn.Linear):
+            # Some multiply each group of numbers by rows of its own.
             whole = output.shape == (*args[0].shape[:-1], module.out_features)
         given[model.training][module] = whole
 

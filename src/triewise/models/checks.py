@@ -234,9 +234,7 @@ def _check_causal(model: Any) -> None:
     try:
         with probing(model):
             # Some cut longer texts into chunks, in other code. First, because RoPE may remember a long text.
-            model(
-                input_ids=sample_ids(model, min(_CHUNKED, max_positions(model) or _CHUNKED)), use_cache=False
-            )
+            model(input_ids=sample_ids(model, odd_length(model)), use_cache=False)
             runs: list[Tensor] = [
                 model(input_ids=torch.stack(rows), use_cache=False).logits[:, :half].float()
                 for rows in ([same, same], [same, changed], [changed, same])
@@ -248,9 +246,8 @@ def _check_causal(model: Any) -> None:
             "backbone.dtype, or choose another model"
         ) from error
     kind = head_weight(model).dtype
-    usual = (
-        runs[0].abs() < torch.finfo(kind).max / 4
-    )  # tokens that a model never writes have the least number
+    # Tokens that a model never writes have the least number.
+    usual = runs[0].abs() < torch.finfo(kind).max / 4
     if not usual.any() or any(bool(run.isnan().any()) for run in runs):
         raise UserError(
             f"wanted a causal language model, got {type(model).__name__} whose logits are not numbers (NaN) in {kind}; "
@@ -268,6 +265,11 @@ def _check_causal(model: Any) -> None:
             f"{moved:.2g} when later tokens change; set is_decoder = true in its config.json if it was trained so, or "
             "choose another model"
         )
+
+
+def odd_length(model: Any) -> int:
+    """Tokens of a probe: no multiple of what a model may cut texts into, where it has so many positions."""
+    return min(_CHUNKED, max_positions(model) or _CHUNKED)
 
 
 def max_positions(model: Any) -> int | None:
